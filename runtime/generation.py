@@ -1,0 +1,121 @@
+"""Generate one text under a policy, and time it: what `skipcal generate` does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import input_device
+from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and what it took.
+
+    tok_per_s: decode steps a second, after the prefill; None for a single token.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    text: str
+    prefill_s: float
+    decode_s: float
+    chat_template: bool
+    report: SkipReport
+
+    @property
+    def tok_per_s(self) -> float | None:
+        """Decode speed, without the prefill and the first token that it yields."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "tok_per_s": self.tok_per_s,
+            "chat_template": self.chat_template,
+            "report": self.report.to_dict(),
+        }
+
+
+def generate_text(
+    loaded: LoadedModel,
+    policy: SkipPolicy,
+    prompt: str,
+    *,
+    new_tokens: int,
+    chat_template: bool = True,
+    seed: int | None = None,
+    stream: TextIO | None = None,
+) -> Generation:
+    """Generate at most `new_tokens` tokens after `prompt`.
+
+    chat_template: wrap the prompt by the tokenizer's template, where it has one.
+    seed:          sample with the model's own settings and this seed; None is greedy decoding.
+    stream:        where the text goes as it is made.
+    """
+    tokenizer: Any = loaded.tokenizer
+    model: Any = loaded.model
+    wrapped = chat_template and bool(getattr(tokenizer, "chat_template", None))
+    if wrapped:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(input_device(model))
+    clock = _TimedStreamer(tokenizer, stream)
+    sampling: dict[str, Any] = {"do_sample": True}
+    if seed is None:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    else:
+        set_seed(seed)
+    with skipping(model, policy=policy) as run:
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock, **sampling)
+    length = inputs["input_ids"].shape[1]
+    return Generation(
+        prompt_tokens=length,
+        new_tokens=output.shape[1] - length,
+        text=tokenizer.decode(output[0, length:], skip_special_tokens=True),
+        prefill_s=clock.times[0] - start,
+        decode_s=clock.times[-1] - clock.times[0],
+        chat_template=wrapped,
+        report=run.report,
+    )
+
+
+class _TimedStreamer(TextStreamer):
+    """Writes text as it is finished and keeps the time of every generated token."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+        self._stream = stream
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._stream is not None:
+            self._stream.write(text + ("\n" if stream_end else ""))
+            self._stream.flush()

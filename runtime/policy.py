@@ -1,0 +1,71 @@
+"""What to skip: the policy that a profile recommends and a session obeys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from skipcal.errors import ConfigError, ProfileMismatch
+
+DEFAULT_WARM_UP_TOKENS = 25  # the paper's ablation saturates at 25-30 (arXiv 2404.03865, 2nd version)
+FULL_MODEL_THRESHOLD = 2.0  # no cosine reaches it
+_THRESHOLD_RANGE = (-1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipPolicy:
+    """Everything a skipping session needs to know.
+
+    cold_s, cold_e:  the skippable region is layers [cold_s, cold_e), 0-based.
+    threshold:       a token whose cosine is at or above it counts as saturated. Within [-1, 2];
+                     anything above 1 is exactly the full model.
+    warm_up_tokens:  decode steps of each row that always run the full model.
+    max_skips:       at most so many FFNs skipped per token (the paper's k); None: until cold_e.
+    Raises ConfigError for values outside these ranges.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (a misspelt key in a profile is an error)
+
+    cold_s: int
+    cold_e: int
+    threshold: float
+    warm_up_tokens: int = DEFAULT_WARM_UP_TOKENS
+    max_skips: int | None = None
+    rule: Literal["cosine"] = "cosine"
+
+    def __post_init__(self) -> None:
+        """Refuse what no layer and no cosine can mean."""
+        low, high = _THRESHOLD_RANGE
+        if not math.isfinite(self.threshold) or not low <= self.threshold <= high:
+            raise ConfigError(
+                f"threshold {self.threshold} is not within [{low:g}, {high:g}]; "
+                "it is a cosine, not a percentage (above 1: the full model)"
+            )
+        if not 0 <= self.cold_s <= self.cold_e:
+            raise ConfigError(
+                f"cold_s {self.cold_s} and cold_e {self.cold_e} are no layer range; "
+                "expected 0 <= cold_s <= cold_e"
+            )
+        if self.warm_up_tokens < 0:
+            raise ConfigError(f"warm_up_tokens {self.warm_up_tokens} is negative; expected 0 or more")
+        if self.max_skips is not None and self.max_skips < 0:
+            raise ConfigError(f"max_skips {self.max_skips} is negative; expected 0 or more, or null")
+        if self.rule != "cosine":
+            raise ConfigError(f"rule {self.rule!r} is not known; expected 'cosine'")
+
+    def most_skips(self) -> int:
+        """The largest number of FFNs this policy can skip for one token, whatever the threshold.
+
+        The first FFN of the region has to run, for its cosine arms the token.
+        """
+        reachable = max(self.cold_e - self.cold_s - 1, 0)
+        return reachable if self.max_skips is None else min(self.max_skips, reachable)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ProfileMismatch when the region does not lie within a model of `num_layers`."""
+        if self.cold_e > num_layers:
+            raise ProfileMismatch(
+                f"cold_e {self.cold_e} lies beyond the model's {num_layers} layers; "
+                "use a profile made for this model"
+            )

@@ -1,0 +1,75 @@
+"""The skip rule, as pure functions of tensors that any engine can run on the device.
+
+A rule is asked at two places of the loop over layers: *before* FFN i (which tokens skip it?) and
+*after* it ran (what does the token's state become?). Tokens are flattened: [tokens].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from skipcal.arch.residual import residual_cosine
+from skipcal.runtime.policy import SkipPolicy
+
+
+class RuleState(NamedTuple):
+    """What a rule remembers of each token between the layers of one forward pass."""
+
+    armed: Tensor  # [tokens] bool: the cosine has passed the threshold
+    skipped: Tensor  # [tokens] int32: FFNs skipped so far
+
+    def to(self, device: torch.device) -> RuleState:
+        """The state on `device`: layers may lie on several."""
+        return self if self.armed.device == device else RuleState(*(part.to(device) for part in self))
+
+
+class Rule(Protocol):
+    """A way to choose the FFNs to skip."""
+
+    layers: range  # the layers at which the rule has to be asked; everywhere else the FFN runs
+
+    def start(self, tokens: int, device: torch.device) -> RuleState:
+        """State of fresh tokens, at the first layer."""
+
+    def before(self, layer: int, state: RuleState) -> tuple[Tensor, RuleState]:
+        """Mask [tokens] of those that skip FFN `layer`, and the state with that counted."""
+
+    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor) -> RuleState:
+        """State after FFN `layer` ran for the tokens in `ran`; h and f are [tokens, hidden]."""
+
+
+class CosineRule:
+    """Algorithm 1 of FFN-SkipLLM (arXiv 2404.03865), with the paper's k as `max_skips`.
+
+    Within [cold_s, cold_e) a token is armed by the first FFN whose cosine reaches the threshold;
+    from the next layer on its FFNs are skipped, until `cold_e` or until `max_skips` are used up.
+    Nothing re-arms, for `skipped` only grows.
+    """
+
+    def __init__(self, policy: SkipPolicy) -> None:
+        """Take the region, the threshold and `max_skips` from `policy`."""
+        self.layers = range(policy.cold_s, policy.cold_e)
+        self._threshold = policy.threshold
+        self._max_skips = policy.max_skips
+
+    def start(self, tokens: int, device: torch.device) -> RuleState:
+        """No token is armed, none has skipped."""
+        return RuleState(
+            armed=torch.zeros(tokens, dtype=torch.bool, device=device),
+            skipped=torch.zeros(tokens, dtype=torch.int32, device=device),
+        )
+
+    def before(self, layer: int, state: RuleState) -> tuple[Tensor, RuleState]:
+        """Armed tokens skip, while they have skips left."""
+        if self._max_skips is None:
+            return state.armed, state
+        skip = state.armed & (state.skipped < self._max_skips)
+        return skip, state._replace(skipped=state.skipped + skip)
+
+    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor) -> RuleState:
+        """Arm the tokens that ran and whose cosine reaches the threshold."""
+        saturated = residual_cosine(h, f) >= self._threshold
+        return state._replace(armed=state.armed | (ran & saturated))

@@ -1,0 +1,305 @@
+"""`skipping`: run an untouched transformers model with FFN blocks left out.
+
+A session knows which of the tokens of a forward pass are decode steps past the warm-up; the
+engine below it decides and skips. It stands around plain `generate()`, around a decoding loop of
+your own, or (`teacher_forced=True`) around parallel forward passes over a known text.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from skipcal.arch.locate import Architecture, locate, unwrap
+from skipcal.errors import ConfigError, SessionError
+from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.generate_call import (
+    CONTINUOUS_BATCHING,
+    GenerateOptions,
+    TokenClock,
+    call_arguments,
+    refuse_continuous_batching,
+)
+from skipcal.runtime.patch import InstancePatches
+from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.rules import CosineRule
+
+logger = logging.getLogger(__name__)
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, SkipSession] = weakref.WeakKeyDictionary()
+
+
+def skipping(
+    model: nn.Module,
+    profile: SkipProfile | None = None,
+    *,
+    policy: SkipPolicy | None = None,
+    target_skip_ratio: float | None = None,
+    teacher_forced: bool = False,
+    prompt_tokens: int = 1,
+    engine: str = "auto",
+    architecture: Architecture | None = None,
+) -> SkipSession:
+    """Return a context manager inside which `model` skips FFN blocks.
+
+    profile:           whose recommended policy applies; `target_skip_ratio` picks another of its
+                       operating points.
+    policy:            instead of a profile.
+    teacher_forced:    skip in parallel forward passes over whole sequences. Positions below
+                       `prompt_tokens` are the prefill; position p is decode step
+                       p - prompt_tokens. Decisions and logits equal those of decoding the same
+                       text token by token.
+    engine:            "auto" or "eager".
+    architecture:      what `locate(model)` returned, to save proving the model again.
+
+        with skipcal.skipping(model, profile) as run:
+            model.generate(**inputs, max_new_tokens=128)
+        print(run.report.skip_ratio)
+
+    Raises ConfigError for options that do not fit together, ProfileMismatch for a profile of
+    another model, SessionError where skipping would be ignored or wrong, UnsupportedModel when
+    the FFN blocks cannot be located.
+    """
+    if (profile is None) == (policy is None):
+        raise ConfigError("give skipping() either a profile or policy=SkipPolicy(...), not both or none")
+    if policy is not None and target_skip_ratio is not None:
+        raise ConfigError("target_skip_ratio chooses among a profile's operating points; pass a profile")
+    if prompt_tokens != 1 and not teacher_forced:
+        raise ConfigError("prompt_tokens has a meaning only with teacher_forced=True")
+    if prompt_tokens < 1:
+        raise ConfigError(f"prompt_tokens {prompt_tokens} is below 1: a first token cannot be predicted")
+    if engine not in ("auto", "eager"):
+        raise ConfigError(f"engine {engine!r} is not one of auto, eager")
+    if profile is not None:
+        profile.check_fits(unwrap(model))
+        policy = profile.policy_for(target_skip_ratio)
+    assert policy is not None
+    return SkipSession(model, policy, teacher_forced, prompt_tokens, engine, architecture)
+
+
+class SkipSession:
+    """One use of a model under a policy. Enter it once; read `report` inside or afterwards."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: SkipPolicy,
+        teacher_forced: bool,
+        prompt_tokens: int,
+        engine: str,
+        architecture: Architecture | None,
+    ) -> None:
+        """Use `skipping`, which checks the arguments."""
+        self.policy = policy
+        self._outer = model
+        self._model = unwrap(model)
+        self._teacher_forced = teacher_forced
+        self._prompt_tokens = prompt_tokens
+        self._requested_engine = engine
+        self._architecture = architecture
+        self._engine: EagerEngine | None = None
+        self._handles: list[Any] = []
+        self._patches = InstancePatches()
+        self._steps = 0
+        self._ruled_steps = 0
+        self._prefill_end = 0
+        self._clock: TokenClock | None = None
+
+    def __enter__(self) -> Self:
+        """Prepare the model; nothing is changed on it when this raises."""
+        if self._engine is not None:
+            raise SessionError("this session was entered before; call skipping(...) again for a new one")
+        if self._model in _sessions:
+            raise SessionError("the model is already inside a skipping(...) block; leave that one first")
+        _refuse_unfit(self._outer, self._model)
+        architecture = self._architecture or locate(self._model)
+        self.policy.check_layers(architecture.num_layers)
+        self._engine = EagerEngine(architecture, CosineRule(self.policy))
+        _sessions[self._model] = self
+        try:
+            self._engine.attach()
+            self._attach(architecture)
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the model as it was found."""
+        self._detach()
+        if kind is None and self._steps == 0:
+            logger.warning(
+                "no decode step ran inside skipping(...): only the full model was used. "
+                "For forward passes over a known text pass teacher_forced=True."
+            )
+
+    @property
+    def report(self) -> SkipReport:
+        """What was decoded and skipped so far."""
+        if self._engine is None:
+            raise SessionError("there is no report before the session is entered; use `with skipping(...)`")
+        reason = "asked for" if self._requested_engine == "eager" else "the only engine of this version"
+        return SkipReport(
+            decode_steps=self._steps,
+            decode_steps_after_warm_up=self._ruled_steps,
+            skipped_per_layer=tuple(self._engine.skipped_per_layer),
+            weight_bytes_saved=self._engine.weight_bytes_saved,
+            engine=self._engine.name,
+            engine_reason=reason,
+        )
+
+    # What is set on the model, and how it goes away
+
+    def _attach(self, architecture: Architecture) -> None:
+        model, stack = self._model, architecture.stack
+        self._stack_signature = inspect.signature(stack.forward)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
+        ]
+        self._patches.set(model, "generate", self._generating(model.generate))
+        for name in CONTINUOUS_BATCHING:
+            self._patches.set(model, name, refuse_continuous_batching)
+
+    def _detach(self) -> None:
+        assert self._engine is not None
+        self._engine.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._patches.restore()
+        _sessions.pop(self._model, None)
+
+    # Which tokens of a forward pass are decode steps
+
+    def _before_model(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._model.training:
+            raise SessionError("the model is in training mode; call model.eval() before skipping(...)")
+        if kwargs.get("labels") is not None and not self._teacher_forced:
+            raise SessionError(
+                "a loss over labels would be the full model's, for nothing is skipped in a parallel "
+                "forward pass; pass teacher_forced=True"
+            )
+
+    def _before_stack(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = call_arguments(self._stack_signature, args, kwargs)
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"] if tokens is None else tokens
+        batch, length = tokens.shape[:2]
+        if self._teacher_forced:
+            steps, real = self._known_text_steps(given, batch, length, tokens.device)
+            self._begin(steps, real)
+            return
+        cache = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        step = self._decode_step(past, length)
+        if step is None:
+            self._begin(None, None)
+            return
+        steps = torch.full((batch,), step, device=tokens.device)
+        self._begin(steps, self._clock.live(batch) if self._clock is not None else None)
+
+    def _known_text_steps(
+        self, given: dict[str, Any], batch: int, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode step of each position of a teacher-forced pass (negative: prefill), and no pads."""
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise SessionError(
+                "teacher forcing needs a 2-D attention mask, [batch, seq]: positions are counted by it"
+            )
+        if mask is None:
+            positions = torch.arange(past, past + length, device=device).expand(batch, -1)
+            real = None
+        else:
+            positions = (mask.long().cumsum(-1) - 1)[:, -length:]
+            real = mask[:, -length:].bool()
+        asked = given.get("position_ids")
+        if asked is not None:
+            different = asked.expand_as(positions) != positions
+            if bool((different if real is None else different & real).any()):
+                raise SessionError(
+                    "position_ids restart or jump within a row; teacher forcing takes a row for one "
+                    "text, so pass packed sequences as rows of their own"
+                )
+        return (positions - self._prompt_tokens).reshape(-1), None if real is None else real.reshape(-1)
+
+    def _decode_step(self, past: int, length: int) -> int | None:
+        """Index of the decode step that this pass is, None for a prefill."""
+        if self._clock is not None:  # inside generate()
+            if self._clock.emitted == 0:
+                return None
+            if length != 1:
+                raise SessionError(
+                    f"generate() decoded {length} tokens in one pass; skipping needs a cache and one "
+                    "token a pass (use_cache=True, no assisted decoding)"
+                )
+            return self._clock.emitted - 1
+        if past == 0 or length > 1:
+            self._prefill_end = past + length
+            return None
+        return past - self._prefill_end
+
+    def _begin(self, steps: Tensor | None, counted: Tensor | None) -> None:
+        """Tell the engine which tokens are past the warm-up, and count the decode steps."""
+        assert self._engine is not None
+        if steps is None:
+            self._engine.begin(None, None)
+            return
+        decoded, ruled = steps >= 0, steps >= self.policy.warm_up_tokens
+        if counted is not None:
+            counted = counted.to(steps.device)
+            decoded, ruled_counted = decoded & counted, ruled & counted
+        else:
+            ruled_counted = ruled
+        self._steps += int(decoded.sum())
+        self._ruled_steps += int(ruled_counted.sum())
+        self._engine.begin(ruled if bool(ruled.any()) else None, counted)
+
+    # generate()
+
+    def _generating(self, original: Any) -> Any:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            options = call_arguments(signature, args, kwargs)
+            if self._teacher_forced:
+                raise SessionError("a teacher_forced session does not generate; open one without it")
+            settings = GenerateOptions(options, self._model.generation_config)
+            settings.refuse_unfit()
+            options["stopping_criteria"], self._clock = settings.criteria()
+            # With a static cache on a GPU generate() would compile the forward, past our modules.
+            options["disable_compile"] = True
+            try:
+                return original(**options)
+            finally:
+                self._clock = None
+
+        return generate
+
+
+def _refuse_unfit(outer: nn.Module, model: nn.Module) -> None:
+    if model.training:
+        raise SessionError("the model is in training mode; call model.eval() before skipping(...)")
+    for module in (outer, *model.modules()):
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise SessionError(
+                f"{type(module).__name__} is compiled, and a compiled forward ignores what is set on "
+                "its modules; pass the model as it was before torch.compile"
+            )

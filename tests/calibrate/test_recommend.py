@@ -1,0 +1,124 @@
+"""Thresholds and predicted ratios against running the rule token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from skipcal.calibrate.recommend import (
+    CLOSED_LOOP_PASSES,
+    CLOSED_LOOP_TOLERANCE,
+    RealisedCurve,
+    check_reachable,
+    predicted_skip_ratio,
+    predicted_threshold,
+    target_ratios,
+)
+from skipcal.errors import TargetOutOfReach
+from skipcal.runtime.policy import SkipPolicy
+
+
+def naive_ratio(cosine: np.ndarray, policy: SkipPolicy) -> float:
+    skipped = 0
+    for token in cosine:
+        armed, count = False, 0
+        for layer, value in enumerate(token):
+            inside = policy.cold_s <= layer < policy.cold_e
+            if inside and armed and (policy.max_skips is None or count < policy.max_skips):
+                count += 1
+            elif inside and not armed and value >= np.float32(policy.threshold):
+                armed = True
+        skipped += count
+    return skipped / cosine.size
+
+
+def clean(tokens: int = 200, layers: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((tokens, layers)).astype(np.float32)
+
+
+POLICIES = [
+    SkipPolicy(cold_s=s, cold_e=e, threshold=0.5, max_skips=k)
+    for s, e in [(1, 11), (3, 8), (5, 6), (4, 4), (0, 12)]
+    for k in [None, 1, 3]
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("threshold", [-1.0, 0.1, 0.6, 0.93, 1.5])
+def test_the_predicted_ratio_is_that_of_the_rule(policy: SkipPolicy, threshold: float) -> None:
+    policy = replace(policy, threshold=threshold)
+    assert predicted_skip_ratio(clean(), policy) == pytest.approx(naive_ratio(clean(), policy), abs=1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_the_threshold_is_the_highest_that_reaches_the_target(policy: SkipPolicy, share: float) -> None:
+    cosine = clean()
+    target = share * policy.most_skips() / 12
+    if target == 0:
+        pytest.skip("a region of one layer or none skips nothing")
+    threshold = predicted_threshold(cosine, policy, target)
+    assert naive_ratio(cosine, replace(policy, threshold=threshold)) >= target - 1e-12
+    higher = cosine[cosine > threshold]
+    if higher.size:
+        next_higher = float(higher.min())
+        assert naive_ratio(cosine, replace(policy, threshold=next_higher)) < target
+
+
+def test_without_a_bound_the_threshold_is_a_quantile_of_the_running_maxima() -> None:
+    cosine = clean(tokens=500)
+    policy = SkipPolicy(cold_s=2, cold_e=10, threshold=0.0)
+    maxima = np.sort(np.maximum.accumulate(cosine[:, 2:9], axis=1).ravel())[::-1]
+    needed = int(np.ceil(0.3 * cosine.size))
+    assert predicted_threshold(cosine, policy, 0.3) == float(maxima[needed - 1])
+
+
+def test_reach_and_targets() -> None:
+    policy = SkipPolicy(cold_s=2, cold_e=10, threshold=0.9)
+    assert target_ratios(policy, 30) == [0.05, 0.1, 0.15, 0.2]  # 7 / 30 = 0.233
+    assert target_ratios(replace(policy, max_skips=3), 30) == [0.05, 0.1]
+    assert target_ratios(replace(policy, cold_e=2), 30) == []
+    check_reachable(policy, 7 / 30, 30)
+    with pytest.raises(TargetOutOfReach, match=r"allows 0\.233 at most"):
+        check_reachable(policy, 0.25, 30)
+    with pytest.raises(TargetOutOfReach, match="max_skips 3"):
+        check_reachable(replace(policy, max_skips=3), 0.2, 30)
+
+
+def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
+    """Skipping lowers later cosines: the same threshold realises less than the clean trace predicts."""
+    cosine = clean(tokens=4000)
+    policy = SkipPolicy(cold_s=1, cold_e=11, threshold=0.0)
+    calls = []
+
+    def drifting(tried: SkipPolicy) -> float:
+        calls.append(tried.threshold)
+        return predicted_skip_ratio(cosine * np.float32(0.97), tried)
+
+    curve = RealisedCurve(cosine, policy, drifting)
+    targets = target_ratios(policy, 12)
+    for target in targets[:-1]:
+        threshold, realised = curve.threshold(target)
+        assert realised == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
+        assert (
+            predicted_skip_ratio(cosine * np.float32(0.97), replace(policy, threshold=threshold)) == realised
+        )
+    assert len(calls) <= 3 * len(targets)
+
+
+def test_the_loop_ends_where_no_threshold_meets_the_target() -> None:
+    """A measurement that jumps over the target: the nearer side is taken, in bounded time."""
+    cosine = clean()
+    policy = SkipPolicy(cold_s=1, cold_e=11, threshold=0.0)
+    calls = []
+
+    def jumping(tried: SkipPolicy) -> float:
+        calls.append(tried.threshold)
+        return 0.1 if tried.threshold > 0.9 else 0.6
+
+    threshold, realised = RealisedCurve(cosine, policy, jumping).threshold(0.3)
+    assert realised == 0.1
+    assert threshold > 0.9
+    assert len(calls) <= CLOSED_LOOP_PASSES

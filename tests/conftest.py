@@ -1,0 +1,94 @@
+"""What all tests share: the package on the path, tiny models, the embedded model."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands first
+os.environ["TQDM_DISABLE"] = "1"
+
+if importlib.util.find_spec("skipcal") is None:  # a clone that was never installed
+    link = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, link)  # takes the link away, not what it points to
+    (Path(link) / "skipcal").symlink_to(ROOT, target_is_directory=True)
+    sys.path.insert(0, link)
+    old = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{link}{os.pathsep}{old}" if old else link
+
+sys.path.insert(0, str(ROOT / "tests"))  # for `import oracle`
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+from skipcal.arch.check import tiny_model  # noqa: E402
+from skipcal.arch.loading import LoadedModel, load_model  # noqa: E402
+from skipcal.arch.locate import locate  # noqa: E402
+from skipcal.calibrate.pipeline import calibrate_model  # noqa: E402
+from skipcal.configs.run import ProfileConfig  # noqa: E402
+from skipcal.profiles.schema import SkipProfile  # noqa: E402
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def lively(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """A tiny model whose FFNs add about as much as is there, so that cosines differ by token.
+
+    Freshly initialised FFNs add next to nothing: every cosine would be 1.
+    """
+    model = tiny_model(model_type, **overrides)
+    for block in locate(model).blocks:
+        for name, parameter in torch.nn.ModuleList(block.chain).named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(14.0)
+            elif "bias" not in name:
+                parameter.add_(torch.rand_like(parameter) * 0.5)
+    model.generation_config.eos_token_id = None  # rows of random tokens should not end by chance
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture
+def tiny() -> PreTrainedModel:
+    return lively("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm() -> LoadedModel:
+    return load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm_profile(smollm: LoadedModel) -> SkipProfile:
+    """A small but real profile of the embedded model: a few prompts, few passes."""
+    config = ProfileConfig(
+        prompts=4, prompt_tokens=16, new_tokens=24, warm_up_tokens=4, closed_loop_prompts=2, max_skips=3
+    )
+    with torch.no_grad():
+        return calibrate_model(smollm, config).profile
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of unlike rows, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,317 @@
+"""The profile: round trips, precise refusals, operating points, the check against a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipcal.arch.check import tiny_model
+from skipcal.arch.loading import fingerprint
+from skipcal.errors import (
+    ConfigError,
+    OutputExists,
+    ProfileError,
+    ProfileMismatch,
+    TargetOutOfReach,
+    Unavailable,
+)
+from skipcal.profiles.files import dump_json
+from skipcal.profiles.schema import SkipProfile, model_slug, shipped_profiles
+
+LAYERS = 4
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """A small valid profile, as the file has it."""
+    statistics = {
+        "count": [10] * LAYERS,
+        "histogram": [[10, *[0] * 199]] * LAYERS,
+        **{key: [0.5] * LAYERS for key in ("mean", "min", "q05", "q25", "q50", "q75", "q95")},
+        **{key: [0.1] * LAYERS for key in ("std", "norm_ratio_mean")},
+    }
+    point = {"predicted_skip_ratio": 0.1, "realised_skip_ratio": 0.1, "verified_skip_ratio": None}
+    return {
+        "format": "skipcal.profile/1",
+        "model": {
+            "name": "org/tiny", "revision": None, "model_type": "llama", "num_layers": LAYERS,
+            "hidden_size": 32, "intermediate_size": 48, "dtype": "float32", "quantization": None,
+            "fingerprint": "0" * 64, "trust_remote_code": False,
+        },
+        "calibration": {
+            "mode": "generate", "corpora": [], "prompt_tokens": 8, "new_tokens": 8, "seed": 0,
+            "chat_template": False, "closed_loop": "teacher-forced",
+        },
+        "layers": {"pooled": statistics},
+        "regions": {
+            "cold_s": 1, "cold_e": 3, "method": "isotonic", "fit_r2": 0.9, "monotonicity": None,
+            "cold_s_interval": [1, 1], "cold_e_interval": [2, 3], "warnings": [],
+        },
+        "policy": {
+            "rule": "cosine", "cold_s": 1, "cold_e": 3, "threshold": 0.9, "warm_up_tokens": 25,
+            "max_skips": None,
+        },
+        "operating_points": [
+            {"target_skip_ratio": 0.05, "threshold": 0.95, **point},
+            {"target_skip_ratio": 0.1, "threshold": 0.9, **point},
+            {"target_skip_ratio": 0.2, "threshold": 0.8, **point},
+        ],
+        "environment": {
+            "skipcal": "0", "python": "3", "torch": "2", "transformers": "5", "device": "cpu",
+            "created_at": "2026-01-01T00:00:00+00:00",
+        },
+        "config": {"prompts": 2},
+        **changes,
+    }  # fmt: skip
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> SkipProfile:
+    return SkipProfile.load(write(tmp_path / "valid.json", document()))
+
+
+def test_a_profile_round_trips_byte_for_byte(tmp_path: Path, profile: SkipProfile) -> None:
+    path = tmp_path / "a.json"
+    profile.save(path)
+    text = path.read_text()
+    assert text.endswith("}\n")
+    assert text == dump_json(json.loads(text))  # sorted keys
+    again = SkipProfile.load(path)
+    assert again == profile
+    assert again.to_json() == text
+    assert json.loads(text) == document()
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_every_shipped_profile_loads_and_is_canonical(name: str) -> None:
+    shipped = SkipProfile.load(name)
+    path = Path(__file__).resolve().parents[2] / "profiles" / f"{name}.json"
+    assert shipped.to_json() == path.read_text(encoding="utf-8")
+    assert shipped.model.num_layers == len(shipped.layers["pooled"].mean)
+    ratios = [point.target_skip_ratio for point in shipped.operating_points]
+    assert ratios == sorted(ratios)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path, profile: SkipProfile) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("mine")
+    with pytest.raises(OutputExists, match="--overwrite"):
+        profile.save(path)
+    assert path.read_text() == "mine"
+    profile.save(path, overwrite=True)
+    assert SkipProfile.load(path) == profile
+
+
+def test_unknown_top_level_keys_are_kept_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = write(tmp_path / "newer.json", document(pareto=[{"kl": 0.1}]))
+    with caplog.at_level(logging.WARNING):
+        loaded = SkipProfile.load(newer)
+    assert "['pareto']" in caplog.text
+    assert json.loads(loaded.to_json())["pareto"] == [{"kl": 0.1}]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(document()))
+    *parents, last = path.split(".")
+    place: Any = result
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format", "skipcal.profile/2", "format is 'skipcal.profile/2', expected 'skipcal.profile/1'"),
+        ("format", ..., "format is None"),
+        ("model", ..., "model: Field required"),
+        ("model.num_layers", "4", r"model\.num_layers: .*valid integer, got '4'"),
+        ("model.num_layers", 0, r"model\.num_layers: .*greater than or equal to 1"),
+        ("model.num_layers", 5, r"expected 5 entries"),
+        ("policy.threshold", 98.0, r"policy: threshold 98\.0 is not within"),
+        ("policy.threshold", None, r"policy\.threshold"),
+        ("policy.treshold", 0.9, r"policy\.treshold: "),
+        ("policy.rule", "magic", r"policy\.rule"),
+        ("policy.cold_e", 0, "policy: cold_s 1 and cold_e 0 are no layer range"),
+        ("policy.cold_e", 9, r"expected regions and policy within \[0, 4\]"),
+        ("layers.pooled", ..., "expected an entry 'pooled'"),
+        ("layers.pooled.mean", [0.5] * 3, "expected lists of one length"),
+        ("layers.pooled.mean.1", 1.5, r"layers\.pooled\.mean\.1: .*less than or equal to 1, got 1\.5"),
+        ("layers.pooled.histogram.0", [10], "expected 200 bins"),
+        ("operating_points.1.threshold", "high", r"operating_points\.1\.threshold"),
+        ("operating_points.0.target_skip_ratio", 25, r"operating_points\.0\.target_skip_ratio"),
+        ("calibration.mode", "train", r"calibration\.mode"),
+        ("regions.surprise", 1, r"regions\.surprise: Extra inputs"),
+    ],
+)
+def test_a_malformed_profile_names_field_value_and_expectation(
+    tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    file = write(tmp_path / "bad.json", changed(path, value))
+    with pytest.raises(ProfileError, match=message) as refused:
+        SkipProfile.load(file)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", "7", '"profile"', "\ufeff{}", "{'a': 1}", "[" * 100_000,
+        json.dumps(document())[:-30], json.dumps(document()).replace("0.9", "NaN"),
+        json.dumps(document()).replace("0.9", "1e999"),
+    ],
+)  # fmt: skip
+def test_text_that_is_no_profile_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ProfileError) as refused:
+        SkipProfile.load(write(tmp_path / "bad.json", text))
+    assert "\n" not in str(refused.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ProfileError, match="no valid JSON"):
+        SkipProfile.load(tmp_path / "bad.json")
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipcal.profiles.schema.MAX_PROFILE_BYTES", 100)
+    with pytest.raises(ProfileError, match="larger than"):
+        SkipProfile.load(write(tmp_path / "big.json", document()))
+
+
+def test_a_name_that_is_nothing_lists_what_is_shipped() -> None:
+    with pytest.raises(Unavailable, match="no file and no shipped profile"):
+        SkipProfile.load("no-such-profile")
+
+
+# Operating points
+
+
+def test_targets_choose_and_interpolate_thresholds(profile: SkipProfile) -> None:
+    assert profile.policy_for() == profile.policy
+    assert profile.policy_for(0.1).threshold == 0.9
+    assert profile.policy_for(0.15).threshold == pytest.approx(0.85)
+    assert profile.policy_for(0.075).threshold == pytest.approx(0.925)
+    assert profile.policy_for(0.0).threshold > 1  # the full model
+
+
+@pytest.mark.parametrize("target", [0.04, 0.21, 1.0])
+def test_targets_beyond_the_points_are_refused(profile: SkipProfile, target: float) -> None:
+    with pytest.raises(TargetOutOfReach, match=r"from 0\.05 to 0\.2"):
+        profile.policy_for(target)
+
+
+@pytest.mark.parametrize("target", [-0.1, 25.0, math.nan])
+def test_targets_that_are_no_fractions_are_refused(profile: SkipProfile, target: float) -> None:
+    with pytest.raises(ConfigError, match="not a percentage"):
+        profile.policy_for(target)
+
+
+# Models
+
+
+def test_another_shape_is_an_error_and_other_weights_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    own = changed("model.fingerprint", fingerprint(model))
+    with caplog.at_level(logging.WARNING):
+        SkipProfile.load(write(tmp_path / "own.json", own)).check_fits(model)
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        SkipProfile.load(write(tmp_path / "other.json", document())).check_fits(model)
+    assert "other weights" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        SkipProfile.load(write(tmp_path / "half.json", changed("model.dtype", "bfloat16"))).check_fits(model)
+    assert "made in bfloat16, the model runs in float32" in caplog.text
+    for path, value, message in [
+        ("model.hidden_size", 64, "hidden size 64, the model's is 32"),
+        ("model.model_type", "gemma2", "model type 'gemma2', the model's is 'llama'"),
+    ]:
+        other = SkipProfile.load(write(tmp_path / "foreign.json", changed(path, value)))
+        with pytest.raises(ProfileMismatch, match=message):
+            other.check_fits(model)
+
+
+# Folders and frames
+
+
+def test_a_profile_lives_beside_a_models_own_files(tmp_path: Path, profile: SkipProfile) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "m")
+    before = (tmp_path / "m" / "config.json").read_bytes()
+    profile.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").read_bytes() == before
+    assert SkipProfile.from_pretrained(tmp_path / "m") == profile
+    profile.save_pretrained(tmp_path / "m")  # like save_pretrained elsewhere, it replaces its own file
+    with pytest.raises(OutputExists):
+        profile.save_pretrained(tmp_path / "m", overwrite=False)
+
+
+def test_a_folder_or_repository_without_a_profile_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"skip_profile\.json"):
+        SkipProfile.from_pretrained(tmp_path)
+    with pytest.raises(Unavailable, match="nobody/nothing"):
+        SkipProfile.from_pretrained("nobody/nothing")
+
+
+def test_pushing_uploads_the_profile_alone(
+    tmp_path: Path, profile: SkipProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network in tests: what would be uploaded is recorded at the library's boundary."""
+    uploaded: dict[str, list[str]] = {}
+
+    class Card:
+        def save(self, path: str) -> None:
+            Path(path).write_text("the repository's own card")
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        return type("Url", (), {"repo_id": "me/tiny"})()
+
+    def upload(self: Any, folder: str, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        uploaded[repo_id] = sorted(p.name for p in Path(folder).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    monkeypatch.setattr("transformers.utils.hub.create_repo", create, raising=False)  # where 5.17 has it
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: Card())
+    monkeypatch.setattr(SkipProfile, "_upload_modified_files", upload)
+    profile.push_to_hub("me/tiny")
+    assert uploaded == {"me/tiny": ["README.md", "skip_profile.json"]}
+
+
+def test_the_frame_is_long_and_complete(profile: SkipProfile) -> None:
+    frame = profile.to_frame()
+    assert list(frame.columns) == ["corpus", "layer", "part", "stat", "value", "n"]
+    assert len(frame) == LAYERS * 9
+    assert set(frame["part"]) == {"generated"}
+    assert frame[(frame.stat == "std") & (frame.layer == 2)].value.item() == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("meta-llama/Llama-2-13b-chat-hf", "llama-2-13b-chat-hf"),
+        ("/data/models/My Model/", "my-model"),
+        (None, "smollm2-135m-instruct"),
+        ("..", "model"),
+    ],
+)
+def test_slugs(name: str | None, slug: str) -> None:
+    assert model_slug(name) == slug
