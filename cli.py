@@ -94,9 +94,9 @@ def profile(
         from skipcal.profiles.summary import summarize
 
         result = calibrate_model(_load(settings.model_dump()), settings)
+        result.profile.save(target, overwrite=settings.overwrite)
         if traced:
             write_trace(result.traces, traced, overwrite=settings.overwrite)
-        result.profile.save(target, overwrite=settings.overwrite)
         console.document(result.profile.to_json(), summarize(result.profile))
         console.say(f"\nwrote {target}; next: skipcal plot {target} -o curve.png")
 
@@ -167,6 +167,8 @@ def generate(
         limit = 128 if new_tokens is None else new_tokens
         if limit < 1:
             raise ConfigError(f"--new-tokens {limit} cannot be used: expected 1 or more")
+        if seed is not None and seed < 0:
+            raise ConfigError(f"--seed {seed} cannot be used: expected 0 or more")
         if seed is not None and not do_sample:
             raise ConfigError(f"--seed {seed} has no effect on greedy decoding; add --do-sample")
         found = SkipProfile.load(source)

@@ -59,15 +59,26 @@ def load_model(
     target = None if device_map else _device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # from a missing file to a truncated one: there are dozens of classes
+        for option, value in (("attn_implementation", attn_implementation), ("device_map", device_map)):
+            if value and (option in str(error) or value in str(error)):
+                raise ConfigError(f"{option} {value!r} cannot be used: {_first_words(error)}") from error
         raise Unavailable(_unavailable(source, error)) from error
+    model, found = result
+    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    if lacking:  # transformers would go on with random numbers in their place
+        raise Unavailable(
+            f"model {source!r} lacks weights for {len(lacking)} parameters of {type(model).__name__} "
+            f"({', '.join(lacking[:3])}, ...); give a checkpoint of a causal language model"
+        )
     if target is not None:
         model = model.to(target)
     return LoadedModel(
@@ -79,10 +90,10 @@ def load_model(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Sha256 over every parameter's name, shape and a few values, the same in any dtype of one load.
+    """Sha256 over every parameter's name, shape and a few values, in bfloat16.
 
-    Offloaded parameters count with name and shape only. It tells a fine-tune from its base; it is
-    no proof that two files are equal.
+    It tells a fine-tune from its base; it is no proof that two files are equal. Comparable between
+    models of one dtype, none of them offloaded.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -109,12 +120,14 @@ def _device(device: str | None) -> torch.device:
 
 
 def _unavailable(source: str, error: Exception) -> str:
-    first = " ".join(str(error).split())
-    if len(first) > 200:
-        first = first[:200] + " ..."
     hint = (
         "a local folder needs config.json, weights and tokenizer files"
         if Path(source).exists()
         else "give a folder or a hub id, and check the network, HF_HUB_OFFLINE and your access token"
     )
-    return f"model {source!r} could not be loaded ({type(error).__name__}: {first}); {hint}"
+    return f"model {source!r} could not be loaded ({type(error).__name__}: {_first_words(error)}); {hint}"
+
+
+def _first_words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else words[:200] + " ..."

@@ -18,6 +18,7 @@ from skipcal.arch.families import FAMILIES, Family
 from skipcal.errors import UnsupportedModel
 
 PROOF_TOKENS = 8
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # h + f is formed here in float32 and rounded by the layer in its own dtype, after a possible
 # scaling: two roundings of half an eps, and the same again for the order of operations.
 PROOF_TOLERANCE_EPS = 2.0
@@ -25,18 +26,17 @@ PROOF_TOLERANCE_EPS = 2.0
 
 @dataclass(frozen=True)
 class Block:
-    """The FFN block of one decoder layer: `chain[0]` is given `h`, `chain[-1]` returns `f/scale`."""
+    """The FFN block of one decoder layer: `chain[0]` is given `h`, `chain[-1]` returns `f/scale`.
+
+    weight_bytes: bytes that one token does not read when the block is skipped; of a mixture's
+                  experts those that one token is routed to.
+    """
 
     index: int
     layer: nn.Module
     chain: tuple[nn.Module, ...]
     scale: float
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of parameters that a token does not need when this block is skipped."""
-        seen = {id(p): p for module in self.chain for p in module.parameters()}
-        return sum(p.numel() * p.element_size() for p in seen.values())
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ def locate(model: nn.Module) -> Architecture:
     inner = unwrap(model)
     model_type = inner.config.get_text_config().model_type
     listed = FAMILIES.get(model_type)
-    found: Literal["table", "structure"] = "table" if listed else "structure"
     tried: list[str] = []
-    for family in [listed] if listed else _guesses(inner):
+    # A listed text model may sit deeper, in a multimodal one: then its structure tells.
+    for family in (*([listed] if listed else []), *_guesses(inner)):
+        found: Literal["table", "structure"] = "table" if family is listed else "structure"
         candidate = _resolve(inner, model_type, family, found)
         if isinstance(candidate, str):
             tried.append(candidate)
             continue
-        error, where = _prove(candidate)
+        error, where = _prove(inner, candidate)
         if where is None:
             return Architecture(**{**candidate.__dict__, "proof_error": error})
         tried.append(f"{' -> '.join(family.chain)}: {where}")
@@ -116,8 +117,10 @@ def observe(blocks: tuple[Block, ...], observer: BlockObserver) -> Iterator[None
 
     def after(block: Block) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            h = entered.pop(block.index, None)
             f = output[0] if isinstance(output, tuple) else output
-            observer(block.index, entered.pop(block.index), f * block.scale if block.scale != 1.0 else f)
+            if h is not None:  # else the chain is not called in this order, and the proof says so
+                observer(block.index, h, f * block.scale if block.scale != 1.0 else f)
 
         return hook
 
@@ -144,17 +147,21 @@ def _guesses(model: PreTrainedModel) -> Iterator[Family]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
-        for chain, scale in chains:
-            if all(_has(module[0], name) for name in (*chain, *([scale] if scale else []))):
-                yield Family(layers=path, chain=chain, scale=scale)
+        guesses = [Family(layers=path, chain=chain, scale=scale) for chain, scale in chains]
+        yield from (family for family in guesses if not _missing(module[0], family))
 
 
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        attrgetter(path)(layer)
-    except AttributeError:
-        return False
-    return True
+def _missing(layer: nn.Module, family: Family) -> list[str]:
+    """Names of the family that the layer lacks; some layers carry a None in a module's place."""
+    missing = []
+    for name in (*family.chain, *([family.scale] if family.scale else [])):
+        try:
+            found = attrgetter(name)(layer)
+        except AttributeError:
+            found = None
+        if found is None or (name in family.chain and not isinstance(found, nn.Module)):
+            missing.append(name)
+    return missing
 
 
 def _resolve(
@@ -165,15 +172,15 @@ def _resolve(
         layers = model.get_submodule(family.layers)
     except AttributeError:
         return f"{family.layers}: no such list of layers"
+    config = model.config.get_text_config()
     blocks = []
     for index, layer in enumerate(layers.children()):
-        missing = [name for name in (*family.chain, family.scale) if name and not _has(layer, name)]
-        if missing:
+        if missing := _missing(layer, family):
             return f"{family.layers}[{index}] ({type(layer).__name__}) has no {', '.join(missing)}"
         chain = tuple(attrgetter(name)(layer) for name in family.chain)
         scale = float(attrgetter(family.scale)(layer)) if family.scale else 1.0
-        blocks.append(Block(index=index, layer=layer, chain=chain, scale=scale))
-    config = model.config.get_text_config()
+        weight_bytes = _bytes_read(chain, config)
+        blocks.append(Block(index=index, layer=layer, chain=chain, scale=scale, weight_bytes=weight_bytes))
     return Architecture(
         model_type=model_type,
         found=found,
@@ -184,6 +191,19 @@ def _resolve(
         intermediate_size=_ffn_width(config),
         proof_error=math.nan,
     )
+
+
+def _bytes_read(chain: tuple[nn.Module, ...], config: Any) -> int:
+    """Bytes of parameters and buffers (quantized weights are buffers in some formats) per token."""
+    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
+    routed = getattr(config, "num_experts_per_tok", None)
+    share = routed / experts if experts and routed else 1.0
+    seen: dict[int, float] = {}
+    for module in chain:
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            part = share if name.startswith("experts.") or ".experts." in name else 1.0
+            seen[id(tensor)] = part * tensor.numel() * tensor.element_size()
+    return round(sum(seen.values()))
 
 
 def _ffn_width(config: Any) -> int | None:
@@ -197,7 +217,7 @@ def _ffn_width(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def _prove(arch: Architecture) -> tuple[float, str | None]:
+def _prove(model: PreTrainedModel, arch: Architecture) -> tuple[float, str | None]:
     """Largest relative error of `h_i + f_i == output_i`, and the first layer that fails, in words."""
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     outputs: dict[int, Tensor] = {}
@@ -208,14 +228,14 @@ def _prove(arch: Architecture) -> tuple[float, str | None]:
 
         return hook
 
-    vocabulary = arch.stack.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.arange(1, PROOF_TOKENS + 1, device=input_device(arch.stack))[None] % vocabulary
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, PROOF_TOKENS + 1, device=input_device(model))[None] % vocabulary
     handles = [b.layer.register_forward_hook(keep_output(b.index)) for b in arch.blocks]
-    modes = [(module, module.training) for module in arch.stack.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        arch.stack.eval()  # dropout sits between the FFN and the sum in some families
+        model.eval()  # dropout sits between the FFN and the sum in some families
         with observe(arch.blocks, lambda index, h, f: parts.update({index: (h, f)})):
-            arch.stack(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for module, training in modes:
             module.training = training
@@ -226,10 +246,11 @@ def _prove(arch: Architecture) -> tuple[float, str | None]:
     for block in arch.blocks:
         if block.index not in parts or block.index not in outputs:
             return math.nan, f"layer {block.index}: the modules were not called in that order"
-        h, f = (part.float() for part in parts[block.index])
-        output = outputs[block.index]
-        scale = max(h.abs().max().item(), f.abs().max().item(), torch.finfo(torch.float32).tiny)
-        error = ((h + f).reshape(-1) - output.float().reshape(-1)).abs().max().item() / scale
+        h, f = (part.float().reshape(-1, part.shape[-1]) for part in parts[block.index])
+        output = outputs[block.index].reshape(h.shape)
+        # Token by token: one token with a huge activation must not hide the others' errors.
+        scale = torch.maximum(h.abs().amax(-1), f.abs().amax(-1)).clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((((h + f) - output.float()).abs().amax(-1) / scale).max())
         limit = PROOF_TOLERANCE_EPS * torch.finfo(output.dtype).eps
         if not error <= limit:
             return (

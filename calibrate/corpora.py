@@ -80,8 +80,8 @@ def resolve_corpora(
     """Corpora by name (a known one, else a hub id) and by local file (PATH or NAME=PATH)."""
     corpora = []
     for name in names:
-        known = KNOWN_CORPORA.get(name)
-        corpora.append(known or Corpus(name, name, text_column=text_column))
+        known = KNOWN_CORPORA.get(name, Corpus(name, name))
+        corpora.append(replace(known, text_column=text_column))
     for entry in data_files:
         label, separator, path = entry.partition("=")
         if not separator or Path(entry).exists():
@@ -114,6 +114,8 @@ def sample_corpus(
     Raises Unavailable when the text cannot be read, or is too short for so many.
     """
     wanted = prompts + held_out
+    if not corpus.local and corpus.source != "embedded" and corpus.revision is None:
+        corpus = replace(corpus, revision=_commit(corpus))
     digest = _sha256(Path(corpus.source)) if corpus.local else None
     if corpus.stream:
         rows, documents, short = _windows(corpus, tokenizer, wanted, prompt_tokens, seed)
@@ -248,6 +250,14 @@ def _data_errors(corpus: Corpus) -> Iterator[None]:
             f"corpus {corpus.name!r} ({corpus.source}) could not be read "
             f"({type(error).__name__}: {reason}); {advice}"
         ) from error
+
+
+def _commit(corpus: Corpus) -> str | None:
+    """The commit a hub data set is at now: it is read at that commit, and recorded."""
+    from huggingface_hub import HfApi
+
+    with _data_errors(corpus):
+        return HfApi().dataset_info(corpus.source).sha
 
 
 def _sha256(path: Path) -> str:

@@ -27,7 +27,7 @@ from skipcal.calibrate.recommend import (
     predicted_threshold,
     target_ratios,
 )
-from skipcal.calibrate.regions import find_regions
+from skipcal.calibrate.regions import check_region, find_regions
 from skipcal.calibrate.saturation import Trace, pooled_statistics
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import ConfigError, Unavailable
@@ -49,6 +49,13 @@ from skipcal.runtime.session import skipping
 logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET_SKIP_RATIO = 0.25  # the paper's 25-30 %
+MISSED = 0.02  # a realised skip ratio this far from its target is worth a warning
+
+
+_ENDED_EARLY = (
+    "every text ended within the warm-up, so no skip ratio can be measured; lower --warm-up-tokens or "
+    "take more prompts"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def calibrate_model(loaded: LoadedModel, config: ProfileConfig | None = None) ->
     config = config or ProfileConfig()
     architecture = locate(loaded.model)
     run = _Calibrator(loaded, architecture, config)
+    run.check()
     samples = run.samples()
     texts = [_Texts(sample, run.rows(sample)) for sample in samples]
     traces = [run.trace(text) for text in texts]
@@ -116,6 +124,30 @@ class _Calibrator:
         self._device = input_device(loaded.model)
         self._prompt_tokens = config.prompt_tokens if config.mode == "generate" else 1
 
+    def check(self) -> None:
+        """Refuse what can be refused before any text is read."""
+        config, layers = self._config, self._architecture.num_layers
+        given = self._given_region()
+        if given is not None:
+            check_region(*given, layers)
+        if config.target_skip_ratio is not None:  # the widest region there can be, if none is given
+            cold_s, cold_e = given or (1, layers - 1)
+            policy = SkipPolicy(cold_s=cold_s, cold_e=cold_e, threshold=1.0, max_skips=config.max_skips)
+            check_reachable(policy, config.target_skip_ratio, layers)
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        length = config.prompt_tokens + (config.new_tokens if config.mode == "generate" else 0)
+        if context and length > context:
+            raise ConfigError(
+                f"{length} tokens a row do not fit the model's context of {context}; lower "
+                "--prompt-tokens or --new-tokens"
+            )
+
+    def _given_region(self) -> tuple[int, int] | None:
+        config = self._config
+        if config.cold_s is None or config.cold_e is None:
+            return None
+        return config.cold_s, config.cold_e
+
     def samples(self) -> list[CorpusSample]:
         config = self._config
         corpora = resolve_corpora(config.corpora(), config.data_files, text_column=config.text_column)
@@ -150,8 +182,6 @@ class _Calibrator:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self._config.new_tokens,
-            do_sample=False,
-            num_beams=1,
             **_greedy_settings(self._model.generation_config),
         )
         bar.update(len(prompts))
@@ -196,15 +226,12 @@ class _Calibrator:
             weights=[len(trace.cosine) for trace in traces],
         )
         per_prompt = [_prompt_sums(trace) for trace in traces]
-        given = None
-        if config.cold_s is not None and config.cold_e is not None:
-            given = (config.cold_s, config.cold_e)
         return find_regions(
             curve,
             np.concatenate([sums for sums, _ in per_prompt]),
             np.concatenate([counts for _, counts in per_prompt]),
             seed=config.seed,
-            given=given,
+            given=self._given_region(),
         )
 
     def recommend(
@@ -224,10 +251,7 @@ class _Calibrator:
             check_reachable(base, config.target_skip_ratio, layers)
         cosine = np.concatenate([trace.after_warm_up(config.warm_up_tokens) for trace in traces])
         if not len(cosine):
-            raise ConfigError(
-                f"no token lies past the warm-up of {config.warm_up_tokens}; raise --new-tokens (in mode "
-                "prefill --prompt-tokens) or lower --warm-up-tokens"
-            )
+            raise Unavailable(_ENDED_EARLY)
         targets = target_ratios(base, layers)
         wanted = config.target_skip_ratio
         if wanted is not None and wanted > 0 and not any(math.isclose(wanted, t) for t in targets):
@@ -258,6 +282,8 @@ class _Calibrator:
             realised = None
             if rows:
                 threshold, realised = curve.threshold(target)
+                if abs(realised - target) > MISSED:
+                    logger.warning("target %.2f: the closest threshold found realises %.3f", target, realised)
             else:
                 threshold = predicted_threshold(cosine, base, target)
             points.append(
@@ -291,7 +317,11 @@ class _Calibrator:
         checked = []
         for point in tqdm(points, desc="verify", unit="point", disable=None):
             if point.threshold >= policy.threshold and prompts:
-                ratio = self._decoded(replace(policy, threshold=point.threshold), prompts)
+                try:
+                    ratio = self._decoded(replace(policy, threshold=point.threshold), prompts)
+                except Unavailable as error:  # no reason to lose what was measured so far
+                    logger.warning("target %.2f not verified: %s", point.target_skip_ratio, error)
+                    ratio = None
                 point = point.model_copy(update={"verified_skip_ratio": ratio})
             checked.append(point)
         return checked
@@ -329,10 +359,7 @@ class _Calibrator:
 
 def _known_ratio(report: SkipReport) -> float:
     if math.isnan(report.skip_ratio):
-        raise Unavailable(
-            "every text ended within the warm-up, so no skip ratio could be measured; lower "
-            "--warm-up-tokens or take more prompts"
-        )
+        raise Unavailable(_ENDED_EARLY)
     return report.skip_ratio
 
 
@@ -345,8 +372,19 @@ def _prompt_sums(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _greedy_settings(config: Any) -> dict[str, Any]:
-    """Overrides that keep a chat model's sampling settings from warning during greedy decoding."""
-    settings: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
+    """Overrides that make generate() plain greedy decoding, whatever a model's configuration adds."""
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "return_dict_in_generate": False,
+    }
     if config.pad_token_id is None:
         stops = _final_ids(config)
         settings["pad_token_id"] = min(stops) if stops else 0

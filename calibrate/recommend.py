@@ -8,6 +8,7 @@ threshold for a target is found by bisection over them, with or without `max_ski
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from skipcal.errors import TargetOutOfReach
 from skipcal.runtime.policy import SkipPolicy
 
 TARGET_STEP = 0.05
+_SLACK = 1e-9  # ratios are quotients of counts; 0.1 + 0.2 style rounding is no reason to refuse one
 CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
 CLOSED_LOOP_PASSES = 6  # per operating point, at most; two or three are usual
 
@@ -56,19 +58,21 @@ def predicted_threshold(cosine: np.ndarray, policy: SkipPolicy, target: float) -
 def check_reachable(policy: SkipPolicy, target: float, num_layers: int) -> None:
     """Raise TargetOutOfReach if no threshold skips `target` of all FFNs."""
     largest = policy.most_skips() / num_layers
-    if target > largest + 1e-9:
+    if target > largest + _SLACK:
+        allowed = math.floor(1000 * largest) / 1000
         bound = "" if policy.max_skips is None else f" and max_skips {policy.max_skips}"
         raise TargetOutOfReach(
             f"target skip ratio {target:g} is out of reach: the region [{policy.cold_s}, {policy.cold_e})"
-            f"{bound} of {num_layers} layers allows {largest:.3f} at most; lower --target-skip-ratio, or "
-            "widen the region with --cold-s and --cold-e"
+            f"{bound} of {num_layers} layers allows {allowed:.3f} at most; lower --target-skip-ratio, "
+            "or widen the region with --cold-s and --cold-e"
         )
 
 
 def target_ratios(policy: SkipPolicy, num_layers: int) -> list[float]:
-    """0.05, 0.10, ... up to the largest reachable ratio."""
+    """0.05, 0.10, ... up to the largest reachable ratio; that one alone if it is smaller."""
     largest = policy.most_skips() / num_layers
-    return [round(n * TARGET_STEP, 10) for n in range(1, int(largest / TARGET_STEP + 1e-9) + 1)]
+    steps = [round(n * TARGET_STEP, 10) for n in range(1, int(largest / TARGET_STEP + _SLACK) + 1)]
+    return steps or ([largest] if largest else [])
 
 
 class RealisedCurve:
@@ -95,6 +99,7 @@ class RealisedCurve:
 
     def threshold(self, target: float) -> tuple[float, float]:
         """The threshold whose realised skip ratio comes closest to `target`, and that ratio."""
+        target = min(target, self._points[1][0])
         tried: list[tuple[float, float]] = []
         for _ in range(CLOSED_LOOP_PASSES):
             guess = self._predicted_for(target)

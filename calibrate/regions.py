@@ -93,11 +93,7 @@ def find_regions(
     """
     fit = fit_regions(curve)
     cold_s, cold_e = given or (fit.cold_s, fit.cold_e)
-    if not 1 <= cold_s < cold_e <= len(curve) - 1:
-        raise ConfigError(
-            f"cold_s {cold_s} and cold_e {cold_e} are no region of {len(curve)} layers; "
-            f"expected 1 <= cold_s < cold_e <= {len(curve) - 1}"
-        )
+    check_region(cold_s, cold_e, len(curve))
     rho = _monotonicity(curve[cold_s:cold_e])
     intervals = (None, None) if given else _bootstrap(prompt_sums, prompt_counts, seed)
     return Regions(
@@ -110,6 +106,15 @@ def find_regions(
         cold_e_interval=intervals[1],
         warnings=_warnings(curve, cold_s, cold_e, rho),
     )
+
+
+def check_region(cold_s: int, cold_e: int, num_layers: int) -> None:
+    """Raise ConfigError unless the first and the last of `num_layers` layers stay cold."""
+    if not 1 <= cold_s < cold_e <= num_layers - 1:
+        raise ConfigError(
+            f"cold_s {cold_s} and cold_e {cold_e} are no region of {num_layers} layers; "
+            f"expected 1 <= cold_s < cold_e <= {num_layers - 1}"
+        )
 
 
 def _monotonicity(middle: np.ndarray) -> float | None:

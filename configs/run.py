@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from skipcal.errors import ConfigError
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
@@ -60,6 +60,24 @@ class ProfileConfig(BaseModel):
     overwrite: bool = False
     trace: str | None = None
 
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        if (self.cold_s is None) != (self.cold_e is None):
+            raise ValueError("cold_s and cold_e belong together; give both --cold-s and --cold-e, or neither")
+        if self.closed_loop == "decode" and self.mode == "prefill":
+            raise ValueError("closed_loop decode needs generated text; it does not go with mode prefill")
+        decoded = (
+            self.new_tokens if self.mode == "generate" else self.prompt_tokens - 1
+        ) - self.warm_up_tokens
+        if decoded < 1:
+            raise ValueError(
+                f"no token lies past the warm-up of {self.warm_up_tokens}; raise --new-tokens (in mode "
+                "prefill --prompt-tokens) or lower --warm-up-tokens"
+            )
+        if self.trace is not None and self.trace == self.output:
+            raise ValueError(f"trace and output are both {self.trace!r}; give them different files")
+        return self
+
     def corpora(self) -> list[str]:
         """Names of the corpora to use, with the defaults filled in."""
         if self.corpus or self.data_files:
@@ -77,12 +95,14 @@ class ProfileConfig(BaseModel):
 
 
 def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
-    """The file's settings with `options` over them; options that are None or empty count as not given.
+    """The file's settings with `options` over them.
 
+    Options that are None or empty sequences count as not given.
     Raises ConfigError for a file that cannot be read, unknown keys and values out of range.
     """
     settings = _read_yaml(path) if path else {}
-    given = {name: value for name, value in options.items() if value is not None and value != []}
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    given = {name: value for name, value in listed.items() if value is not None and value != []}
     merged = {**settings, **given}
     unknown = sorted(set(merged) - set(ProfileConfig.model_fields))
     if unknown:
@@ -91,10 +111,6 @@ def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
         config = ProfileConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error, given, path)) from error
-    if config.closed_loop == "decode" and config.mode == "prefill":
-        raise ConfigError("closed_loop decode needs generated text; it does not go with mode prefill")
-    if (config.cold_s is None) != (config.cold_e is None):
-        raise ConfigError("cold_s and cold_e belong together; give both --cold-s and --cold-e, or neither")
     return config
 
 
@@ -124,6 +140,8 @@ def _unknown_key(key: str, path: Path | None) -> str:
 
 def _explain(error: ValidationError, given: dict[str, Any], path: Path | None) -> str:
     first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # options that do not fit together
+        return first["msg"].removeprefix("Value error, ")
     key = str(first["loc"][0])
     where = f"--{key.replace('_', '-')}" if key in given else f"configuration {path}: {key}"
     message = first["msg"].replace("Input should be", "expected")

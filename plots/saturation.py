@@ -89,10 +89,15 @@ def save_figure(profile: SkipProfile, path: Path, *, overwrite: bool) -> None:
     import matplotlib.pyplot as plt
 
     figure = saturation_figure(profile)
+    # The same profile gives the same file: no dates inside.
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+
+    def draw(partial: Path) -> None:
+        with style():
+            figure.savefig(partial, metadata=metadata)
+
     try:
-        # The same profile gives the same file: no dates inside.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        write_atomic(path, lambda partial: figure.savefig(partial, metadata=metadata), overwrite=overwrite)
+        write_atomic(path, draw, overwrite=overwrite)
     finally:
         plt.close(figure)
 

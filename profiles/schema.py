@@ -303,12 +303,13 @@ class SkipProfile(BaseModel, PushToHubMixin):
                 "make one for this model with: skipcal profile --model NAME"
             )
         dtype = str(model.dtype).removeprefix("torch.")
+        comparable = dtype == self.model.dtype and not any(p.is_meta for p in model.parameters())
         if dtype != self.model.dtype:
             logger.warning("the profile was made in %s, the model runs in %s", self.model.dtype, dtype)
         revision = getattr(model.config, "_commit_hash", None)
         if revision and self.model.revision and revision != self.model.revision:
             logger.warning("the profile was made on revision %s, this is %s", self.model.revision, revision)
-        if fingerprint(model) != self.model.fingerprint:
+        if comparable and fingerprint(model) != self.model.fingerprint:
             logger.warning(
                 "the profile was made on other weights of %s: thresholds may not hold",
                 self.model.name,
@@ -330,7 +331,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
 
 
 def threshold_for(points: list[OperatingPoint], target: float) -> float:
-    """Threshold for a skip ratio, linear between the operating points' realised ratios."""
+    """Threshold for a skip ratio, linear between those of the two operating points around it."""
     if not 0 <= target <= 1:
         raise ConfigError(
             f"target skip ratio {target} is not within [0, 1]; it is a fraction, not a percentage"

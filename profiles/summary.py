@@ -35,7 +35,9 @@ def _head(profile: SkipProfile) -> str:
         ("max_skips", bound),
         ("warm-up", f"{policy.warm_up_tokens} tokens"),
     ]
-    return "\n".join(f"{name:<14}{value}" for name, value in lines)
+    return "\n".join(
+        textwrap.fill(f"{name:<14}{value}", WIDTH, subsequent_indent=" " * 14) for name, value in lines
+    )
 
 
 def _interval(interval: tuple[int, int] | None) -> str:
@@ -67,7 +69,8 @@ def _points(profile: SkipProfile) -> str:
         )
     how = {"teacher-forced": "calibration text, teacher-forced", "decode": "calibration prompts, decoded"}
     measured = how.get(profile.calibration.closed_loop or "", "not measured")
-    lines.append(f"predicted: clean trace; realised: {measured}; held-out: prompts decoded")
+    note = f"predicted: on the clean trace; realised: {measured}; held-out: prompts decoded"
+    lines.append(textwrap.fill(note, WIDTH))
     return "\n".join(lines)
 
 

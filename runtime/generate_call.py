@@ -1,13 +1,13 @@
-"""One call of `generate()` inside a session: its options, what is refused, when a row is over."""
+"""One call of `generate()` inside a session: what is refused, and which rows are over."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import StoppingCriteriaList
 
 from skipcal.errors import SessionError
 
@@ -22,28 +22,20 @@ _REFUSED_OPTIONS = {
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
-class TokenClock(StoppingCriteria):
-    """Counts the tokens that generate() has chosen, and knows which rows are over.
+class TokenClock:
+    """Counts the tokens that one generate() call has chosen, and knows which rows are over.
 
-    It stands among the stopping criteria, which generate() asks after every token, and never stops
-    a row itself. `emitted` is the number of tokens chosen for each row so far.
+    `emitted` is the number of tokens chosen for each row so far.
     """
 
-    def __init__(self, end_ids: Tensor | None) -> None:
-        """Start before the first token; `end_ids` are the end-of-sequence ids, if any."""
+    def __init__(self) -> None:
+        """Start before the first token."""
         self.emitted = 0
-        self._end_ids = end_ids
         self._over: Tensor | None = None  # [rows] bool
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Called once for every token chosen; the answer is False for each of [rows]."""
+    def tick(self, over: Tensor) -> None:
+        """One more token was chosen for every row; rows in `over` have had their last."""
         self.emitted += 1
-        if self._end_ids is not None:
-            self.note(torch.isin(input_ids[:, -1], self._end_ids.to(input_ids.device)))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def note(self, over: Tensor) -> None:
-        """Rows in `over` have had their last token."""
         self._over = over if self._over is None else self._over | over
 
     def live(self, rows: int) -> Tensor | None:
@@ -54,59 +46,54 @@ class TokenClock(StoppingCriteria):
         return ~self._over if self._over is not None and len(self._over) == rows else None
 
 
-class _Noted(StoppingCriteria):
-    """A criterion of the caller's, whose answers the clock hears too."""
+class ClockedCriteria(StoppingCriteriaList):
+    """All stopping criteria of a generate() call, which asks them after every token."""
 
-    def __init__(self, inner: Any, clock: TokenClock) -> None:
-        self._inner = inner
-        self._clock = clock
+    clock: TokenClock
+
+    @classmethod
+    def around(cls, criteria: StoppingCriteriaList, clock: TokenClock) -> ClockedCriteria:
+        """The same criteria; `clock` hears their answers."""
+        clocked = cls(criteria)
+        clocked.clock = clock
+        return clocked
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        over = self._inner(input_ids, scores, **kwargs)
-        if isinstance(over, Tensor):
-            self._clock.note(over.to(input_ids.device).bool())
+        """What the criteria say, [rows] bool."""
+        over = super().__call__(input_ids, scores, **kwargs)
+        self.clock.tick(over.bool())
         return over
 
 
-class GenerateOptions:
-    """Options of one generate() call over its generation configuration."""
+def prepare_options(options: dict[str, Any], default: Any) -> dict[str, Any]:
+    """The arguments to call generate() with inside a session.
 
-    def __init__(self, options: dict[str, Any], default: Any) -> None:
-        """Take the call's arguments, and the model's own configuration for what they leave out."""
-        self._options = options
-        self._config = options.get("generation_config") or default
+    default: the model's generation configuration, which generate() takes for what is left out.
+    Raises SessionError for what would decode in another order than the rule's.
+    """
+    given = options.get("generation_config")
 
-    def get(self, name: str) -> Any:
-        """The value in force; like in generate(), None in the call means: as configured."""
-        value = self._options.get(name)
-        return getattr(self._config, name, None) if value is None else value
+    def get(name: str) -> Any:
+        values = (options.get(name), getattr(given, name, None), getattr(default, name, None))
+        return next((value for value in values if value is not None), None)
 
-    def refuse_unfit(self) -> None:
-        """Raise SessionError for what would decode in another order than the rule's."""
-        for name, reason in _REFUSED_OPTIONS.items():
-            if self.get(name) is not None:
-                raise SessionError(f"generate({name}=...) cannot be used inside skipping(...): {reason}")
-        if self.get("use_cache") is False:
-            raise SessionError(
-                "generate(use_cache=False) decodes every position again at each step; leave the cache on"
-            )
-        if self.get("cache_implementation") == "paged":
-            refuse_continuous_batching()
-
-    def criteria(self) -> tuple[StoppingCriteriaList, TokenClock]:
-        """The caller's stopping criteria with a clock among them."""
-        ends = self.get("eos_token_id")
-        beams = (self.get("num_beams") or 1) > 1
-        clock = TokenClock(None if ends is None or beams else torch.as_tensor(ends).flatten())
-        given = list(self._options.get("stopping_criteria") or [])
-        if beams:
-            return StoppingCriteriaList([*given, clock]), clock
-        # generate() looks for a length criterion by its class; it ends all rows at once anyway.
-        noted = [c if isinstance(c, MaxLengthCriteria) else _Noted(c, clock) for c in given]
-        tokenizer, strings = self._options.get("tokenizer"), self.get("stop_strings")
-        if strings and tokenizer is not None:  # generate() makes its own, which the clock cannot hear
-            noted.append(_Noted(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings), clock))
-        return StoppingCriteriaList([*noted, clock]), clock
+    for name, reason in _REFUSED_OPTIONS.items():
+        if get(name) is not None:
+            raise SessionError(f"generate({name}=...) cannot be used inside skipping(...): {reason}")
+    if get("use_cache") is False:
+        raise SessionError(
+            "generate(use_cache=False) decodes every position again at each step; leave the cache on"
+        )
+    if get("guidance_scale") not in (None, 1):
+        raise SessionError("generate(guidance_scale=...) runs the model twice a token; leave it out")
+    if get("cache_implementation") == "paged":
+        refuse_continuous_batching()
+    # With a static cache on a GPU generate() would compile the forward, past what is set on modules.
+    if given is None:
+        return {**options, "disable_compile": True}
+    config = copy.deepcopy(given)
+    config.disable_compile = True
+    return {**options, "generation_config": config}
 
 
 def call_arguments(

@@ -2,6 +2,9 @@
 
 A rule is asked at two places of the loop over layers: *before* FFN i (which tokens skip it?) and
 *after* it ran (what does the token's state become?). Tokens are flattened: [tokens].
+
+A single token, the usual decode step, is kept as Python's own bool and int: the operators are the
+same, and on a CPU a tensor operation costs more than the whole decision.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from skipcal.runtime.policy import SkipPolicy
 class RuleState(NamedTuple):
     """What a rule remembers of each token between the layers of one forward pass."""
 
-    armed: Tensor  # [tokens] bool: the cosine has passed the threshold
-    skipped: Tensor  # [tokens] int32: FFNs skipped so far
+    armed: Tensor | bool  # [tokens] bool: the cosine has passed the threshold
+    skipped: Tensor | int  # [tokens] int32: FFNs skipped so far
 
     def to(self, device: torch.device) -> RuleState:
         """The state on `device`: layers may lie on several."""
-        return self if self.armed.device == device else RuleState(*(part.to(device) for part in self))
+        if not isinstance(self.armed, Tensor) or not isinstance(self.skipped, Tensor):
+            return self
+        if self.armed.device == device:
+            return self
+        return RuleState(self.armed.to(device), self.skipped.to(device))
 
 
 class Rule(Protocol):
@@ -34,10 +41,10 @@ class Rule(Protocol):
     def start(self, tokens: int, device: torch.device) -> RuleState:
         """State of fresh tokens, at the first layer."""
 
-    def before(self, layer: int, state: RuleState) -> tuple[Tensor, RuleState]:
+    def before(self, layer: int, state: RuleState) -> tuple[Tensor | bool, RuleState]:
         """Mask [tokens] of those that skip FFN `layer`, and the state with that counted."""
 
-    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor) -> RuleState:
+    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor | bool) -> RuleState:
         """State after FFN `layer` ran for the tokens in `ran`; h and f are [tokens, hidden]."""
 
 
@@ -57,19 +64,24 @@ class CosineRule:
 
     def start(self, tokens: int, device: torch.device) -> RuleState:
         """No token is armed, none has skipped."""
+        if tokens == 1:
+            return RuleState(armed=False, skipped=0)
         return RuleState(
             armed=torch.zeros(tokens, dtype=torch.bool, device=device),
             skipped=torch.zeros(tokens, dtype=torch.int32, device=device),
         )
 
-    def before(self, layer: int, state: RuleState) -> tuple[Tensor, RuleState]:
+    def before(self, layer: int, state: RuleState) -> tuple[Tensor | bool, RuleState]:
         """Armed tokens skip, while they have skips left."""
         if self._max_skips is None:
             return state.armed, state
         skip = state.armed & (state.skipped < self._max_skips)
         return skip, state._replace(skipped=state.skipped + skip)
 
-    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor) -> RuleState:
+    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor | bool) -> RuleState:
         """Arm the tokens that ran and whose cosine reaches the threshold."""
+        if state.armed is True:  # a single token, and nothing left to find out
+            return state
         saturated = residual_cosine(h, f) >= self._threshold
-        return state._replace(armed=state.armed | (ran & saturated))
+        armed = state.armed | (ran & saturated)
+        return state._replace(armed=bool(armed) if state.armed is False else armed)

@@ -23,9 +23,10 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
-    GenerateOptions,
+    ClockedCriteria,
     TokenClock,
     call_arguments,
+    prepare_options,
     refuse_continuous_batching,
 )
 from skipcal.runtime.patch import InstancePatches
@@ -111,7 +112,7 @@ class SkipSession:
         self._patches = InstancePatches()
         self._steps = 0
         self._ruled_steps = 0
-        self._prefill_end = 0
+        self._prefill_end: int | None = None
         self._clock: TokenClock | None = None
 
     def __enter__(self) -> Self:
@@ -172,6 +173,9 @@ class SkipSession:
             stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
         ]
         self._patches.set(model, "generate", self._generating(model.generate))
+        # The one place where all criteria are together: the caller's, end of sequence, stop strings.
+        criteria = model._get_stopping_criteria
+        self._patches.set(model, "_get_stopping_criteria", self._clocked(criteria))
         for name in CONTINUOUS_BATCHING:
             self._patches.set(model, name, refuse_continuous_batching)
 
@@ -200,23 +204,33 @@ class SkipSession:
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         batch, length = tokens.shape[:2]
+        assert self._engine is not None
         if self._teacher_forced:
-            steps, real = self._known_text_steps(given, batch, length, tokens.device)
-            self._begin(steps, real)
+            steps = self._known_text_steps(given, batch, length, tokens.device)
+            active = steps >= self.policy.warm_up_tokens
+            self._steps += int((steps >= 0).sum())
+            self._ruled_steps += int(active.sum())
+            self._engine.begin(active if bool(active.any()) else None, None)
             return
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         step = self._decode_step(past, length)
         if step is None:
-            self._begin(None, None)
+            self._engine.begin(None, None)
             return
-        steps = torch.full((batch,), step, device=tokens.device)
-        self._begin(steps, self._clock.live(batch) if self._clock is not None else None)
+        live = self._clock.live(batch) if self._clock is not None else None
+        decoded = batch if live is None else int(live.sum())
+        self._steps += decoded
+        if step < self.policy.warm_up_tokens:
+            self._engine.begin(None, None)
+            return
+        self._ruled_steps += decoded
+        self._engine.begin(torch.ones(batch, dtype=torch.bool, device=tokens.device), live)
 
     def _known_text_steps(
         self, given: dict[str, Any], batch: int, length: int, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decode step of each position of a teacher-forced pass (negative: prefill), and no pads."""
+    ) -> Tensor:
+        """Decode step of each position of a teacher-forced pass, [batch * seq]; negative: prefill or pad."""
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -237,7 +251,8 @@ class SkipSession:
                     "position_ids restart or jump within a row; teacher forcing takes a row for one "
                     "text, so pass packed sequences as rows of their own"
                 )
-        return (positions - self._prompt_tokens).reshape(-1), None if real is None else real.reshape(-1)
+        steps = positions - self._prompt_tokens
+        return (steps if real is None else steps.masked_fill(~real, -1)).reshape(-1)
 
     def _decode_step(self, past: int, length: int) -> int | None:
         """Index of the decode step that this pass is, None for a prefill."""
@@ -253,23 +268,9 @@ class SkipSession:
         if past == 0 or length > 1:
             self._prefill_end = past + length
             return None
+        if self._prefill_end is None:  # the prefill ran before the session began
+            self._prefill_end = past
         return past - self._prefill_end
-
-    def _begin(self, steps: Tensor | None, counted: Tensor | None) -> None:
-        """Tell the engine which tokens are past the warm-up, and count the decode steps."""
-        assert self._engine is not None
-        if steps is None:
-            self._engine.begin(None, None)
-            return
-        decoded, ruled = steps >= 0, steps >= self.policy.warm_up_tokens
-        if counted is not None:
-            counted = counted.to(steps.device)
-            decoded, ruled_counted = decoded & counted, ruled & counted
-        else:
-            ruled_counted = ruled
-        self._steps += int(decoded.sum())
-        self._ruled_steps += int(ruled_counted.sum())
-        self._engine.begin(ruled if bool(ruled.any()) else None, counted)
 
     # generate()
 
@@ -278,20 +279,25 @@ class SkipSession:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            options = call_arguments(signature, args, kwargs)
             if self._teacher_forced:
                 raise SessionError("a teacher_forced session does not generate; open one without it")
-            settings = GenerateOptions(options, self._model.generation_config)
-            settings.refuse_unfit()
-            options["stopping_criteria"], self._clock = settings.criteria()
-            # With a static cache on a GPU generate() would compile the forward, past our modules.
-            options["disable_compile"] = True
+            given = call_arguments(signature, args, kwargs)
+            options = prepare_options(given, self._model.generation_config)
+            self._clock = TokenClock()
             try:
                 return original(**options)
             finally:
                 self._clock = None
 
         return generate
+
+    def _clocked(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
+            criteria = original(*args, **kwargs)
+            return criteria if self._clock is None else ClockedCriteria.around(criteria, self._clock)
+
+        return get_stopping_criteria
 
 
 def _refuse_unfit(outer: nn.Module, model: nn.Module) -> None:

@@ -35,7 +35,7 @@ class EagerEngine:
         self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
         self._patches = InstancePatches()
-        self._weight_bytes = {block.index: block.weight_bytes for block in self._blocks}
+        self._extras: dict[int, int] = {}  # by block, outputs besides f: router scores of some MoEs
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
         self.begin(None, None)
@@ -65,12 +65,22 @@ class EagerEngine:
     def _wrapped(
         self, block: Block, inner: Callable[..., Any], *, first: bool, last: bool
     ) -> Callable[..., Any]:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if self._active is None:
-                return inner(x, *args, **kwargs)
+                y = inner(*args, **kwargs)
+                if last and isinstance(y, tuple):
+                    self._extras[block.index] = len(y) - 1
+                return y
+            name = None if args else next(iter(kwargs))  # of the hidden states, if passed by name
+            x = args[0] if name is None else kwargs.pop(name)
             if first:
                 x = self._enter(block, x)
-            y = x if self._rows is None else inner(x, *args, **kwargs)
+            if self._rows is None:
+                y = x
+            elif name is None:
+                y = inner(x, *args[1:], **kwargs)
+            else:
+                y = inner(**{name: x}, **kwargs)
             return self._leave(block, y) if last else y
 
         return forward
@@ -79,21 +89,27 @@ class EagerEngine:
         """Decide who skips; return the input of those who run (of all, if nobody does)."""
         self._shape = x.shape  # [batch, seq, hidden], or [batch * seq, hidden]
         self._h = x.reshape(-1, x.shape[-1])
-        active = self._active = self._moved(self._active, x.device)
+        tokens = len(self._h)
         if self._state is None:
-            self._state = self._rule.start(len(self._h), x.device)
+            self._state = self._rule.start(tokens, x.device)
         skip, self._state = self._rule.before(block.index, self._state.to(x.device))
-        skip = skip & active
-        skipping = int(skip.sum())
-        self._ran = ~skip
+        if isinstance(skip, Tensor):
+            assert self._active is not None
+            self._active = self._active.to(x.device)
+            skip = skip & self._active
+            self._ran: Tensor | bool = ~skip
+            skipping = int(skip.sum())
+        else:  # a single token, and it is active: the pass would not have been announced otherwise
+            self._ran, skipping = not skip, int(skip)
+        self._rows: Tensor | slice | None = _ALL
         if skipping == 0:
-            self._rows: Tensor | slice | None = _ALL
             return x
         self._count(block, skip, skipping)
-        if skipping == len(skip):
+        if skipping == tokens:
             self._rows = None
-            self.weight_bytes_saved += self._weight_bytes[block.index]
+            self.weight_bytes_saved += block.weight_bytes
             return x
+        assert isinstance(self._ran, Tensor)
         self._rows = self._ran.nonzero().squeeze(-1)
         running = self._h[self._rows]
         return running if x.dim() == 2 else running[None]  # FFNs with a router want three axes
@@ -101,7 +117,9 @@ class EagerEngine:
     def _leave(self, block: Block, y: Any) -> Any:
         """Return what the layer adds: the FFN's output for tokens that ran, nothing for the rest."""
         if self._rows is None:
-            return torch.zeros_like(y)
+            nothing = torch.zeros_like(y)
+            extras = self._extras.get(block.index, 0)
+            return (nothing, *[None] * extras) if extras else nothing
         output, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         f = output.reshape(-1, output.shape[-1])
         if isinstance(self._rows, Tensor):
@@ -112,13 +130,7 @@ class EagerEngine:
         self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)
         return output if rest is None else (output, *rest)
 
-    def _count(self, block: Block, skip: Tensor, skipping: int) -> None:
+    def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
         if self._counted is not None:
-            self._counted = self._moved(self._counted, skip.device)
-            skipping = int((skip & self._counted).sum())
+            skipping = int((self._counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping
-
-    @staticmethod
-    def _moved(mask: Tensor | None, device: torch.device) -> Tensor:
-        assert mask is not None
-        return mask if mask.device == device else mask.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -118,3 +118,30 @@ def test_zero_vectors_give_zero_and_no_nan() -> None:
     assert norm_ratio(one, zero).item() == 0.0
     assert torch.isfinite(norm_ratio(zero, one)).all()
     assert residual_cosine(one * 1e3, one).item() <= 1.0
+
+
+def test_the_host_waits_for_the_device_only_when_the_numbers_are_taken(tiny: Any) -> None:
+    """A scalar read or a copy to the host inside a forward pass would stall a GPU once a layer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+                self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.arange(1, 9)[None]
+    with Reads():
+        tiny(ids, use_cache=False)
+    without = len(Reads.seen)
+    Reads.seen.clear()
+    with capture(tiny) as recorder:
+        with Reads():
+            tiny(ids, use_cache=False)
+        recorder.take()
+    assert len(Reads.seen) == without

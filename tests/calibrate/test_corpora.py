@@ -96,6 +96,7 @@ def test_names_resolve_to_pinned_sources() -> None:
     assert c4.data_files == "en/c4-train.00000-of-01024.json.gz"
     assert all(len(corpus.revision or "") == 40 for corpus in (wikitext, c4))
     assert other == Corpus("some/set", "some/set")
+    assert resolve_corpora(["c4"], [], text_column="body")[0].text_column == "body"
     assert set(KNOWN_CORPORA) == {"wikitext", "c4", "embedded"}
 
 
@@ -121,6 +122,24 @@ def test_the_hub_is_asked_for_exactly_what_the_table_says(monkeypatch: pytest.Mo
         "revision": c4.revision,
         "streaming": True,
     }
+
+
+def test_a_hub_set_is_pinned_to_the_commit_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    revisions = []
+
+    def load(path: str, name: str | None, **options: Any) -> Any:
+        revisions.append(options["revision"])
+        return Dataset.from_list([{"body": words(0, 30)}]).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *a, **k: type("Info", (), {"sha": "f" * 40})()
+    )
+    corpus = resolve_corpora(["some/set"], [], text_column="body")[0]
+    sample = sample_corpus(corpus, Words(), prompts=1, prompt_tokens=4, seed=0)
+    assert revisions == ["f" * 40] == [sample.corpus.revision]
 
 
 def test_local_files_are_named_by_stem_or_by_hand(tmp_path: Path) -> None:

@@ -79,10 +79,13 @@ def test_reach_and_targets() -> None:
     policy = SkipPolicy(cold_s=2, cold_e=10, threshold=0.9)
     assert target_ratios(policy, 30) == [0.05, 0.1, 0.15, 0.2]  # 7 / 30 = 0.233
     assert target_ratios(replace(policy, max_skips=3), 30) == [0.05, 0.1]
+    assert target_ratios(replace(policy, max_skips=1), 30) == [1 / 30]
     assert target_ratios(replace(policy, cold_e=2), 30) == []
     check_reachable(policy, 7 / 30, 30)
     with pytest.raises(TargetOutOfReach, match=r"allows 0\.233 at most"):
         check_reachable(policy, 0.25, 30)
+    with pytest.raises(TargetOutOfReach, match=r"allows 0\.266 at most"):  # 0.2666...: never rounded up
+        check_reachable(replace(policy, cold_e=11), 0.267, 30)
     with pytest.raises(TargetOutOfReach, match="max_skips 3"):
         check_reachable(replace(policy, max_skips=3), 0.2, 30)
 
@@ -106,6 +109,13 @@ def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
             predicted_skip_ratio(cosine * np.float32(0.97), replace(policy, threshold=threshold)) == realised
         )
     assert len(calls) <= 3 * len(targets)
+
+
+def test_the_largest_ratio_is_reached_though_its_digits_round_up() -> None:
+    policy = SkipPolicy(cold_s=1, cold_e=10, threshold=0.0)
+    cosine = clean(layers=30)
+    curve = RealisedCurve(cosine, policy, lambda tried: predicted_skip_ratio(cosine, tried))
+    assert curve.threshold(0.2666666667)[1] == pytest.approx(8 / 30)
 
 
 def test_the_loop_ends_where_no_threshold_meets_the_target() -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import left_padded, lively
-from transformers import DynamicCache, StaticCache, StoppingCriteria, TextStreamer
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+    TextStreamer,
+)
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.families import FAMILIES
@@ -105,6 +112,36 @@ def test_a_row_stopped_by_a_string_counts_until_there(smollm: LoadedModel) -> No
     new = output[0, -10:].tolist()
     stopped = next(n for n in range(1, 11) if " four" in tokenizer.decode(new[:n]))
     assert run.report.decode_steps == (stopped - 1) + 9
+
+
+def test_a_criterion_of_the_user_works_as_it_does_outside(tiny: Any) -> None:
+    """An end-of-sequence criterion passed as an object makes generate() pad finished rows."""
+    free = tiny.generate(**prompt(ROWS), max_new_tokens=12, do_sample=False)
+    end = EosTokenCriteria(eos_token_id=int(free[0, -8]))
+    options = {"max_new_tokens": 12, "do_sample": False, "stopping_criteria": [end]}
+    plain = tiny.generate(**prompt(ROWS), **options)
+    with skipping(tiny, policy=FULL) as run:
+        inside = tiny.generate(**prompt(ROWS), **options)
+    assert torch.equal(plain, inside)
+    assert run.report.decode_steps < 33
+
+
+def test_a_generation_config_is_read_as_generate_reads_it(tiny: Any) -> None:
+    """What it leaves out comes from the model's own configuration; it is not changed."""
+    free = tiny.generate(**prompt(ROWS), max_new_tokens=12, do_sample=False)
+    tiny.generation_config.eos_token_id = int(free[0, -8])
+    config = GenerationConfig(max_new_tokens=12, do_sample=False)
+    before = config.to_dict()
+    with skipping(tiny, policy=FULL) as by_config:
+        tiny.generate(**prompt(ROWS), generation_config=config)
+    with skipping(tiny, policy=FULL) as by_options:
+        tiny.generate(**prompt(ROWS), max_new_tokens=12, do_sample=False)
+    assert by_config.report == by_options.report
+    assert by_config.report.decode_steps < 33
+    assert config.to_dict() == before
+    tiny.generation_config.use_cache = False
+    with skipping(tiny, policy=FULL), pytest.raises(SessionError, match="use_cache"):
+        tiny.generate(**prompt(ROWS), generation_config=GenerationConfig(max_new_tokens=2))
 
 
 # Kinds of decoding
@@ -208,6 +245,23 @@ def test_a_hand_written_loop_equals_generate(tiny: Any) -> None:
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
     assert torch.equal(torch.cat([ids, *tokens], dim=1), expected)
     assert looped.report == generated.report
+
+
+def test_a_loop_whose_prefill_ran_before_the_session_counts_from_there(tiny: Any) -> None:
+    policy = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=3)
+    out = tiny(prompt()["input_ids"], use_cache=True)
+    with skipping(tiny, policy=policy) as run:
+        for token in range(5):
+            out = tiny(torch.tensor([[token + 3]]), past_key_values=out.past_key_values, use_cache=True)
+    assert run.report.decode_steps == 5
+    assert run.report.skipped_per_layer == (0, 0, 2, 2)
+
+
+def test_an_ffn_that_returns_router_scores_keeps_its_return_type() -> None:
+    model: Any = tiny_model("gpt_oss", num_local_experts=4, num_experts_per_tok=2)
+    with skipping(model, policy=ALWAYS) as run:
+        model.generate(**prompt(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert run.report.skipped_per_layer == (0, 0, 5, 5)
 
 
 def test_input_embeddings_instead_of_ids(tiny: Any) -> None:
@@ -345,6 +399,7 @@ def test_a_report_before_entering_is_an_error(tiny: Any) -> None:
         ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
         ({"cache_implementation": "paged"}, "continuous batching"),
         ({"assistant_model": object()}, "assistant_model"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
     ],
 )
 def test_decoding_that_the_rule_cannot_follow_is_refused(tiny: Any, options: Any, message: str) -> None:

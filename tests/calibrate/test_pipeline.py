@@ -1,0 +1,195 @@
+"""The whole calibration against a naive one: prompt by prompt, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import lively
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.calibrate.capture import capture
+from skipcal.calibrate.pipeline import Calibration, calibrate_model
+from skipcal.configs.run import ProfileConfig
+from skipcal.errors import TargetOutOfReach
+from skipcal.runtime.session import skipping
+
+
+class Words:
+    chat_template = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word[1:]) for word in text.split()]}
+
+
+@pytest.fixture
+def loaded() -> LoadedModel:
+    model = lively("llama", num_hidden_layers=8)
+    tokenizer: Any = Words()
+    return LoadedModel(model=model, tokenizer=tokenizer, name="org/lively", revision=None)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for name in ("first", "second"):
+        ids = torch.randint(3, 97, (300,), generator=generator).tolist()
+        paths.append(tmp_path / f"{name}.txt")
+        paths[-1].write_text(" ".join(f"w{n}" for n in ids))
+    return [str(path) for path in paths]
+
+
+def config(texts: list[str], **changes: Any) -> ProfileConfig:
+    settings = {"prompts": 6, "prompt_tokens": 8, "new_tokens": 14, "warm_up_tokens": 2, "batch_size": 4}
+    return ProfileConfig(data_files=texts, **{**settings, **changes})
+
+
+def calibrate(loaded: LoadedModel, texts: list[str], **changes: Any) -> Calibration:
+    return calibrate_model(loaded, config(texts, **changes))
+
+
+def naive_cosines(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int) -> list[np.ndarray]:
+    """Per prompt, cosines [generated tokens, layers]: one row at a time, no batch, no padding."""
+    model: Any = loaded.model
+    result = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        text = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+        )
+        with capture(model) as recorder:
+            model(text)
+        result.append(recorder.take()[0][len(prompt) :])
+    return result
+
+
+def prompts_of(texts: list[str], drawn: Calibration) -> list[list[list[int]]]:
+    """The prompts behind each trace, found again by the seed."""
+    from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
+
+    return [
+        sample_corpus(corpus, Words(), prompts=6, prompt_tokens=8, seed=0).prompts
+        for corpus in resolve_corpora([], texts)
+    ]
+
+
+def test_statistics_are_those_of_generated_positions_one_row_at_a_time(
+    loaded: LoadedModel, texts: list[str]
+) -> None:
+    result = calibrate(loaded, texts)
+    pooled = []
+    for trace, prompts in zip(result.traces, prompts_of(texts, result), strict=True):
+        expected = np.concatenate(naive_cosines(loaded, prompts, 14))
+        np.testing.assert_allclose(trace.cosine, expected, atol=1e-5)
+        np.testing.assert_allclose(result.profile.layers[trace.corpus].mean, expected.mean(0), atol=1e-5)
+        assert set(trace.position) == set(range(8, 22))
+        pooled.append(expected)
+    np.testing.assert_allclose(
+        result.profile.layers["pooled"].mean, np.concatenate(pooled).mean(0), atol=1e-5
+    )
+
+
+def test_what_follows_an_end_of_sequence_is_not_counted(loaded: LoadedModel, texts: list[str]) -> None:
+    free = calibrate(loaded, texts).traces[0]
+    prompts = prompts_of(texts, calibrate(loaded, texts))[0]
+    model: Any = loaded.model
+    ids = torch.tensor(prompts[:1])
+    row = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False
+    )
+    end = int(row[0, 8 + 5])
+    model.generation_config.eos_token_id = end
+    ended = calibrate(loaded, texts).traces[0]
+    first = row[0, 8:].tolist().index(end) + 1  # the end itself is a generated token
+    assert (ended.prompt == 0).sum() == first
+    np.testing.assert_allclose(
+        ended.cosine[ended.prompt == 0], free.cosine[free.prompt == 0][:first], atol=1e-5
+    )
+
+
+def test_the_result_does_not_depend_on_the_batch_size(loaded: LoadedModel, texts: list[str]) -> None:
+    one, many = calibrate(loaded, texts, batch_size=1), calibrate(loaded, texts, batch_size=5)
+    for a, b in zip(one.traces, many.traces, strict=True):
+        np.testing.assert_allclose(a.cosine, b.cosine, atol=1e-5)
+        np.testing.assert_array_equal(a.prompt, b.prompt)
+    assert one.profile.regions.cold_e == many.profile.regions.cold_e
+
+
+def test_a_run_is_repeatable(loaded: LoadedModel, texts: list[str]) -> None:
+    profiles = [calibrate(loaded, texts).profile.model_dump(exclude={"environment"}) for _ in range(2)]
+    assert profiles[0] == profiles[1]
+
+
+@pytest.mark.parametrize("closed_loop", ["teacher-forced", "decode"])
+def test_realised_ratios_are_what_a_session_reports(
+    loaded: LoadedModel, texts: list[str], closed_loop: str
+) -> None:
+    result = calibrate(loaded, texts, closed_loop=closed_loop, cold_s=1, cold_e=7, closed_loop_prompts=6)
+    model: Any = loaded.model
+    prompts = [prompt for corpus in prompts_of(texts, result) for prompt in corpus]
+    for point in result.profile.operating_points:
+        policy = result.profile.policy_for(point.target_skip_ratio)
+        skipped = steps = 0
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False}
+            if closed_loop == "decode":
+                with skipping(model, policy=policy) as run:
+                    model.generate(input_ids=ids, **options)
+            else:
+                text = model.generate(input_ids=ids, **options)
+                with skipping(model, policy=policy, teacher_forced=True, prompt_tokens=8) as run:
+                    model(text, use_cache=False)
+            skipped += run.report.skipped_blocks
+            steps += run.report.decode_steps_after_warm_up
+        assert point.realised_skip_ratio == pytest.approx(skipped / (8 * steps), abs=0.004)
+
+
+def test_prefill_mode_measures_the_text_itself(loaded: LoadedModel, texts: list[str]) -> None:
+    result = calibrate(loaded, texts, mode="prefill", prompt_tokens=16, warm_up_tokens=3)
+    assert result.profile.calibration.new_tokens == 0
+    for trace in result.traces:
+        assert set(trace.position) == set(range(1, 16))
+        assert len(trace.cosine) == 6 * 15
+        assert len(trace.after_warm_up(3)) == 6 * 12
+
+
+def test_an_explicit_target_out_of_reach_is_an_error_and_the_default_falls_back(
+    loaded: LoadedModel, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(TargetOutOfReach, match=r"allows 0\.125 at most"):
+        calibrate(loaded, texts, cold_s=2, cold_e=4, target_skip_ratio=0.25)
+    with caplog.at_level(logging.WARNING):
+        profile = calibrate(loaded, texts, cold_s=2, cold_e=4).profile
+    assert "the policy is for 0.10" in caplog.text
+    assert profile.policy == profile.policy_for(0.1)
+
+
+def test_a_target_between_the_steps_gets_its_own_point(loaded: LoadedModel, texts: list[str]) -> None:
+    profile = calibrate(loaded, texts, cold_s=1, cold_e=7, target_skip_ratio=0.33).profile
+    assert 0.33 in [point.target_skip_ratio for point in profile.operating_points]
+    assert profile.policy == profile.policy_for(0.33)
+
+
+def test_without_a_closed_loop_the_clean_traces_threshold_stands(
+    loaded: LoadedModel, texts: list[str]
+) -> None:
+    profile = calibrate(loaded, texts, cold_s=1, cold_e=7, closed_loop_prompts=0).profile
+    assert profile.calibration.closed_loop is None
+    for point in profile.operating_points:
+        assert point.realised_skip_ratio is None
+        # the highest threshold that reaches the target overshoots by one token's skips at most
+        assert 0 <= point.predicted_skip_ratio - point.target_skip_ratio <= 6 / (8 * 12 * 12)
+
+
+def test_nothing_is_left_on_the_model(loaded: LoadedModel, texts: list[str]) -> None:
+    model: Any = loaded.model
+    before = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    calibrate(loaded, texts, verify=True, verify_prompts=3)
+    after = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert before == after
