@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -18,22 +18,23 @@ import transformers
 import skipcal
 from skipcal.profiles.files import dump_json, write_text_atomic
 
+Measured = TypeVar("Measured")
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm by round. The arms take turns, so a drifting machine hits all alike.
+def interleave(arms: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
+    """What each arm returned, by round. The arms take turns, so a drifting machine hits all alike.
 
     Every second round runs in reverse order; one round before them is not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    results: dict[str, list[Measured]] = {name: [] for name in arms}
     for index in range(rounds + 1):
         order = list(arms) if index % 2 else list(reversed(arms))
         measured = {name: arms[name]() for name in order}
         if index:
             for name, value in measured.items():
-                seconds[name].append(value)
-    return seconds
+                results[name].append(value)
+    return results
 
 
 def ratios(above: list[float], below: list[float]) -> dict[str, float]:
