@@ -33,6 +33,13 @@ class Trace:
         """Cosines [tokens, layers] of the decode steps past the warm-up."""
         return self.cosine[self.position - self.prompt_tokens >= warm_up_tokens]
 
+    def prompt_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums [prompts, layers] and counts [prompts] of the cosines by prompt, in float64."""
+        prompts, index = np.unique(self.prompt, return_inverse=True)
+        sums = np.zeros((len(prompts), self.cosine.shape[1]))
+        np.add.at(sums, index, self.cosine.astype(np.float64))
+        return sums, np.bincount(index).astype(np.float64)
+
     def statistics(self) -> LayerStatistics:
         """Statistics over all tokens of the trace."""
         return layer_statistics(self.cosine, self.norm_ratio)

@@ -69,8 +69,10 @@ def _points(profile: SkipProfile) -> str:
         )
     how = {"teacher-forced": "calibration text, teacher-forced", "decode": "calibration prompts, decoded"}
     measured = how.get(profile.calibration.closed_loop or "", "not measured")
-    note = f"predicted: on the clean trace; realised: {measured}; held-out: prompts decoded"
-    lines.append(textwrap.fill(note, WIDTH))
+    unverified = all(point.verified_skip_ratio is None for point in profile.operating_points)
+    held_out = "not measured (--verify)" if unverified else "prompts decoded"
+    note = f"predicted: on the clean trace; realised: {measured}; held-out: {held_out}"
+    lines.append(textwrap.fill(note, WIDTH, break_on_hyphens=False))
     return "\n".join(lines)
 
 

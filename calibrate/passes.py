@@ -1,0 +1,171 @@
+"""The passes of a calibration through the model: continue, capture, and skip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import Architecture, input_device
+from skipcal.calibrate.capture import capture
+from skipcal.calibrate.corpora import batches
+from skipcal.calibrate.saturation import Trace
+from skipcal.configs.run import ProfileConfig
+from skipcal.errors import Unavailable
+from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+
+ENDED_EARLY = (
+    "every text ended within the warm-up, so no skip ratio can be measured; lower --warm-up-tokens or "
+    "take more prompts"
+)
+
+
+class Passes:
+    """Runs rows of token ids through one model, in batches.
+
+    prompt_tokens: positions of a row below it are the prefill, in captures and with skipping.
+    """
+
+    def __init__(self, loaded: LoadedModel, architecture: Architecture, config: ProfileConfig) -> None:
+        """Take batch size, lengths and mode from `config`."""
+        self._model: Any = loaded.model
+        self._architecture = architecture
+        self._device = input_device(loaded.model)
+        self._batch_size = config.batch_size
+        self._new_tokens = config.new_tokens
+        self._cut = config.prompt_tokens
+        self.prompt_tokens = config.prompt_tokens if config.mode == "generate" else 1
+
+    def continued(self, prompts: list[list[int]], what: str) -> list[list[int]]:
+        """Each prompt with what the model, as it is set up now, writes after it greedily."""
+        with self._bar(what, len(prompts)) as bar:
+            rows = []
+            for batch in batches(prompts, self._batch_size):
+                rows += self._continue(batch)
+                bar.update(len(batch))
+        return rows
+
+    def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
+        ids = torch.tensor(prompts, device=self._device)
+        stops = _final_ids(self._model.generation_config)
+        output = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self._new_tokens,
+            **_greedy_settings(self._model.generation_config),
+        )
+        length = ids.shape[1]
+        return [row[:length] + _until_stop(row[length:], stops) for row in output.tolist()]
+
+    def trace(self, corpus: str, rows: list[list[int]]) -> Trace:
+        """One clean forward over every row; cosines of the positions past the prompt."""
+        parts = []
+        first = self.prompt_tokens
+        with (
+            capture(self._model, architecture=self._architecture) as recorder,
+            self._bar(f"capture {corpus}", len(rows)) as bar,
+        ):
+            done = 0
+            for batch in batches(rows, self._batch_size):
+                ids, mask = self._padded(batch)
+                self._forward(ids, mask)
+                cosine, norm_ratio = recorder.take()
+                kept = mask.cpu().numpy().astype(bool)
+                kept[:, :first] = False
+                row, position = np.nonzero(kept)
+                parts.append(
+                    Trace(
+                        corpus=corpus,
+                        prompt=(row + done).astype(np.int32),
+                        position=position.astype(np.int32),
+                        cosine=cosine[kept.ravel()],
+                        norm_ratio=norm_ratio[kept.ravel()],
+                        prompt_tokens=first,
+                    )
+                )
+                done += len(batch)
+                bar.update(len(batch))
+        return Trace.merge(parts)
+
+    def teacher_forced(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
+        """Skip ratio with skipping on, over known rows."""
+        with skipping(
+            self._model,
+            policy=policy,
+            teacher_forced=True,
+            prompt_tokens=self.prompt_tokens,
+            architecture=self._architecture,
+        ) as run:
+            for batch in batches(rows, self._batch_size):
+                self._forward(*self._padded(batch))
+        return _known_ratio(run.report)
+
+    def decoded(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
+        """Skip ratio of decoding the prompts that `rows` begin with."""
+        with skipping(self._model, policy=policy, architecture=self._architecture) as run:
+            self.continued([row[: self._cut] for row in rows], "decode")
+        return _known_ratio(run.report)
+
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        # The stack alone: the LM head is a fifth of this work and nobody reads the logits.
+        self._architecture.stack(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded ids and mask, [batch, seq]; a causal model does not see what is right."""
+        length = max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    @staticmethod
+    def _bar(what: str, total: int) -> Any:
+        return tqdm(total=total, desc=what, unit="prompt", leave=False, disable=None)
+
+
+def _known_ratio(report: SkipReport) -> float:
+    if math.isnan(report.skip_ratio):
+        raise Unavailable(ENDED_EARLY)
+    return report.skip_ratio
+
+
+def _greedy_settings(config: Any) -> dict[str, Any]:
+    """Overrides that make generate() plain greedy decoding, whatever a model's configuration adds."""
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "return_dict_in_generate": False,
+    }
+    if config.pad_token_id is None:
+        stops = _final_ids(config)
+        settings["pad_token_id"] = min(stops) if stops else 0
+    return settings
+
+
+def _final_ids(config: Any) -> set[int]:
+    ends = config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens up to and with the first end-of-sequence; what follows is padding."""
+    for place, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: place + 1]
+    return tokens

@@ -1,0 +1,66 @@
+"""What a profile says of its own making: which model, which text, on what."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+import skipcal
+from skipcal.arch.loading import LoadedModel, fingerprint
+from skipcal.arch.locate import Architecture, input_device
+from skipcal.calibrate.corpora import CorpusSample
+from skipcal.calibrate.saturation import Trace
+from skipcal.profiles.schema import CorpusInfo, Environment, ModelInfo
+
+
+def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:
+    """The model as it was loaded; a folder gives its name, not its place."""
+    quantization = getattr(loaded.model.config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    return ModelInfo(
+        name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
+        revision=loaded.revision,
+        model_type=architecture.model_type,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        quantization=None if quantization is None else str(getattr(method, "value", method)),
+        fingerprint=fingerprint(loaded.model),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def corpus_info(sample: CorpusSample, trace: Trace) -> CorpusInfo:
+    """Where a sample came from and how much of it was counted."""
+    corpus = sample.corpus
+    return CorpusInfo(
+        name=corpus.name,
+        source=corpus.source,
+        config=corpus.config,
+        split=None if corpus.local or corpus.source == "embedded" else corpus.split,
+        revision=corpus.revision,
+        sha256=sample.sha256,
+        documents=sample.documents,
+        short_documents=sample.short_documents,
+        prompts=len(sample.prompts),
+        tokens=len(trace.cosine),
+    )
+
+
+def environment(architecture: Architecture) -> Environment:
+    """Versions, device and time."""
+    device = input_device(architecture.stack)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return Environment(
+        skipcal=skipcal.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=f"{device.type} ({name})",
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
