@@ -277,6 +277,7 @@ def _quieten() -> None:
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler], False
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -19,7 +19,7 @@ from skipcal.errors import UnsupportedModel
 
 PROOF_TOKENS = 8
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# h + f is formed here in float32 and rounded by the layer in its own dtype, after a possible
+# h + f is formed here in float64 and rounded by the layer in its own dtype, after a possible
 # scaling: two roundings of half an eps, and the same again for the order of operations.
 PROOF_TOLERANCE_EPS = 2.0
 
@@ -246,11 +246,11 @@ def _prove(model: PreTrainedModel, arch: Architecture) -> tuple[float, str | Non
     for block in arch.blocks:
         if block.index not in parts or block.index not in outputs:
             return math.nan, f"layer {block.index}: the modules were not called in that order"
-        h, f = (part.float().reshape(-1, part.shape[-1]) for part in parts[block.index])
+        h, f = (part.cpu().double().reshape(-1, part.shape[-1]) for part in parts[block.index])
         output = outputs[block.index].reshape(h.shape)
         # Token by token: one token with a huge activation must not hide the others' errors.
         scale = torch.maximum(h.abs().amax(-1), f.abs().amax(-1)).clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((((h + f) - output.float()).abs().amax(-1) / scale).max())
+        error = float((((h + f) - output.cpu().double()).abs().amax(-1) / scale).max())
         limit = PROOF_TOLERANCE_EPS * torch.finfo(output.dtype).eps
         if not error <= limit:
             return (

@@ -325,7 +325,17 @@ def command(*args: str) -> list[str]:
 
 def test_an_interrupt_leaves_no_file(here: Path, tiny_folder: Path, text_file: Path) -> None:
     text_file.write_text(" ".join(f"w{n % 97}" for n in range(100_000)))
-    args = [*quick(tiny_folder, text_file), "--prompts", "5000", "-o", "p.json"]
+    args = [
+        *quick(tiny_folder, text_file),
+        "--prompts",
+        "5000",
+        "--new-tokens",
+        "200",
+        "--batch-size",
+        "1",
+        "-o",
+        "p.json",
+    ]
     process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(9)  # it is generating by now, or still loading: both must end well
     process.send_signal(signal.SIGINT)
