@@ -1,0 +1,57 @@
+"""Policies refuse what no layer and no cosine can mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from skipcal.errors import ConfigError, ProfileMismatch
+from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
+
+POLICY = SkipPolicy(cold_s=2, cold_e=10, threshold=0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": math.nan}, r"threshold nan is not within \[-1, 2\]"),
+        ({"threshold": math.inf}, "threshold inf"),
+        ({"threshold": -1.01}, r"threshold -1\.01"),
+        ({"threshold": 98.0}, "not a percentage"),
+        ({"cold_s": 11}, "cold_s 11 and cold_e 10 are no layer range"),
+        ({"cold_s": -1}, "cold_s -1"),
+        ({"warm_up_tokens": -1}, "warm_up_tokens -1 is negative"),
+        ({"max_skips": -1}, "max_skips -1 is negative"),
+        ({"rule": "entropy"}, "rule 'entropy' is not known"),
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        replace(POLICY, **change)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 1.0, FULL_MODEL_THRESHOLD])
+def test_the_ends_of_the_range_are_allowed(threshold: float) -> None:
+    assert replace(POLICY, threshold=threshold).threshold == threshold
+
+
+def test_the_first_ffn_of_the_region_always_runs() -> None:
+    assert POLICY.most_skips() == 7
+    assert replace(POLICY, max_skips=3).most_skips() == 3
+    assert replace(POLICY, max_skips=30).most_skips() == 7
+    assert replace(POLICY, cold_e=2).most_skips() == 0
+
+
+def test_a_region_beyond_the_model_is_refused() -> None:
+    POLICY.check_layers(10)
+    with pytest.raises(ProfileMismatch, match="beyond the model's 9 layers"):
+        POLICY.check_layers(9)
+
+
+def test_a_policy_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        POLICY.threshold = 0.5  # type: ignore[misc]
