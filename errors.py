@@ -7,6 +7,7 @@ SkipcalError              1  failed at run time
 ├── ProfileError          3  the file is not a profile
 │   └── ProfileMismatch   3  the profile belongs to another model
 ├── Unavailable           4  a model or a text cannot be had
+├── JudgeError            5  a judge endpoint cannot be used
 ├── UnsupportedModel      1  no FFN blocks were found, or they are not what was claimed
 ├── OutputError           1  a result cannot be written
 └── SessionError          1  skipping was asked for where it cannot be done right
@@ -53,6 +54,12 @@ class Unavailable(SkipcalError):
     exit_code = 4
 
 
+class JudgeError(SkipcalError):
+    """A judge endpoint cannot be used: no key, not reachable, or it refuses the requests."""
+
+    exit_code = 5
+
+
 class UnsupportedModel(SkipcalError):
     """The FFN blocks of a model were not found, or fail the numerical proof."""
 
@@ -63,3 +70,9 @@ class OutputError(SkipcalError):
 
 class SessionError(SkipcalError):
     """Skipping was asked for in a situation where it could not be done right."""
+
+
+def first_words(error: BaseException, limit: int = 200) -> str:
+    """A foreign error's text in one line of at most `limit` characters."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= limit else words[:limit] + " ..."

@@ -30,6 +30,7 @@ class Block:
 
     weight_bytes: bytes that one token does not read when the block is skipped; of a mixture's
                   experts those that one token is routed to.
+    layer_bytes:  the same for the whole layer, attention included.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Block:
     chain: tuple[nn.Module, ...]
     scale: float
     weight_bytes: int
+    layer_bytes: int
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,16 @@ def _resolve(
             return f"{family.layers}[{index}] ({type(layer).__name__}) has no {', '.join(missing)}"
         chain = tuple(attrgetter(name)(layer) for name in family.chain)
         scale = float(attrgetter(family.scale)(layer)) if family.scale else 1.0
-        weight_bytes = _bytes_read(chain, config)
-        blocks.append(Block(index=index, layer=layer, chain=chain, scale=scale, weight_bytes=weight_bytes))
+        blocks.append(
+            Block(
+                index=index,
+                layer=layer,
+                chain=chain,
+                scale=scale,
+                weight_bytes=_bytes_read(chain, config),
+                layer_bytes=_bytes_read((layer,), config),
+            )
+        )
     return Architecture(
         model_type=model_type,
         found=found,

@@ -13,6 +13,7 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.capture import capture
 from skipcal.calibrate.corpora import batches
+from skipcal.calibrate.influence import layer_cosines
 from skipcal.calibrate.saturation import Trace
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import Unavailable
@@ -69,6 +70,7 @@ class Passes:
         first = self.prompt_tokens
         with (
             capture(self._model, architecture=self._architecture) as recorder,
+            layer_cosines(self._architecture) as layers,
             self._bar(f"capture {corpus}", len(rows)) as bar,
         ):
             done = 0
@@ -87,6 +89,7 @@ class Passes:
                         cosine=cosine[kept.ravel()],
                         norm_ratio=norm_ratio[kept.ravel()],
                         prompt_tokens=first,
+                        layer_cosine_sum=layers.take(kept.ravel()),
                     )
                 )
                 done += len(batch)

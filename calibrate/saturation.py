@@ -20,6 +20,8 @@ class Trace:
     cosine:      [tokens, layers] float32, `cos_i`.
     norm_ratio:  [tokens, layers] float32, `‖f_i‖/‖h_i‖`.
     prompt_tokens: positions below it are the prefill; position p is decode step p - prompt_tokens.
+    layer_cosine_sum: [layers] float64, over the same tokens the sum of the cosine between each
+                 layer's input and output; None if that was not measured.
     """
 
     corpus: str
@@ -28,6 +30,7 @@ class Trace:
     cosine: np.ndarray
     norm_ratio: np.ndarray
     prompt_tokens: int
+    layer_cosine_sum: np.ndarray | None = None
 
     def after_warm_up(self, warm_up_tokens: int) -> np.ndarray:
         """Cosines [tokens, layers] of the decode steps past the warm-up."""
@@ -42,7 +45,7 @@ class Trace:
 
     def statistics(self) -> LayerStatistics:
         """Statistics over all tokens of the trace."""
-        return layer_statistics(self.cosine, self.norm_ratio)
+        return layer_statistics(self.cosine, self.norm_ratio, self.layer_cosine_sum)
 
     @staticmethod
     def merge(parts: list[Trace]) -> Trace:
@@ -60,11 +63,22 @@ class Trace:
             cosine=np.concatenate([part.cosine for part in parts])[order],
             norm_ratio=np.concatenate([part.norm_ratio for part in parts])[order],
             prompt_tokens=parts[0].prompt_tokens,
+            layer_cosine_sum=_summed(parts),
         )
 
 
-def layer_statistics(cosine: np.ndarray, norm_ratio: np.ndarray) -> LayerStatistics:
-    """Statistics by layer of [tokens, layers] values; sums in float64, `std` of the population."""
+def _summed(parts: list[Trace]) -> np.ndarray | None:
+    sums = [part.layer_cosine_sum for part in parts if part.layer_cosine_sum is not None]
+    return np.sum(sums, axis=0) if len(sums) == len(parts) else None
+
+
+def layer_statistics(
+    cosine: np.ndarray, norm_ratio: np.ndarray, layer_cosine_sum: np.ndarray | None = None
+) -> LayerStatistics:
+    """Statistics by layer of [tokens, layers] values; sums in float64, `std` of the population.
+
+    layer_cosine_sum: [layers], see Trace; it gives Block Influence.
+    """
     tokens, layers = cosine.shape
     quantiles = np.quantile(cosine.astype(np.float64), list(QUANTILES.values()), axis=0)
     edges = np.linspace(-1.0, 1.0, HISTOGRAM_BINS + 1)
@@ -74,6 +88,7 @@ def layer_statistics(cosine: np.ndarray, norm_ratio: np.ndarray) -> LayerStatist
         std=cosine.std(axis=0, dtype=np.float64).tolist(),
         min=cosine.min(axis=0).astype(np.float64).tolist(),
         norm_ratio_mean=norm_ratio.mean(axis=0, dtype=np.float64).tolist(),
+        block_influence=None if layer_cosine_sum is None else (1 - layer_cosine_sum / tokens).tolist(),
         histogram=[np.histogram(cosine[:, layer], edges)[0].tolist() for layer in range(layers)],
         **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
     )
@@ -84,6 +99,7 @@ def pooled_statistics(traces: list[Trace]) -> LayerStatistics:
     return layer_statistics(
         np.concatenate([trace.cosine for trace in traces]),
         np.concatenate([trace.norm_ratio for trace in traces]),
+        _summed(traces),
     )
 
 

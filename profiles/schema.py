@@ -14,7 +14,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from transformers.utils import PushToHubMixin
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
@@ -62,6 +70,7 @@ class ModelInfo(_Part):
 class CorpusInfo(_Part):
     """Where one corpus came from and how much of it was used.
 
+    format:          of a question set, how its records became text.
     short_documents: passed over, for they have fewer than `prompt_tokens` tokens.
     tokens:          over which the statistics are taken.
     """
@@ -72,10 +81,17 @@ class CorpusInfo(_Part):
     split: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    format: str | None = None
     documents: Count
     short_documents: Count
     prompts: Count
     tokens: Count
+
+    @model_serializer(mode="wrap")
+    def _without_absent_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Running text has no format, and profiles from before there were any stay as they are."""
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "format" or value is not None}
 
 
 class CalibrationInfo(_Part):
@@ -95,7 +111,11 @@ class CalibrationInfo(_Part):
 
 
 class LayerStatistics(_Part):
-    """Statistics of `cos_i` by layer: each list has L entries, `std` is the population's."""
+    """Statistics of `cos_i` by layer: each list has L entries, `std` is the population's.
+
+    block_influence: of the whole layer, by which ShortGPT removes layers (arXiv 2403.03853); within
+                     [0, 2]. None in profiles of versions that did not measure it.
+    """
 
     count: list[Count]
     mean: list[Cosine]
@@ -108,10 +128,12 @@ class LayerStatistics(_Part):
     q95: list[Cosine]
     norm_ratio_mean: list[Annotated[float, Field(ge=0)]]
     histogram: list[list[Count]]
+    block_influence: list[float] | None = None
 
     @model_validator(mode="after")
     def _equal_lengths(self) -> Self:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        lists = {name: getattr(self, name) for name in type(self).model_fields}
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"expected lists of one length, got {lengths}")
         bins = {len(row) for row in self.histogram}
@@ -325,6 +347,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
             (corpus, layer, part, stat, value, statistics.count[layer])
             for corpus, statistics in self.layers.items()
             for stat in stats
+            if getattr(statistics, stat) is not None
             for layer, value in enumerate(getattr(statistics, stat))
         ]
         return pd.DataFrame(rows, columns=["corpus", "layer", "part", "stat", "value", "n"])

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from skipcal.errors import ConfigError, ProfileMismatch
+
+if TYPE_CHECKING:
+    from skipcal.arch.locate import Architecture
+    from skipcal.runtime.engines.base import Engine
 
 DEFAULT_WARM_UP_TOKENS = 25  # the paper's ablation saturates at 25-30 (arXiv 2404.03865, 2nd version)
 FULL_MODEL_THRESHOLD = 2.0  # no cosine reaches it
 _THRESHOLD_RANGE = (-1.0, 2.0)
+
+
+class Policy(Protocol):
+    """What a session obeys: the paper's rule (SkipPolicy) or a method it is compared with."""
+
+    @property
+    def method(self) -> str:
+        """Name of the method, as reports and tables show it."""
+
+    @property
+    def unit(self) -> Literal["ffn", "layer"]:
+        """What is skipped: FFN blocks, or whole layers with their attention."""
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """Decode steps of each row that always run the full model."""
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ProfileMismatch when the policy is not for a model of `num_layers`."""
+
+    def engine(self, architecture: Architecture) -> Engine:
+        """A fresh engine that runs this policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +79,23 @@ class SkipPolicy:
             raise ConfigError(f"max_skips {self.max_skips} is negative; expected 0 or more, or null")
         if self.rule != "cosine":
             raise ConfigError(f"rule {self.rule!r} is not known; expected 'cosine'")
+
+    @property
+    def method(self) -> str:
+        """`ffn-skip`, or `full` where nothing can be skipped."""
+        return "full" if self.cold_s == self.cold_e else "ffn-skip"
+
+    @property
+    def unit(self) -> Literal["ffn", "layer"]:
+        """FFN blocks are skipped; attention always runs."""
+        return "ffn"
+
+    def engine(self, architecture: Architecture) -> Engine:
+        """The eager engine under the rule `cosine`."""
+        from skipcal.runtime.engines.eager import EagerEngine
+        from skipcal.runtime.rules import CosineRule
+
+        return EagerEngine(architecture, CosineRule(self))
 
     def most_skips(self) -> int:
         """The largest number of FFNs this policy can skip for one token, whatever the threshold.

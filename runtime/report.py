@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class SkipReport:
     """Counts over all forward passes of a session, and how they were made.
 
+    Where whole layers are skipped, each counts as the FFN block it contains.
+
     decode_steps:               tokens decoded, summed over rows (n - 1 of n new tokens; a row
                                 counts until its end-of-sequence token).
     decode_steps_after_warm_up: those to which the rule applied.
     skipped_per_layer:          skipped FFN blocks by layer, L entries.
-    weight_bytes_saved:         bytes of FFN weights that were not read: a block's weights count
+    weight_bytes_saved:         bytes of weights that were not read: a block's weights count
                                 once for each forward pass in which every row skipped it.
+    method, unit:               what was run, and whether its skips are FFN blocks or whole layers.
+    byte_shares:                share of the decoder layers' weight bytes that one skip in each layer
+                                leaves out: its FFN's, or the whole layer's.
     """
 
     decode_steps: int
@@ -25,6 +31,9 @@ class SkipReport:
     weight_bytes_saved: int
     engine: str
     engine_reason: str
+    method: str
+    unit: Literal["ffn", "layer"]
+    byte_shares: tuple[float, ...]
 
     @property
     def skipped_blocks(self) -> int:
@@ -41,11 +50,39 @@ class SkipReport:
         """Skipped blocks / (L x all decode steps); NaN when there was no step."""
         return self._ratio(self.decode_steps)
 
+    @property
+    def skip_ratio_bytes(self) -> float:
+        """Weight bytes of the decoder layers that a token did not need, after the warm-up, as a share.
+
+        So methods that skip whole layers and methods that skip FFNs can be set side by side. It is
+        the mean over tokens; unlike `weight_bytes_saved` it does not depend on the batch.
+        """
+        steps = self.decode_steps_after_warm_up
+        saved = sum(n * share for n, share in zip(self.skipped_per_layer, self.byte_shares, strict=True))
+        return saved / steps if steps else math.nan
+
+    @staticmethod
+    def merged(reports: Sequence[SkipReport]) -> SkipReport:
+        """One report over several sessions of the same policy on the same model."""
+        return replace(
+            reports[0],
+            decode_steps=sum(r.decode_steps for r in reports),
+            decode_steps_after_warm_up=sum(r.decode_steps_after_warm_up for r in reports),
+            skipped_per_layer=tuple(map(sum, zip(*(r.skipped_per_layer for r in reports), strict=True))),
+            weight_bytes_saved=sum(r.weight_bytes_saved for r in reports),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a ratio over no token is None."""
-        ratios = {"skip_ratio": self.skip_ratio, "skip_ratio_all": self.skip_ratio_all}
+        ratios = {
+            "skip_ratio": self.skip_ratio,
+            "skip_ratio_all": self.skip_ratio_all,
+            "skip_ratio_bytes": self.skip_ratio_bytes,
+        }
+        values = asdict(self)
+        del values["byte_shares"]
         return {
-            **asdict(self),
+            **values,
             "skipped_per_layer": list(self.skipped_per_layer),
             "skipped_blocks": self.skipped_blocks,
             **{name: None if math.isnan(value) else value for name, value in ratios.items()},

@@ -9,42 +9,53 @@ same, and on a CPU a tensor operation costs more than the whole decision.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from skipcal.arch.residual import residual_cosine
+from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.policy import SkipPolicy
 
 
-class RuleState(NamedTuple):
+class RuleState(Protocol):
     """What a rule remembers of each token between the layers of one forward pass."""
+
+    def to(self, device: torch.device) -> Self:
+        """The state on `device`: layers may lie on several."""
+
+
+class CosineState(NamedTuple):
+    """State of the rule `cosine`."""
 
     armed: Tensor | bool  # [tokens] bool: the cosine has passed the threshold
     skipped: Tensor | int  # [tokens] int32: FFNs skipped so far
 
-    def to(self, device: torch.device) -> RuleState:
-        """The state on `device`: layers may lie on several."""
+    def to(self, device: torch.device) -> CosineState:
+        """The state on `device`."""
         if not isinstance(self.armed, Tensor) or not isinstance(self.skipped, Tensor):
             return self
         if self.armed.device == device:
             return self
-        return RuleState(self.armed.to(device), self.skipped.to(device))
+        return CosineState(self.armed.to(device), self.skipped.to(device))
 
 
 class Rule(Protocol):
     """A way to choose the FFNs to skip."""
 
-    layers: range  # the layers at which the rule has to be asked; everywhere else the FFN runs
+    @property
+    def layers(self) -> Collection[int]:
+        """Layers at which the rule has to be asked; everywhere else the FFN runs."""
 
-    def start(self, tokens: int, device: torch.device) -> RuleState:
-        """State of fresh tokens, at the first layer."""
+    def start(self, tokens: PassTokens, device: torch.device) -> Any:
+        """State (a RuleState) of fresh tokens, at the first layer."""
 
-    def before(self, layer: int, state: RuleState) -> tuple[Tensor | bool, RuleState]:
+    def before(self, layer: int, state: Any) -> tuple[Tensor | bool, Any]:
         """Mask [tokens] of those that skip FFN `layer`, and the state with that counted."""
 
-    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor | bool) -> RuleState:
+    def after(self, layer: int, state: Any, h: Tensor, f: Tensor, ran: Tensor | bool) -> Any:
         """State after FFN `layer` ran for the tokens in `ran`; h and f are [tokens, hidden]."""
 
 
@@ -62,23 +73,25 @@ class CosineRule:
         self._threshold = policy.threshold
         self._max_skips = policy.max_skips
 
-    def start(self, tokens: int, device: torch.device) -> RuleState:
+    def start(self, tokens: PassTokens, device: torch.device) -> CosineState:
         """No token is armed, none has skipped."""
-        if tokens == 1:
-            return RuleState(armed=False, skipped=0)
-        return RuleState(
-            armed=torch.zeros(tokens, dtype=torch.bool, device=device),
-            skipped=torch.zeros(tokens, dtype=torch.int32, device=device),
+        assert tokens.active is not None
+        count = len(tokens.active)
+        if count == 1:
+            return CosineState(armed=False, skipped=0)
+        return CosineState(
+            armed=torch.zeros(count, dtype=torch.bool, device=device),
+            skipped=torch.zeros(count, dtype=torch.int32, device=device),
         )
 
-    def before(self, layer: int, state: RuleState) -> tuple[Tensor | bool, RuleState]:
+    def before(self, layer: int, state: CosineState) -> tuple[Tensor | bool, CosineState]:
         """Armed tokens skip, while they have skips left."""
         if self._max_skips is None:
             return state.armed, state
         skip = state.armed & (state.skipped < self._max_skips)
         return skip, state._replace(skipped=state.skipped + skip)
 
-    def after(self, layer: int, state: RuleState, h: Tensor, f: Tensor, ran: Tensor | bool) -> RuleState:
+    def after(self, layer: int, state: CosineState, h: Tensor, f: Tensor, ran: Tensor | bool) -> CosineState:
         """Arm the tokens that ran and whose cosine reaches the threshold."""
         if state.armed is True:  # a single token, and nothing left to find out
             return state

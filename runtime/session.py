@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.engines.base import FULL_PASS, Engine, PassTokens
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
     ClockedCriteria,
@@ -30,9 +31,8 @@ from skipcal.runtime.generate_call import (
     refuse_continuous_batching,
 )
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
-from skipcal.runtime.rules import CosineRule
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +43,22 @@ def skipping(
     model: nn.Module,
     profile: SkipProfile | None = None,
     *,
-    policy: SkipPolicy | None = None,
+    policy: Policy | None = None,
     target_skip_ratio: float | None = None,
     teacher_forced: bool = False,
-    prompt_tokens: int = 1,
+    prompt_tokens: int | Sequence[int] = 1,
     engine: str = "auto",
     architecture: Architecture | None = None,
 ) -> SkipSession:
-    """Return a context manager inside which `model` skips FFN blocks.
+    """Return a context manager inside which `model` skips FFN blocks (or layers, by some baselines).
 
     profile:           whose recommended policy applies; `target_skip_ratio` picks another of its
                        operating points.
-    policy:            instead of a profile.
+    policy:            instead of a profile: a SkipPolicy, or what `skipcal.baselines` makes.
     teacher_forced:    skip in parallel forward passes over whole sequences. Positions below
-                       `prompt_tokens` are the prefill; position p is decode step
-                       p - prompt_tokens. Decisions and logits equal those of decoding the same
-                       text token by token.
+                       `prompt_tokens` (one number, or one for each row of the batches to come) are
+                       the prefill; position p is decode step p - prompt_tokens. Decisions and
+                       logits equal those of decoding the same text token by token.
     engine:            "auto" or "eager".
     architecture:      what `locate(model)` returned, to save proving the model again.
 
@@ -76,7 +76,8 @@ def skipping(
         raise ConfigError("target_skip_ratio chooses among a profile's operating points; pass a profile")
     if prompt_tokens != 1 and not teacher_forced:
         raise ConfigError("prompt_tokens has a meaning only with teacher_forced=True")
-    if prompt_tokens < 1:
+    prompts = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
+    if not prompts or min(prompts) < 1:
         raise ConfigError(f"prompt_tokens {prompt_tokens} is below 1: a first token cannot be predicted")
     if engine not in ("auto", "eager"):
         raise ConfigError(f"engine {engine!r} is not one of auto, eager")
@@ -84,7 +85,7 @@ def skipping(
         profile.check_fits(unwrap(model))
         policy = profile.policy_for(target_skip_ratio)
     assert policy is not None
-    return SkipSession(model, policy, teacher_forced, prompt_tokens, engine, architecture)
+    return SkipSession(model, policy, teacher_forced, prompts, engine, architecture)
 
 
 class SkipSession:
@@ -93,9 +94,9 @@ class SkipSession:
     def __init__(
         self,
         model: nn.Module,
-        policy: SkipPolicy,
+        policy: Policy,
         teacher_forced: bool,
-        prompt_tokens: int,
+        prompt_tokens: list[int],
         engine: str,
         architecture: Architecture | None,
     ) -> None:
@@ -107,7 +108,7 @@ class SkipSession:
         self._prompt_tokens = prompt_tokens
         self._requested_engine = engine
         self._architecture = architecture
-        self._engine: EagerEngine | None = None
+        self._engine: Engine | None = None
         self._handles: list[Any] = []
         self._patches = InstancePatches()
         self._steps = 0
@@ -124,7 +125,8 @@ class SkipSession:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
-        self._engine = EagerEngine(architecture, CosineRule(self.policy))
+        self._engine = self.policy.engine(architecture)
+        self._byte_shares = _byte_shares(architecture, self.policy)
         _sessions[self._model] = self
         try:
             self._engine.attach()
@@ -153,7 +155,7 @@ class SkipSession:
         """What was decoded and skipped so far."""
         if self._engine is None:
             raise SessionError("there is no report before the session is entered; use `with skipping(...)`")
-        reason = "asked for" if self._requested_engine == "eager" else "the only engine of this version"
+        reason = "asked for" if self._requested_engine == "eager" else self._engine.reason
         return SkipReport(
             decode_steps=self._steps,
             decode_steps_after_warm_up=self._ruled_steps,
@@ -161,6 +163,9 @@ class SkipSession:
             weight_bytes_saved=self._engine.weight_bytes_saved,
             engine=self._engine.name,
             engine_reason=reason,
+            method=self.policy.method,
+            unit=self.policy.unit,
+            byte_shares=self._byte_shares,
         )
 
     # What is set on the model, and how it goes away
@@ -201,8 +206,9 @@ class SkipSession:
 
     def _before_stack(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = call_arguments(self._stack_signature, args, kwargs)
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"] if tokens is None else tokens
+        ids = given.get("input_ids")
+        tokens = given["inputs_embeds"] if ids is None else ids
+        ids = None if ids is None else ids.reshape(-1)
         batch, length = tokens.shape[:2]
         assert self._engine is not None
         if self._teacher_forced:
@@ -210,22 +216,24 @@ class SkipSession:
             active = steps >= self.policy.warm_up_tokens
             self._steps += int((steps >= 0).sum())
             self._ruled_steps += int(active.sum())
-            self._engine.begin(active if bool(active.any()) else None, None)
+            ruled = PassTokens(active=active, step=steps, ids=ids)
+            self._engine.begin(ruled if bool(active.any()) else FULL_PASS)
             return
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         step = self._decode_step(past, length)
         if step is None:
-            self._engine.begin(None, None)
+            self._engine.begin(FULL_PASS)
             return
         live = self._clock.live(batch) if self._clock is not None else None
         decoded = batch if live is None else int(live.sum())
         self._steps += decoded
         if step < self.policy.warm_up_tokens:
-            self._engine.begin(None, None)
+            self._engine.begin(FULL_PASS)
             return
         self._ruled_steps += decoded
-        self._engine.begin(torch.ones(batch, dtype=torch.bool, device=tokens.device), live)
+        active = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+        self._engine.begin(PassTokens(active=active, counted=live, step=step, ids=ids))
 
     def _known_text_steps(
         self, given: dict[str, Any], batch: int, length: int, device: torch.device
@@ -251,7 +259,12 @@ class SkipSession:
                     "position_ids restart or jump within a row; teacher forcing takes a row for one "
                     "text, so pass packed sequences as rows of their own"
                 )
-        steps = positions - self._prompt_tokens
+        if len(self._prompt_tokens) not in (1, batch):
+            raise SessionError(
+                f"prompt_tokens names {len(self._prompt_tokens)} rows, the pass has {batch}; open a session "
+                "for each batch"
+            )
+        steps = positions - torch.tensor(self._prompt_tokens, device=device)[:, None]
         return (steps if real is None else steps.masked_fill(~real, -1)).reshape(-1)
 
     def _decode_step(self, past: int, length: int) -> int | None:
@@ -298,6 +311,12 @@ class SkipSession:
             return criteria if self._clock is None else ClockedCriteria.around(criteria, self._clock)
 
         return get_stopping_criteria
+
+
+def _byte_shares(architecture: Architecture, policy: Policy) -> tuple[float, ...]:
+    total = sum(block.layer_bytes for block in architecture.blocks)
+    whole = policy.unit == "layer"
+    return tuple((b.layer_bytes if whole else b.weight_bytes) / total for b in architecture.blocks)
 
 
 def _refuse_unfit(outer: nn.Module, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import Rule, RuleState
 
@@ -26,9 +27,10 @@ _ALL = slice(None)
 
 
 class EagerEngine:
-    """Runs each forward pass under `rule`, for the tokens marked by `begin`."""
+    """Runs each forward pass under `rule`, for the tokens that `begin` announces."""
 
     name = "eager"
+    reason = "the only engine of this version"
 
     def __init__(self, architecture: Architecture, rule: Rule) -> None:
         """Prepare for the blocks in which `rule` has a say."""
@@ -38,7 +40,7 @@ class EagerEngine:
         self._extras: dict[int, int] = {}  # by block, outputs besides f: router scores of some MoEs
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
-        self.begin(None, None)
+        self.begin(FULL_PASS)
 
     def attach(self) -> None:
         """Set `forward` on the modules of every chain."""
@@ -52,14 +54,10 @@ class EagerEngine:
         """Put back what `attach` found. A second call does nothing."""
         self._patches.restore()
 
-    def begin(self, active: Tensor | None, counted: Tensor | None) -> None:
-        """Announce a forward pass.
-
-        active:  [tokens] bool, the tokens to which the rule applies; None: the full model runs.
-        counted: [tokens] bool, those of them that the report counts; None: all active ones.
-        """
-        self._active = active
-        self._counted = counted
+    def begin(self, tokens: PassTokens) -> None:
+        """Announce a forward pass."""
+        self._tokens = tokens
+        self._active = tokens.active
         self._state: RuleState | None = None
 
     def _wrapped(
@@ -91,7 +89,7 @@ class EagerEngine:
         self._h = x.reshape(-1, x.shape[-1])
         tokens = len(self._h)
         if self._state is None:
-            self._state = self._rule.start(tokens, x.device)
+            self._state = self._rule.start(self._tokens, x.device)
         skip, self._state = self._rule.before(block.index, self._state.to(x.device))
         if isinstance(skip, Tensor):
             assert self._active is not None
@@ -131,6 +129,6 @@ class EagerEngine:
         return output if rest is None else (output, *rest)
 
     def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
-        if self._counted is not None:
-            skipping = int((self._counted.to(self._h.device) & skip).sum())
+        if self._tokens.counted is not None:
+            skipping = int((self._tokens.counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping

@@ -31,6 +31,7 @@ def document(**changes: Any) -> dict[str, Any]:
     statistics = {
         "count": [10] * LAYERS,
         "histogram": [[10, *[0] * 199]] * LAYERS,
+        "block_influence": [0.1, 0.2, 0.3, 0.4],
         **{key: [0.5] * LAYERS for key in ("mean", "min", "q05", "q25", "q50", "q75", "q95")},
         **{key: [0.1] * LAYERS for key in ("std", "norm_ratio_mean")},
     }
@@ -299,7 +300,7 @@ def test_pushing_uploads_the_profile_alone(
 def test_the_frame_is_long_and_complete(profile: SkipProfile) -> None:
     frame = profile.to_frame()
     assert list(frame.columns) == ["corpus", "layer", "part", "stat", "value", "n"]
-    assert len(frame) == LAYERS * 9
+    assert len(frame) == LAYERS * 10
     assert set(frame["part"]) == {"generated"}
     assert frame[(frame.stat == "std") & (frame.layer == 2)].value.item() == 0.1
 

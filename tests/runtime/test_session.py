@@ -487,7 +487,7 @@ def test_a_profile_drives_a_session(smollm: LoadedModel, smollm_profile: SkipPro
     inputs = smollm.tokenizer("A guild was", return_tensors="pt")
     with skipping(model, smollm_profile, target_skip_ratio=0.05) as run:
         model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    assert run.policy.threshold == smollm_profile.operating_points[0].threshold
+    assert run.policy == smollm_profile.policy_for(smollm_profile.operating_points[0].target_skip_ratio)
     assert run.report.decode_steps == 11
 
 

@@ -1,0 +1,1 @@
+"""What skipping costs: tasks, metrics with their intervals, and sweeps over methods."""

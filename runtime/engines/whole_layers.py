@@ -1,0 +1,160 @@
+"""Engines for methods that leave out whole layers, attention included.
+
+`RemovedLayers` takes layers out of the model for a while, for all tokens. `SkippedLayers` decides
+layer by layer and step by step. Neither writes keys and values for what it leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipcal.arch.locate import Architecture, Block
+from skipcal.errors import SessionError
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.runtime.patch import InstancePatches
+from skipcal.runtime.rules import Rule, RuleState
+
+
+class RemovedLayers:
+    """The model without some of its layers, as if it had been made with fewer.
+
+    The kept layers are numbered anew, so that the cache has no empty places: a cache made inside
+    does not fit the whole model, nor the other way round.
+    """
+
+    name = "eager"
+    reason = "the layers are taken out of the model"
+
+    def __init__(self, architecture: Architecture, removed: tuple[int, ...]) -> None:
+        """Prepare to remove the layers with these indices."""
+        self._architecture = architecture
+        self._removed = frozenset(removed)
+        self._patches = InstancePatches()
+        self.skipped_per_layer = [0] * architecture.num_layers
+        self.weight_bytes_saved = 0
+
+    def attach(self) -> None:
+        """Shorten the list of layers and everything in the configuration that is one entry a layer."""
+        architecture = self._architecture
+        kept = [block for block in architecture.blocks if block.index not in self._removed]
+        stack: Any = architecture.stack
+        name = architecture.family.layers.rpartition(".")[2]
+        self._patches.set(stack, name, nn.ModuleList(block.layer for block in kept))
+        for place, block in enumerate(kept):
+            for module in block.layer.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    self._patches.set(module, "layer_idx", place)
+        config = stack.config
+        count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == architecture.num_layers:
+                self._patches.set(config, key, type(value)(value[block.index] for block in kept))
+        self._patches.set(config, count, len(kept))
+
+    def detach(self) -> None:
+        """Put the layers back. A second call does nothing."""
+        self._patches.restore()
+
+    def begin(self, tokens: PassTokens) -> None:
+        """Count the removed layers for the tokens of a decode step."""
+        if tokens.active is None:
+            return
+        counted = tokens.active if tokens.counted is None else tokens.active & tokens.counted
+        for index in self._removed:
+            self.skipped_per_layer[index] += int(counted.sum())
+            self.weight_bytes_saved += self._architecture.blocks[index].layer_bytes
+
+
+class SkippedLayers:
+    """Leaves out the layers that `rule` names, for decode steps that all rows of a batch share.
+
+    A decode step does not call a skipped layer, so its keys and values are never made. In a
+    teacher-forced pass the layer runs, and the stream of the tokens that skip it passes by. Both agree
+    as long as no later token reads what a skipped one would have written, which is what a rule for
+    this engine has to see to.
+    """
+
+    name = "eager"
+    reason = "layers are skipped whole"
+
+    def __init__(self, architecture: Architecture, rule: Rule) -> None:
+        """Prepare for the layers in which `rule` has a say."""
+        _refuse_late_masks(architecture, rule)
+        self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
+        self._rule = rule
+        self._patches = InstancePatches()
+        self._tuples: dict[int, int] = {}  # by layer, outputs besides the stream
+        self._tokens = FULL_PASS
+        self._state: RuleState | None = None
+        self.skipped_per_layer = [0] * architecture.num_layers
+        self.weight_bytes_saved = 0
+
+    def attach(self) -> None:
+        """Set `forward` on the layers."""
+        for block in self._blocks:
+            self._patches.set(block.layer, "forward", self._wrapped(block, block.layer.forward))
+
+    def detach(self) -> None:
+        """Put back what `attach` found. A second call does nothing."""
+        self._patches.restore()
+
+    def begin(self, tokens: PassTokens) -> None:
+        """Announce a forward pass."""
+        self._tokens = tokens
+        self._state = None
+
+    def _wrapped(self, block: Block, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream: Tensor = args[0] if args else kwargs["hidden_states"]
+            skip = self._skip(block, stream)
+            if skip is None:
+                output = inner(*args, **kwargs)
+                self._tuples[block.index] = len(output) - 1 if isinstance(output, tuple) else 0
+                return output
+            if not isinstance(self._tokens.step, Tensor):  # every row is at the same step
+                if block.index not in self._tuples:
+                    raise SessionError("the first pass inside skipping(...) has to be a prefill")
+                extras = self._tuples[block.index]
+                self.weight_bytes_saved += block.layer_bytes
+                return (stream, *[None] * extras) if extras else stream
+            output = inner(*args, **kwargs)
+            first = output[0] if isinstance(output, tuple) else output
+            passed = torch.where(skip.reshape(*stream.shape[:-1], 1), stream, first)
+            return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+        return forward
+
+    def _skip(self, block: Block, stream: Tensor) -> Tensor | None:
+        """Mask [tokens] of those that skip the layer, counted; None if nobody does."""
+        tokens = self._tokens
+        if tokens.active is None:
+            return None
+        if self._state is None:
+            self._state = self._rule.start(tokens, stream.device)
+        asked, self._state = self._rule.before(block.index, self._state.to(stream.device))
+        skip = asked & tokens.active.to(stream.device)
+        if not bool(skip.any()):
+            return None
+        counted = skip if tokens.counted is None else skip & tokens.counted.to(stream.device)
+        self.skipped_per_layer[block.index] += int(counted.sum())
+        return skip
+
+
+def _refuse_late_masks(architecture: Architecture, rule: Rule) -> None:
+    """The mask of each kind of attention is sized by the cache of its first layer: that one must run."""
+    kinds = getattr(architecture.stack.config, "layer_types", None) or []
+    late = [kind for kind, first in _firsts(kinds) if first in rule.layers]
+    if late:
+        raise SessionError(
+            f"the first layer with {late[0]} lies where layers are skipped, and masks are sized by its "
+            "cache; this method runs on models with one kind of attention"
+        )
+
+
+def _firsts(kinds: list[str]) -> Iterator[tuple[str, int]]:
+    for kind in dict.fromkeys(kinds):
+        yield kind, kinds.index(kind)
