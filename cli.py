@@ -23,6 +23,7 @@ from skipcal.errors import ConfigError, SkipcalError, Unavailable
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
+    from skipcal.configs.sweep import SweepConfig
     from skipcal.runtime.generation import Generation
 
 app = typer.Typer(
@@ -191,6 +192,171 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    ctx: typer.Context,
+    source: opt.ProfileOption,
+    task: opt.Task = None,
+    method: opt.Method = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.TaskFiles = None,
+    text_column: opt.TextColumn = None,
+    items: opt.Items = None,
+    window_tokens: opt.WindowTokens = None,
+    new_tokens: opt.NewTokens = None,
+    warm_up_tokens: opt.WarmUpTokens = None,
+    match_items: opt.MatchItems = None,
+    batch_size: opt.BatchSize = None,
+    chat_template: opt.ChatTemplate = True,
+    seed: opt.Seed = None,
+    judge_model: opt.JudgeModel = None,
+    judge_base_url: opt.JudgeUrl = None,
+    judge_prompts: opt.JudgePrompts = None,
+    lm_eval_tasks: opt.LmEvalTasks = None,
+    limit: opt.Limit = None,
+    output: opt.Folder = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure what a method costs in quality, against the full model on the same items.
+
+    Example: skipcal evaluate --profile smollm2-135m-instruct --task perplexity
+    """
+    with _command(as_json, debug) as console:
+        options = _evaluation_options(ctx)
+        options["methods"] = options.pop("method")
+        if target_skip_ratio is not None:
+            options["ratios"] = [target_skip_ratio]
+        if lm_eval_tasks is not None:
+            _lm_eval(console, options, lm_eval_tasks, limit, output, overwrite)
+            return
+        if limit is not None:
+            raise ConfigError(f"--limit {limit} is for --lm-eval-tasks; other tasks take --items")
+        from skipcal.configs.sweep import load_sweep
+
+        settings = load_sweep(None, options)
+        folder = output or Path("runs") / f"evaluate-{_digest(settings.recorded())}"
+        _sweep(console, settings, folder, overwrite)
+
+
+@app.command()
+def sweep(
+    ctx: typer.Context,
+    output: opt.RequiredFolder,
+    config: opt.ConfigFile = None,
+    profile: opt.OptionalProfile = None,
+    methods: opt.Methods = None,
+    ratios: opt.Ratios = None,
+    tasks: opt.Tasks = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.TaskFiles = None,
+    text_column: opt.TextColumn = None,
+    items: opt.Items = None,
+    window_tokens: opt.WindowTokens = None,
+    new_tokens: opt.NewTokens = None,
+    warm_up_tokens: opt.WarmUpTokens = None,
+    match_items: opt.MatchItems = None,
+    batch_size: opt.BatchSize = None,
+    chat_template: opt.ChatTemplate = True,
+    seed: opt.Seed = None,
+    judge_model: opt.JudgeModel = None,
+    judge_base_url: opt.JudgeUrl = None,
+    judge_prompts: opt.JudgePrompts = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare methods over skip ratios and tasks: tables and figures of the paper from one file.
+
+    An interrupted sweep goes on where it stopped when the same command is given again.
+
+    Example: skipcal sweep --config embedded-sweep -o runs/sweep
+    """
+    with _command(as_json, debug) as console:
+        from skipcal.configs.sweep import load_sweep
+
+        options = _evaluation_options(ctx)
+        options["task"] = _listed(options.pop("tasks"))
+        options["methods"] = _listed(methods)
+        options["ratios"] = _numbers("--ratios", ratios)
+        _sweep(console, load_sweep(config, options), output, overwrite)
+
+
+@app.command()
+def compare(
+    sources: opt.Profiles,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.DataFiles = None,
+    text_column: opt.TextColumn = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    prompts: opt.Prompts = None,
+    prompt_tokens: opt.PromptTokens = None,
+    text_tokens: opt.TextTokens = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    output: opt.Folder = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Set profiles of one model side by side; with text, try each of them on each text.
+
+    Example: skipcal compare c4.json gsm8k.json --data-files c4=c4.jsonl -o runs/compare
+    """
+    with _command(as_json, debug) as console:
+        from skipcal.calibrate.compare import CompareConfig, run_compare
+
+        given: dict[str, Any] = {
+            "corpus": corpus,
+            "data_files": data_files,
+            "text_column": text_column,
+            "target_skip_ratio": target_skip_ratio,
+            "prompts": prompts,
+            "prompt_tokens": prompt_tokens,
+            "text_tokens": text_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        settings = CompareConfig(**{k: v for k, v in given.items() if v is not None})
+        load = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+        }
+        result = run_compare(sources, settings, lambda: _load(load))
+        written = result.save(output, overwrite=overwrite) if output else []
+        console.result(result.to_dict(), result.to_text())
+        for path in written:
+            console.say(f"wrote {path}")
+
+
+@app.command()
 def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     """List the model families that can be profiled, and the profiles that are shipped.
 
@@ -221,12 +387,143 @@ def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug
         )
 
 
+def _evaluation_options(ctx: typer.Context) -> dict[str, Any]:
+    """Options of evaluate and sweep that are settings; switches that are off count as not given."""
+    apart = (
+        "config",
+        "as_json",
+        "debug",
+        "output",
+        "overwrite",
+        "lm_eval_tasks",
+        "limit",
+        "target_skip_ratio",
+    )
+    options = {k: v for k, v in ctx.params.items() if k not in apart}
+    options["profile"] = options.pop("source", None) or options.get("profile")
+    for name, default in (("trust_remote_code", False), ("chat_template", True)):
+        if options[name] is default:
+            options[name] = None
+    return options
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in _listed(text) or []]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, as 0.1,0.25") from None
+
+
+_FOR_LM_EVAL = (
+    "profile", "methods", "ratios", "model", "revision", "dtype", "device", "device_map",
+    "attn_implementation", "trust_remote_code", "warm_up_tokens", "batch_size", "chat_template", "seed",
+)  # fmt: skip
+
+
+def _lm_eval(
+    console: _Console,
+    options: dict[str, Any],
+    names: str,
+    limit: int | None,
+    output: Path | None,
+    overwrite: bool,
+) -> None:
+    stray = next((k for k, v in options.items() if v is not None and k not in _FOR_LM_EVAL), None)
+    if stray is not None:
+        raise ConfigError(f"--{stray.replace('_', '-')} has no effect on --lm-eval-tasks; leave it out")
+    from skipcal.baselines.methods import Ask, make_policy, recommended_ratio
+    from skipcal.profiles.files import check_output, write_atomic
+    from skipcal.profiles.schema import SkipProfile
+
+    target = output / "results.csv" if output else None
+    if target:
+        check_output(target, overwrite=overwrite)
+    found = SkipProfile.load(options["profile"])
+    ratio = options["ratios"][0] if options.get("ratios") else recommended_ratio(found)
+
+    from skipcal.evaluation.arms import Arm
+    from skipcal.evaluation.lm_eval import LONGEST_ANSWER, run_lm_eval
+
+    ask = Ask(
+        target_skip_ratio=ratio,
+        new_tokens=LONGEST_ANSWER,
+        warm_up_tokens=options["warm_up_tokens"],
+        seed=options["seed"] or 0,
+    )
+    methods = [m for m in options["methods"] or ["ffn-skip"] if m != "full"]
+    policies = [(Arm("full", None), make_policy("full", found, ask))]
+    policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
+    loaded = _load({**dict.fromkeys(_FOR_LM_EVAL), **options})
+    found.check_fits(loaded.model)
+    frame = run_lm_eval(
+        loaded,
+        policies,
+        _listed(names) or [],
+        limit=limit,
+        batch_size=options["batch_size"] or 8,
+        chat_template=options["chat_template"] is not False,
+        cache=output / "lm-eval" if output else None,
+        seed=options["seed"] or 0,
+    )
+    shown = frame.drop(columns=["ci_low", "ci_high", "skip_ratio_all", "threshold", "seed"], errors="ignore")
+    console.result(_rows(frame), shown.to_string(index=False, float_format="{:.4g}".format))
+    if target:
+        write_atomic(target, lambda path: frame.to_csv(path, index=False), overwrite=overwrite)
+        console.say(f"wrote {target}")
+
+
+def _sweep(console: _Console, settings: SweepConfig, folder: Path, overwrite: bool) -> None:
+    from skipcal.evaluation.outputs import check_folder
+    from skipcal.profiles.schema import SkipProfile
+
+    found = SkipProfile.load(settings.profile)
+    check_folder(folder, settings, overwrite=overwrite)
+
+    from skipcal.evaluation.outputs import tables, write_results
+    from skipcal.evaluation.sweep import plan, run_sweep
+
+    plan(found, settings)
+    console.on_interrupt = f"finished items are kept in {folder}; give the same command again to go on"
+    loaded = _load(settings.model_dump())
+    result = run_sweep(loaded, found, settings, folder)
+    written = write_results(result, loaded, settings, command=_command_line())
+    console.result(_rows(result.frame), tables(result.frame))
+    for path in written:
+        console.say(f"wrote {path}")
+
+
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    """A table as JSON values; what is missing is null."""
+    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
+
+
+def _command_line() -> str:
+    """The command that was given, with the names of files but not their places."""
+    words = []
+    for word in sys.argv[1:]:
+        label, separator, path = word.rpartition("=")
+        words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
+    return " ".join(["skipcal", *words])
+
+
+def _digest(value: Any) -> str:
+    from skipcal.evaluation.records import digest
+
+    return digest(value)
+
+
 class _Console:
     """Where a command's result goes: text on stdout, or one JSON document with --json."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._stdout = sys.stdout
+        self.on_interrupt = "no output was written or changed"
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
@@ -258,7 +555,7 @@ def _command(as_json: bool, debug: bool) -> Iterator[_Console]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at exit
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted: no output was written or changed", err=True)
+        typer.echo(f"interrupted: {console.on_interrupt}", err=True)
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:

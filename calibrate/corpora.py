@@ -1,15 +1,16 @@
-"""Calibration text: which corpora there are, and how prompts are cut from them.
+"""Calibration text: how prompts are cut from corpora.
 
 A *document* corpus gives one prompt per document, its first tokens. A *stream* corpus is one
-text, cut into consecutive windows. Which documents or windows are taken is drawn by seed; so are
-the held-out prompts, which never overlap the others.
+text, cut into consecutive windows. A *question set* gives documents, or in the formats that join
+items random windows over several of them. What is taken is drawn by seed; so are the held-out
+prompts, which share no document, window or item with the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,49 +18,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipcal.errors import ConfigError, Unavailable
+from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
+from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, resolve_corpora
+from skipcal.errors import Unavailable
+
+__all__ = [
+    "KNOWN_CORPORA",
+    "Corpus",
+    "CorpusSample",
+    "batches",
+    "file_sha256",
+    "resolve_corpora",
+    "sample_corpus",
+]
 
 SHUFFLE_BUFFER = 10_000  # documents of a streamed corpus among which the seed draws
 STREAM_CHARACTERS = 20_000_000  # of a stream corpus, its beginning; WikiText-2 has 11 million
-_TEXT_SUFFIXES = (".txt",)
-_TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where a text is. `source` is a hub id, "embedded", or a path when `local`."""
-
-    name: str
-    source: str
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    data_files: str | None = None
-    text_column: str = "text"
-    stream: bool = False
-    local: bool = False
-
-
-KNOWN_CORPORA = {
-    corpus.name: corpus
-    for corpus in (
-        Corpus(
-            "wikitext",
-            "Salesforce/wikitext",
-            config="wikitext-2-raw-v1",
-            revision="b08601e04326c79dfdd32d625aee71d232d685c3",
-            stream=True,  # its records are lines
-        ),
-        Corpus(
-            "c4",
-            "allenai/c4",
-            config="en",
-            revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
-            data_files="en/c4-train.00000-of-01024.json.gz",  # listing all shards is slow and rate limited
-        ),
-        Corpus("embedded", "embedded", stream=True),
-    )
-}
+OVERLAP_TOKENS = 16  # a run this long in two rows is no chance; templates and idioms are shorter
+_TRIES = 8  # windows drawn over joined items for each that is wanted, before a set counts as too small
 
 
 @dataclass(frozen=True)
@@ -74,32 +50,6 @@ class CorpusSample:
     sha256: str | None
 
 
-def resolve_corpora(
-    names: Iterable[str], data_files: Iterable[str], *, text_column: str = "text"
-) -> list[Corpus]:
-    """Corpora by name (a known one, else a hub id) and by local file (PATH or NAME=PATH)."""
-    corpora = []
-    for name in names:
-        known = KNOWN_CORPORA.get(name, Corpus(name, name))
-        corpora.append(replace(known, text_column=text_column))
-    for entry in data_files:
-        label, separator, path = entry.partition("=")
-        if not separator or Path(entry).exists():
-            label, path = Path(entry).stem, entry
-        suffix = Path(path).suffix.lower()
-        if suffix not in (*_TEXT_SUFFIXES, *_TABLE_BUILDERS):
-            raise ConfigError(
-                f"data file {path!r} has the ending {suffix!r}; expected .txt, .jsonl, .json or .parquet"
-            )
-        stream = suffix in _TEXT_SUFFIXES
-        corpora.append(Corpus(label, path, stream=stream, local=True, text_column=text_column))
-    repeated = {c.name for c in corpora if sum(c.name == other.name for other in corpora) > 1}
-    if repeated or "pooled" in {c.name for c in corpora}:
-        wrong = sorted(repeated) or ["pooled"]
-        raise ConfigError(f"corpus name {wrong[0]!r} is taken; name data files apart with NAME=PATH")
-    return corpora
-
-
 def sample_corpus(
     corpus: Corpus,
     tokenizer: Any,
@@ -108,24 +58,34 @@ def sample_corpus(
     prompt_tokens: int,
     seed: int,
     held_out: int = 0,
+    avoid: Iterable[list[int]] = (),
 ) -> CorpusSample:
     """Draw `prompts` + `held_out` different prompts of `prompt_tokens` tokens each.
 
+    avoid: rows of token ids; text that has OVERLAP_TOKENS tokens in a row with one is passed over.
+           Shorter rows exclude nothing.
     Raises Unavailable when the text cannot be read, or is too short for so many.
     """
     wanted = prompts + held_out
     if not corpus.local and corpus.source != "embedded" and corpus.revision is None:
         corpus = replace(corpus, revision=_commit(corpus))
-    digest = _sha256(Path(corpus.source)) if corpus.local else None
-    if corpus.stream:
-        rows, documents, short = _windows(corpus, tokenizer, wanted, prompt_tokens, seed)
+    digest = file_sha256(Path(corpus.source)) if corpus.local else None
+    used = _Runs(avoid)
+    if corpus.format in JOINED_FORMATS:
+        what = "windows over joined questions"
+        rows, documents = _joined(corpus, tokenizer, (prompts, held_out), prompt_tokens, seed, used)
+        short = 0
+    elif corpus.stream:
+        what = "windows"
+        rows, documents, short = _windows(corpus, tokenizer, wanted, prompt_tokens, seed, used)
     else:
-        rows, documents, short = _openings(corpus, tokenizer, wanted, prompt_tokens, seed)
+        rows, documents, short = _openings(corpus, tokenizer, wanted, prompt_tokens, seed, used)
+        what = f"documents (of {documents})"
     if len(rows) < wanted:
-        what = "windows" if corpus.stream else f"documents (of {documents})"
+        apart = " apart from the text to be avoided" if used else ""
         raise Unavailable(
-            f"corpus {corpus.name!r} is too short: it has {len(rows)} {what} of {prompt_tokens} tokens, "
-            f"{wanted} are wanted; lower --prompts or --prompt-tokens, or pass more text"
+            f"corpus {corpus.name!r} is too short: it has {len(rows)} {what} of {prompt_tokens} tokens"
+            f"{apart}, {wanted} are wanted; ask for fewer or shorter ones, or pass more text"
         )
     return CorpusSample(
         corpus=replace(corpus, source=Path(corpus.source).name) if corpus.local else corpus,
@@ -137,36 +97,102 @@ def sample_corpus(
     )
 
 
+class _Runs:
+    """Rows of tokens that other rows must not repeat, by their runs of OVERLAP_TOKENS tokens."""
+
+    def __init__(self, rows: Iterable[list[int]]) -> None:
+        self._runs = {run for row in rows for run in self._of(row)}
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def meet(self, ids: list[int]) -> bool:
+        """Whether a run of `ids` is a run of the rows."""
+        return bool(self._runs) and not self._runs.isdisjoint(self._of(ids))
+
+    @staticmethod
+    def _of(ids: list[int]) -> Iterator[tuple[int, ...]]:
+        return (tuple(ids[i : i + OVERLAP_TOKENS]) for i in range(len(ids) - OVERLAP_TOKENS + 1))
+
+
 def _windows(
-    corpus: Corpus, tokenizer: Any, wanted: int, length: int, seed: int
+    corpus: Corpus, tokenizer: Any, wanted: int, length: int, seed: int, used: _Runs
 ) -> tuple[list[list[int]], int, int]:
     """Windows of a stream, drawn by seed among all of its first STREAM_CHARACTERS."""
     text = _stream_text(corpus)
     # verbose=False: the stream is longer than the model's context, and is never given to it whole.
     ids = tokenizer(text, verbose=False)["input_ids"]
-    starts = range(0, len(ids) - length + 1, length)
+    starts = [
+        start
+        for start in range(0, len(ids) - length + 1, length)
+        if not used.meet(ids[start : start + length])
+    ]
     drawn = random.Random(seed).sample(starts, min(wanted, len(starts)))
     return [ids[start : start + length] for start in drawn], 1, 0
 
 
 def _openings(
-    corpus: Corpus, tokenizer: Any, wanted: int, length: int, seed: int
+    corpus: Corpus, tokenizer: Any, wanted: int, length: int, seed: int, used: _Runs
 ) -> tuple[list[list[int]], int, int]:
     """First tokens of documents, in an order drawn by seed; short documents are passed over."""
     rows: list[list[int]] = []
     documents = short = 0
     with _data_errors(corpus):
-        records = _records(corpus).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for text in _texts(records, corpus):
+        for text in _shuffled_texts(corpus, seed):
             if len(rows) == wanted:
                 break
             documents += 1
             ids = tokenizer(text, verbose=False)["input_ids"]
             if len(ids) < length:
                 short += 1
-            else:
+            elif not used.meet(ids[:length]):
                 rows.append(ids[:length])
     return rows, documents, short
+
+
+def _joined(
+    corpus: Corpus, tokenizer: Any, wanted: tuple[int, int], length: int, seed: int, used: _Runs
+) -> tuple[list[list[int]], int]:
+    """Windows over joined items for prompts and held-out prompts, and the number of items read.
+
+    Each of the two draws from items of its own, in proportion to the windows wanted.
+    """
+    with _data_errors(corpus):
+        items = list(islice(_shuffled_texts(corpus, seed), SHUFFLE_BUFFER))
+    free = [text for text in items if not used or not used.meet(tokenizer(text)["input_ids"])]
+    cut = round(len(free) * wanted[0] / sum(wanted))
+    draw = random.Random(seed)
+    parts = ((free[:cut], wanted[0]), (free[cut:], wanted[1]))
+    rows = [row for texts, count in parts for row in _item_windows(texts, tokenizer, count, length, draw)]
+    return rows, len(items)
+
+
+def _item_windows(
+    texts: Sequence[str], tokenizer: Any, count: int, length: int, draw: random.Random
+) -> list[list[int]]:
+    """Up to `count` different windows; every item is used before one is used again."""
+    deck = _endless(texts, draw)
+    rows: list[list[int]] = []
+    for _ in range(_TRIES * count):
+        if len(rows) == count:
+            break
+        chosen: dict[str, None] = {}  # a set that keeps the order
+        ids: list[int] = []
+        while len(ids) <= length and len(chosen) < len(set(texts)):
+            chosen[next(deck)] = None
+            ids = tokenizer(SEPARATOR.join(chosen), verbose=False)["input_ids"]
+        if len(ids) < length:
+            break  # all items together are too short
+        start = draw.randrange(len(ids) - length + 1)
+        row = ids[start : start + length]
+        if row not in rows:
+            rows.append(row)
+    return rows
+
+
+def _endless(texts: Sequence[str], draw: random.Random) -> Iterator[str]:
+    while True:
+        yield from draw.sample(texts, len(texts))
 
 
 def _stream_text(corpus: Corpus) -> str:
@@ -208,7 +234,7 @@ def _records(corpus: Corpus) -> Any:
         path = Path(corpus.source)
         if not path.is_file():
             raise Unavailable(f"{path} cannot be read (no such file); check the path")
-        builder = _TABLE_BUILDERS[path.suffix.lower()]
+        builder = TABLE_BUILDERS[path.suffix.lower()]
         return load_dataset(builder, data_files=str(path), split="train", streaming=True)
     return load_dataset(
         corpus.source,
@@ -220,14 +246,23 @@ def _records(corpus: Corpus) -> Any:
     )
 
 
+def _shuffled_texts(corpus: Corpus, seed: int) -> Iterator[str]:
+    return _texts(_records(corpus).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), corpus)
+
+
 def _texts(records: Iterable[dict[str, Any]], corpus: Corpus) -> Iterator[str]:
     for record in records:
+        if corpus.questions is not None and corpus.format is not None:
+            yield QUESTION_SETS[corpus.questions].item(record, corpus.format).text(corpus.format)
+            continue
         text = record.get(corpus.text_column)
         if not isinstance(text, str):
             columns = ", ".join(sorted(record)) or "none"
+            as_questions = ", or read it as questions with NAME:in-context=PATH"
             raise Unavailable(
                 f"corpus {corpus.name!r} has no text in column {corpus.text_column!r} "
                 f"(columns: {columns}); name one with --text-column"
+                f"{as_questions if corpus.name in QUESTION_SETS else ''}"
             )
         yield text
 
@@ -260,7 +295,8 @@ def _commit(corpus: Corpus) -> str | None:
         return HfApi().dataset_info(corpus.source).sha
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Sha256 of a data file. Raises Unavailable if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from skipcal.calibrate.influence import layer_cosines
 from skipcal.calibrate.saturation import Trace
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import Unavailable
+from skipcal.runtime.greedy import final_ids, greedy_settings, until_stop
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -54,15 +55,15 @@ class Passes:
 
     def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
         ids = torch.tensor(prompts, device=self._device)
-        stops = _final_ids(self._model.generation_config)
+        stops = final_ids(self._model.generation_config)
         output = self._model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self._new_tokens,
-            **_greedy_settings(self._model.generation_config),
+            **greedy_settings(self._model.generation_config),
         )
         length = ids.shape[1]
-        return [row[:length] + _until_stop(row[length:], stops) for row in output.tolist()]
+        return [row[:length] + until_stop(row[length:], stops) for row in output.tolist()]
 
     def trace(self, corpus: str, rows: list[list[int]]) -> Trace:
         """One clean forward over every row; cosines of the positions past the prompt."""
@@ -139,36 +140,3 @@ def _known_ratio(report: SkipReport) -> float:
     if math.isnan(report.skip_ratio):
         raise Unavailable(ENDED_EARLY)
     return report.skip_ratio
-
-
-def _greedy_settings(config: Any) -> dict[str, Any]:
-    """Overrides that make generate() plain greedy decoding, whatever a model's configuration adds."""
-    settings: dict[str, Any] = {
-        "do_sample": False,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "min_length": 0,
-        "return_dict_in_generate": False,
-    }
-    if config.pad_token_id is None:
-        stops = _final_ids(config)
-        settings["pad_token_id"] = min(stops) if stops else 0
-    return settings
-
-
-def _final_ids(config: Any) -> set[int]:
-    ends = config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
-    """The tokens up to and with the first end-of-sequence; what follows is padding."""
-    for place, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: place + 1]
-    return tokens

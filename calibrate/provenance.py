@@ -45,6 +45,7 @@ def corpus_info(sample: CorpusSample, trace: Trace) -> CorpusInfo:
         split=None if corpus.local or corpus.source == "embedded" else corpus.split,
         revision=corpus.revision,
         sha256=sample.sha256,
+        format=corpus.format,
         documents=sample.documents,
         short_documents=sample.short_documents,
         prompts=len(sample.prompts),

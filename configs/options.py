@@ -28,11 +28,11 @@ AttnImplementation = Annotated[
 TrustRemoteCode = Annotated[bool, _option("--trust-remote-code", help="Run code that comes with the model.")]
 Corpus = Annotated[
     list[str] | None,
-    _option("--corpus", help="wikitext, c4, embedded or a hub id; repeatable."),
+    _option("--corpus", help="wikitext, c4, gsm8k, gsm8k:single, ..., or a hub id; repeatable."),
 ]
 DataFiles = Annotated[
     list[str] | None,
-    _option("--data-files", help=".txt, .jsonl or .parquet, as PATH or NAME=PATH; repeatable."),
+    _option("--data-files", help=".txt, .jsonl or .parquet, as [NAME=]PATH; repeatable."),
 ]
 TextColumn = Annotated[
     str | None, _option("--text-column", help="Column that holds the text. Default: text.")
@@ -82,6 +82,57 @@ ProfileOption = Annotated[
 ProfileArgument = Annotated[
     str,
     typer.Argument(metavar="PROFILE", help="Profile file, or the name of a shipped one."),
+]
+Task = Annotated[
+    list[str] | None,
+    _option("--task", help="perplexity, continuation, freebaseqa, summarization or mtbench; repeatable."),
+]
+Tasks = Annotated[str | None, _option("--tasks", help="Tasks, separated by commas.")]
+Method = Annotated[
+    list[str] | None,
+    _option(
+        "--method",
+        help="ffn-skip (default), random, no-input-adaptive, static, shortgpt, skipdecode, full; repeatable.",
+    ),
+]
+Methods = Annotated[str | None, _option("--methods", help="Methods, separated by commas.")]
+Ratios = Annotated[str | None, _option("--ratios", help="Target skip ratios, separated by commas.")]
+TaskFiles = Annotated[
+    list[str] | None,
+    _option("--data-files", help="TASK=PATH for a task's items, [NAME=]PATH for text; repeatable."),
+]
+Items = Annotated[
+    int | None, _option("--items", help="Items per task (per corpus or bucket, where there are some).")
+]
+WindowTokens = Annotated[
+    int | None, _option("--window-tokens", help="Tokens of a window of perplexity. Default: 512.")
+]
+MatchItems = Annotated[
+    int | None,
+    _option(
+        "--match-items",
+        help="Tune ffn-skip's threshold on so many items until they realise the target. Default: 0, not.",
+    ),
+]
+JudgeModel = Annotated[str | None, _option("--judge-model", help="Model that rates answers.")]
+JudgeUrl = Annotated[
+    str | None, _option("--judge-base-url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.")
+]
+JudgePrompts = Annotated[
+    str | None, _option("--judge-prompts", help="FastChat's judge_prompts.jsonl. Default: skipcal's own.")
+]
+LmEvalTasks = Annotated[str | None, _option("--lm-eval-tasks", help="Tasks of lm-eval, separated by commas.")]
+Limit = Annotated[int | None, _option("--limit", help="Samples of each lm-eval task.")]
+Folder = Annotated[Path | None, _option("--output", "-o", help="Folder for records, tables and figures.")]
+RequiredFolder = Annotated[Path, _option("--output", "-o", help="Folder for records, tables and figures.")]
+OptionalProfile = Annotated[
+    str | None, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
+]
+Profiles = Annotated[
+    list[str], typer.Argument(metavar="PROFILE...", help="Profiles of one model: files or shipped names.")
+]
+TextTokens = Annotated[
+    int | None, _option("--text-tokens", help="Tokens of a text a profile is tried on. Default: 256.")
 ]
 Prompt = Annotated[str | None, _option("--prompt", help="Text to answer or go on from.")]
 PromptFile = Annotated[Path | None, _option("--prompt-file", help="UTF-8 file with the prompt.")]

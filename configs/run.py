@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
+from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from skipcal.errors import ConfigError
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
+Config = TypeVar("Config", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
 DEFAULT_CORPORA = ["wikitext", "c4"]
 
@@ -88,7 +91,7 @@ class ProfileConfig(BaseModel):
         """What a profile keeps of it: all that decides numbers, no places on this computer."""
         kept = self.model_dump(mode="json", exclude={"output", "overwrite", "trace"})
         kept["corpus"] = self.corpora()
-        kept["data_files"] = [_without_folder(entry) for entry in self.data_files]
+        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
         if self.model is not None and Path(self.model).exists():
             kept["model"] = Path(self.model).name
         return kept
@@ -100,23 +103,39 @@ def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
     Options that are None or empty sequences count as not given.
     Raises ConfigError for a file that cannot be read, unknown keys and values out of range.
     """
-    settings = _read_yaml(path) if path else {}
+    settings = read_yaml(path) if path else {}
+    given = given_options(options)
+    return validated(ProfileConfig, {**settings, **given}, given, path)
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given: neither None nor an empty sequence."""
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    given = {name: value for name, value in listed.items() if value is not None and value != []}
-    merged = {**settings, **given}
-    unknown = sorted(set(merged) - set(ProfileConfig.model_fields))
-    if unknown:
-        raise ConfigError(_unknown_key(unknown[0], path))
+    return {name: value for name, value in listed.items() if value is not None and value != []}
+
+
+def validated(
+    kind: type[Config], settings: dict[str, Any], given: Collection[str], path: Path | None
+) -> Config:
+    """Settings as a configuration of `kind`; `given` are those that came from the command line.
+
+    Raises ConfigError that names the option, or the key of the file at `path`.
+    """
     try:
-        config = ProfileConfig.model_validate(merged)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error, given, path)) from error
-    return config
+        raise ConfigError(_explain(kind, error, given, path)) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, or of a shipped one by its name.
+
+    Raises ConfigError for a file that cannot be read or is no mapping.
+    """
+    shipped = resources.files("skipcal.configs") / f"{path}.yaml"
+    file = shipped if not path.exists() and path.name == str(path) and shipped.is_file() else path
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"configuration {path} cannot be read ({error.strerror}); check the path"
@@ -130,24 +149,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _unknown_key(key: str, path: Path | None) -> str:
-    close = difflib.get_close_matches(key, ProfileConfig.model_fields, n=1)
-    hint = (
-        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(ProfileConfig.model_fields))}"
-    )
-    return f"configuration {path}: unknown key {key!r}; {hint}"
+def _explain(kind: type[BaseModel], error: ValidationError, given: Collection[str], path: Path | None) -> str:
+    faults = error.errors(include_url=False)
+    # An unknown key first: it is the likeliest reason for the others.
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    place = [part for part in first["loc"] if isinstance(part, str)]
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(_fields(kind, place[:-1]), ".".join(place), path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # options that do not fit together
+        return message if len(place) < 2 else f"{'.'.join(place)}: {message}"
+    key = place[-1]
+    shown = f"configuration {path}: {'.'.join(place)}" if path else ".".join(place)
+    where = f"--{key.replace('_', '-')}" if key in given else shown
+    if first["type"] == "missing":
+        return f"{where} is missing; give it as --{key.replace('_', '-')} or in a --config file"
+    return f"{where} {first['input']!r} cannot be used: {message.replace('Input should be', 'expected')}"
 
 
-def _explain(error: ValidationError, given: dict[str, Any], path: Path | None) -> str:
-    first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # options that do not fit together
-        return first["msg"].removeprefix("Value error, ")
-    key = str(first["loc"][0])
-    where = f"--{key.replace('_', '-')}" if key in given else f"configuration {path}: {key}"
-    message = first["msg"].replace("Input should be", "expected")
-    return f"{where} {first['input']!r} cannot be used: {message}"
+def _unknown_key(known: Collection[str], key: str, path: Path | None) -> str:
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    return f"configuration {path}: unknown key {key!r}; {hint}" if path else f"unknown key {key!r}; {hint}"
 
 
-def _without_folder(entry: str) -> str:
+def _fields(kind: type[BaseModel], place: list[str]) -> Collection[str]:
+    """Names of the fields at a place inside nested settings."""
+    for name in place:
+        annotation = kind.model_fields[name].annotation
+        inner = next((a for a in (annotation, *get_args(annotation)) if _is_settings(a)), None)
+        if inner is None:
+            return []
+        kind = inner
+    return kind.model_fields
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def without_folder(entry: str) -> str:
+    """A --data-files entry without the place on this computer: [NAME=]PATH with the file's name."""
     label, separator, path = entry.partition("=")
     return f"{label}={Path(path).name}" if separator and not Path(entry).exists() else Path(entry).name

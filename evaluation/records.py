@@ -7,6 +7,7 @@ kill: it is dropped on reading, and its item is made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -42,17 +43,17 @@ class RecordFile:
             raise self._foreign()
         if not self.done and lines != [_as_line(self.header).rstrip(b"\n")]:
             self._truncate(0)
-            self._write_line(self.header)
+            self._write_lines(self.header)
         elif rest:  # what a kill left of a line
             self._truncate(len(content) - len(rest))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one finished record. It is on disk when this returns."""
-        key = record["id"]
-        if key in self.done:
-            raise ValueError(f"record {key!r} was written before")
-        self._write_line(record)
-        self.done[key] = record
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write finished records. They are on disk when this returns."""
+        for record in records:
+            if record["id"] in self.done:
+                raise ValueError(f"record {record['id']!r} was written before")
+        self._write_lines(*records)
+        self.done |= {record["id"]: record for record in records}
 
     def _read(self, lines: list[bytes]) -> None:
         found = _object(lines[0])
@@ -86,17 +87,22 @@ class RecordFile:
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written ({error.strerror})") from error
 
-    def _write_line(self, value: dict[str, Any]) -> None:
-        line = _as_line(value)
+    def _write_lines(self, *values: dict[str, Any]) -> None:
+        lines = b"".join(map(_as_line, values))
         try:
             with self.path.open("ab") as file:
-                file.write(line)
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(
                 f"{self.path} cannot be written ({error.strerror}); finished records are kept"
             ) from error
+
+
+def digest(value: Any) -> str:
+    """A short name for settings: equal ones have the same, others another."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _as_line(value: dict[str, Any]) -> bytes:

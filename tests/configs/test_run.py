@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from skipcal.configs.run import ProfileConfig, load_config
+from skipcal.configs.sweep import load_sweep
 from skipcal.errors import ConfigError
 
 SHIPPED = sorted(f.name for f in resources.files("skipcal.configs").iterdir() if f.name.endswith(".yaml"))
@@ -74,11 +76,13 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 
 def test_what_is_recorded_names_no_place_on_this_computer(tmp_path: Path) -> None:
     config = ProfileConfig(
-        model=str(tmp_path), data_files=[f"w={tmp_path}/a.txt", f"{tmp_path}/b.jsonl"], output="/o/p.json"
+        model=str(tmp_path),
+        data_files=[f"w={tmp_path}/a.txt", f"{tmp_path}/b.jsonl", f"gsm8k:in-context={tmp_path}/g.jsonl"],
+        output="/o/p.json",
     )
     recorded = config.recorded()
     assert str(tmp_path) not in str(recorded)
-    assert recorded["data_files"] == ["w=a.txt", "b.jsonl"]
+    assert recorded["data_files"] == ["w=a.txt", "b.jsonl", "gsm8k:in-context=g.jsonl"]
     assert recorded["model"] == tmp_path.name
     assert not {"output", "overwrite", "trace"} & set(recorded)
 
@@ -87,7 +91,12 @@ def test_what_is_recorded_names_no_place_on_this_computer(tmp_path: Path) -> Non
 def test_every_shipped_configuration_is_valid_and_short(name: str, tmp_path: Path) -> None:
     text = (resources.files("skipcal.configs") / name).read_text()
     (tmp_path / name).write_text(text)
-    config = load_config(tmp_path / name, {})
-    assert config.model_dump(exclude_unset=True).keys() == yaml.safe_load(text).keys()
+    settings = yaml.safe_load(text)
+    load: Any = load_sweep if "tasks" in settings else load_config
+    config = load(tmp_path / name, {})
+    assert config.model_dump(exclude_unset=True).keys() == settings.keys()
+    assert load(Path(name.removesuffix(".yaml")), {}) == config  # by its name alone
+    command = "sweep" if "tasks" in settings else "profile"
+    assert f"skipcal {command} --config {name.removesuffix('.yaml')}" in text
     assert text.startswith("# ")
     assert len(text.splitlines()) < 20

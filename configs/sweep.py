@@ -1,0 +1,311 @@
+"""Configurations of `skipcal evaluate` and `skipcal sweep`: methods, ratios, tasks, judge."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated, without_folder
+from skipcal.errors import ConfigError
+from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
+
+TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
+Ratio = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _TaskSettings(_Settings):
+    """What every task has.
+
+    match_items: before anything is scored, the thresholds of ffn-skip are tuned by running so many of
+                 the items, until the *realised* skip ratio meets the target there; 0: the profile's
+                 thresholds. Without it methods are not compared at equal ratio, for a threshold
+                 realises another ratio on every kind of text.
+    """
+
+    match_items: Annotated[int, Field(ge=0)] = 0
+    warm_up_tokens: Annotated[int, Field(ge=0)] = DEFAULT_WARM_UP_TOKENS
+
+    def check_warm_up(self, tokens: int) -> None:
+        """Raise ValueError when a warm-up of `tokens` leaves nothing to measure."""
+
+    @model_validator(mode="after")
+    def _warm_up_leaves_something(self) -> Self:
+        self.check_warm_up(self.warm_up_tokens)
+        return self
+
+
+class TextSettings(_TaskSettings):
+    """Text for perplexity and continuation: known corpora, hub ids or files, as in `skipcal profile`."""
+
+    corpus: list[str] = []
+    data_files: list[str] = []
+    text_column: str = "text"
+
+
+class PerplexitySettings(TextSettings):
+    """Windows of `window_tokens` per corpus; their first `prompt_tokens` are the prefill."""
+
+    windows: PositiveInt = 16
+    window_tokens: Annotated[int, Field(ge=3)] = 512
+    prompt_tokens: PositiveInt = 1
+
+    def check_warm_up(self, tokens: int) -> None:
+        """Raise ValueError when nothing would be scored past a warm-up of `tokens`."""
+        if self.window_tokens - self.prompt_tokens - tokens < 2:
+            raise ValueError(
+                f"a window of {self.window_tokens} tokens has none past the prompt of {self.prompt_tokens} "
+                f"and the warm-up of {tokens}; raise window_tokens or lower warm_up_tokens"
+            )
+
+
+class _Generating(_TaskSettings):
+    new_tokens: PositiveInt
+
+    def check_warm_up(self, tokens: int) -> None:
+        """Raise ValueError when nothing would be skipped past a warm-up of `tokens`."""
+        if self.new_tokens - 1 <= tokens:
+            raise ValueError(
+                f"none of {self.new_tokens} new tokens lies past the warm-up of {tokens}: every method would "
+                "be the full model; raise new_tokens or lower warm_up_tokens"
+            )
+
+
+class ContinuationSettings(TextSettings, _Generating):
+    """Prompts of `prompt_tokens` per corpus, continued."""
+
+    prompts: PositiveInt = 16
+    prompt_tokens: Annotated[int, Field(ge=2)] = 64
+    new_tokens: PositiveInt = 128
+
+
+class QuestionSettings(_Generating):
+    """FreebaseQA. Answers are short, so the warm-up is too: 6 % of `new_tokens`, the paper's 5 to 10 %.
+
+    data_file: the release's JSON, or .jsonl with id, question, answers.
+    items:     drawn by seed; None: all.
+    """
+
+    data_file: str | None = None
+    items: PositiveInt | None = None
+    new_tokens: PositiveInt = 32
+    warm_up_tokens: Annotated[int, Field(ge=0)] = 2
+
+
+class SummarySettings(_Generating):
+    """CNN/DailyMail in three buckets of article length.
+
+    data_file: .jsonl or .parquet with article and highlights; None: the hub's test split.
+    items:     per bucket, drawn by seed; the paper has 100.
+    """
+
+    data_file: str | None = None
+    items: PositiveInt = 100
+    new_tokens: PositiveInt = 128
+
+
+class BenchSettings(_Generating):
+    """MT-Bench in two turns.
+
+    data_file:       FastChat's question.jsonl; None: the hub's copy.
+    reference_file:  FastChat's reference answers, shown to the judge where there are some.
+    items:           drawn by seed; None: all 80.
+    """
+
+    data_file: str | None = None
+    reference_file: str | None = None
+    items: PositiveInt | None = None
+    new_tokens: PositiveInt = 512
+
+
+class TaskSettings(_Settings):
+    """The tasks to run: those that are given."""
+
+    perplexity: PerplexitySettings | None = None
+    continuation: ContinuationSettings | None = None
+    freebaseqa: QuestionSettings | None = None
+    summarization: SummarySettings | None = None
+    mtbench: BenchSettings | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _defaults_for_an_empty_entry(cls, value: Any) -> Any:
+        return {} if value is None else value  # `perplexity:` alone on a line asks for the defaults
+
+
+class JudgeOptions(_Settings):
+    """An OpenAI-compatible endpoint that rates answers.
+
+    prompts:  FastChat's judge_prompts.jsonl, instead of skipcal's own prompts.
+    pairwise: also compare each answer with the full model's, in both orders.
+    """
+
+    model: str
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.0
+    max_tokens: PositiveInt = 1024
+    max_tokens_option: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    retry_wait_s: Annotated[float, Field(ge=0)] = 1.0
+    concurrency: PositiveInt = 8
+    prompts: str | None = None
+    pairwise: bool = False
+
+
+class SweepConfig(_Settings):
+    """Everything that decides the result of a sweep; `evaluate` is a sweep of one method.
+
+    profile:      file, or name of a shipped one.
+    methods:      besides the full model, which is always run: it is what the others are compared with.
+    ratios:       target skip ratios; None: the one the profile recommends.
+    warm_ups:     lengths of the warm-up to run every method with, for the ablation; None: the tasks'.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    profile: str
+    methods: Annotated[list[str], Field(min_length=1)] = ["ffn-skip"]
+    ratios: Annotated[list[Ratio], Field(min_length=1)] | None = None
+    warm_ups: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    tasks: TaskSettings
+    judge: JudgeOptions | None = None
+    batch_size: PositiveInt = 16
+    chat_template: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        asked: tuple[tuple[str, list[Any]], ...] = (
+            ("method", self.methods),
+            ("ratio", self.ratios or []),
+            ("warm-up", self.warm_ups or []),
+        )
+        for what, values in asked:
+            repeated = next((v for v in values if values.count(v) > 1), None)
+            if repeated is not None:
+                raise ValueError(f"{what} {repeated!r} is asked for twice")
+        if not any(getattr(self.tasks, name) for name in TASKS):
+            raise ValueError(f"no task is asked for; name some of {', '.join(TASKS)}")
+        asked_for: list[_TaskSettings] = [
+            task for name in TASKS if (task := getattr(self.tasks, name)) is not None
+        ]
+        if self.ratios is None and any(task.match_items for task in asked_for):
+            raise ValueError("match_items tunes thresholds for the ratios asked for; give ratios too")
+        for task in asked_for:
+            for tokens in self.warm_ups or []:
+                task.check_warm_up(tokens)
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """What a result keeps of it: no places on this computer."""
+        kept = self.model_dump(mode="json")
+        for name in ("model", "profile"):
+            if kept[name] is not None and Path(kept[name]).exists():
+                kept[name] = Path(kept[name]).name
+        if kept["judge"] and kept["judge"]["prompts"]:
+            kept["judge"]["prompts"] = Path(kept["judge"]["prompts"]).name
+        for task in kept["tasks"].values():
+            for key, value in (task or {}).items():
+                if key in ("data_file", "reference_file") and value:
+                    task[key] = Path(value).name
+                elif key == "data_files":
+                    task[key] = [without_folder(entry) for entry in value]
+        return kept
+
+
+def load_sweep(path: Path | None, options: dict[str, Any]) -> SweepConfig:
+    """The file's settings with command line options over them.
+
+    Besides the fields of SweepConfig: `task` names tasks to run (each with the file's settings, else
+    the defaults); `corpus`, `data_files`, `items`, `new_tokens`, `warm_up_tokens`, `match_items` go to
+    the tasks they concern; `judge_*` to the judge. An option that concerns no task is an error.
+    """
+    settings = read_yaml(path) if path else {}
+    given = given_options(options)
+    tasks = settings.get("tasks") or {}
+    if not isinstance(tasks, dict):
+        raise ConfigError(f"configuration {path}: tasks: expected `name: {{settings}}`, got {tasks!r}")
+    names = given.pop("task", None) or list(tasks)
+    for name in names:
+        check_task(name)
+    chosen = {name: dict(tasks.get(name) or {}) for name in names}
+    for key in [key for key in given if key in _TASK_OPTIONS]:
+        _hand_to_tasks(key, given.pop(key), chosen)
+    judge = {key.removeprefix("judge_"): given.pop(key) for key in list(given) if key.startswith("judge_")}
+    merged = {**settings, **given, "tasks": chosen}
+    if judge:
+        merged["judge"] = {**(settings.get("judge") or {}), **judge}
+    return validated(SweepConfig, merged, {*given, *judge, *_TASK_OPTIONS, "task"}, path)
+
+
+def check_task(name: str) -> None:
+    """Raise ConfigError for an unknown task."""
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TASKS)}"
+        raise ConfigError(f"task {name!r} is not known; {hint} Tasks of lm-eval go with --lm-eval-tasks")
+
+
+# Command line options that are settings of tasks, and what the tasks call them.
+_TASK_OPTIONS = {
+    "corpus": ("corpus",),
+    "data_files": ("data_files",),
+    "text_column": ("text_column",),
+    "items": ("items", "windows", "prompts"),
+    "window_tokens": ("window_tokens",),
+    "new_tokens": ("new_tokens",),
+    "warm_up_tokens": ("warm_up_tokens",),
+    "match_items": ("match_items",),
+}
+
+
+def _hand_to_tasks(option: str, value: Any, tasks: dict[str, dict[str, Any]]) -> None:
+    if option == "data_files":
+        value = _own_files(value, tasks)
+        if not value:
+            return
+    taken = False
+    for name, settings in tasks.items():
+        fields = _fields_of(name)
+        for key in _TASK_OPTIONS[option]:
+            if key in fields:
+                settings[key] = value
+                taken = True
+                break
+    if not taken:
+        asked = ", ".join(tasks) or "no task at all"
+        raise ConfigError(f"--{option.replace('_', '-')} {value!r} has no effect on {asked}; leave it out")
+
+
+def _own_files(entries: list[str], tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """Give TASK=PATH to that task; return the rest, which is text for the others."""
+    rest = []
+    for entry in entries:
+        label, separator, path = entry.partition("=")
+        if separator and label in TASKS and "data_file" in _fields_of(label):
+            if label not in tasks:
+                raise ConfigError(
+                    f"--data-files {entry}: the task {label!r} is not asked for; add --task {label}"
+                )
+            tasks[label]["data_file"] = path
+        else:
+            rest.append(entry)
+    return rest
+
+
+def _fields_of(task: str) -> dict[str, Any]:
+    kind = next(a for a in get_args(TaskSettings.model_fields[task].annotation) if a is not type(None))
+    return dict(kind.model_fields)

@@ -1,0 +1,114 @@
+"""Answers of a model under a policy: batched, sorted by length, greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import Architecture, input_device
+from skipcal.errors import ConfigError
+from skipcal.runtime.greedy import final_ids, greedy_settings, until_stop
+from skipcal.runtime.policy import Policy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New tokens, up to and with the end of sequence, and their text."""
+
+    id: str
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with its located blocks: what is evaluated."""
+
+    loaded: LoadedModel
+    architecture: Architecture
+    chat_template: bool
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that the model is to go on with.
+
+        Without a chat template the contents stand one after the other, as plain text.
+        """
+        tokenizer: Any = self.loaded.tokenizer
+        if not self.chat_template:
+            text = "\n\n".join(message["content"] for message in messages)
+            return list(tokenizer(text, verbose=False)["input_ids"])
+        ids = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True, tokenize=True
+        )["input_ids"]
+        return list(ids)
+
+    @property
+    def context(self) -> int | None:
+        """Longest row the model takes, where its configuration says so."""
+        return getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def answers(
+    subject: Subject,
+    policy: Policy,
+    prompts: dict[str, list[int]],
+    *,
+    new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[list[Answer], SkipReport]]:
+    """Answer every prompt (token ids, by item id), batch by batch, the longest first.
+
+    Raises ConfigError for a prompt that leaves no room for `new_tokens` in the model's context.
+    """
+    context = subject.context
+    for key, prompt in prompts.items():
+        if context and len(prompt) + new_tokens > context:
+            raise ConfigError(
+                f"item {key!r} has {len(prompt)} tokens, and {new_tokens} more do not fit the model's "
+                f"context of {context}; lower --new-tokens or leave the item out"
+            )
+    # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
+    ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+    for keys in _batched(ordered, batch_size):
+        with skipping(subject.loaded.model, policy=policy, architecture=subject.architecture) as run:
+            rows = _generate(subject, [prompts[key] for key in keys], new_tokens)
+        decode: Any = subject.loaded.tokenizer.decode
+        yield (
+            [
+                Answer(key, row, decode(row, skip_special_tokens=True))
+                for key, row in zip(keys, rows, strict=True)
+            ],
+            run.report,
+        )
+
+
+def _batched(keys: list[str], size: int) -> Iterator[list[str]]:
+    return (keys[start : start + size] for start in range(0, len(keys), size))
+
+
+def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    model: Any = subject.loaded.model
+    device = input_device(model)
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for i, row in enumerate(prompts):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=new_tokens,
+            **greedy_settings(model.generation_config),
+        )
+    stops = final_ids(model.generation_config)
+    return [until_stop(row, stops) for row in output[:, width:].tolist()]

@@ -1,0 +1,128 @@
+"""One arm of a comparison: a method at a target skip ratio on one task, item by item on disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from skipcal.evaluation.answers import Subject
+from skipcal.evaluation.records import RecordFile, digest
+from skipcal.evaluation.tasks import Record, Task
+from skipcal.runtime.policy import Policy
+from skipcal.runtime.report import SkipReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is run: a method and the ratio it is asked for; None for the full model."""
+
+    method: str
+    target_skip_ratio: float | None
+
+    @property
+    def label(self) -> str:
+        """As in file names: `random-0.25`, `full`."""
+        return self.method if self.target_skip_ratio is None else f"{self.method}-{self.target_skip_ratio:g}"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Records of all items by id, and the counts over all of them."""
+
+    arm: Arm
+    policy: Policy
+    records: dict[str, Record]
+    report: SkipReport
+
+
+def run_arm(
+    subject: Subject,
+    task: Task,
+    arm: Arm,
+    policy: Policy,
+    *,
+    about: dict[str, Any],
+    folder: Path,
+    batch_size: int,
+) -> ArmResult:
+    """Run what is not on disk yet, and read the rest.
+
+    about: what decides the records besides task and policy: the model and how it is loaded. With it
+    the file's name carries a digest, so that records of different settings never meet in one file.
+    """
+    header = {
+        "task": task.name,
+        "method": arm.method,
+        "policy": asdict(policy),  # type: ignore[call-overload]
+        "data": task.header(),
+        **about,
+    }
+    file = RecordFile(folder / task.name / f"{arm.label}-{digest(header)}.jsonl", header)
+    missing = [key for key in task.ids if key not in file.done]
+    with tqdm(
+        total=len(task.ids),
+        initial=len(file.done),
+        desc=f"{task.name} {arm.label}",
+        unit="item",
+        disable=None,
+    ) as bar:
+        for records, report in task.run(subject, policy, missing, batch_size):
+            share = _counts(report)
+            file.append(*({**record, "batch": len(records), "report": share} for record in records))
+            bar.update(len(records))
+    ordered = {key: file.done[key] for key in task.ids}
+    result = ArmResult(arm, policy, ordered, _report(subject, policy, list(ordered.values())))
+    if policy.method != "full" and result.report.skipped_blocks == 0:
+        logger.warning("%s on %s skipped nothing: its numbers are the full model's", arm.label, task.name)
+    return result
+
+
+def measured_ratio(
+    subject: Subject, task: Task, policy: Policy, ids: Sequence[str], batch_size: int
+) -> float:
+    """Skip ratio of a policy over some items of a task, without keeping anything."""
+    reports = [report for _, report in task.run(subject, policy, ids, batch_size)]
+    return SkipReport.merged(reports).skip_ratio
+
+
+def _counts(report: SkipReport) -> dict[str, Any]:
+    return {
+        "decode_steps": report.decode_steps,
+        "decode_steps_after_warm_up": report.decode_steps_after_warm_up,
+        "skipped_per_layer": list(report.skipped_per_layer),
+        "weight_bytes_saved": report.weight_bytes_saved,
+    }
+
+
+def _report(subject: Subject, policy: Policy, records: list[Record]) -> SkipReport:
+    """The counts of all batches. Each record carries those of its batch, so it stands for its part."""
+    layers = subject.architecture.num_layers
+    blocks = subject.architecture.blocks
+    total = sum(block.layer_bytes for block in blocks)
+    per_skip = [(b.layer_bytes if policy.unit == "layer" else b.weight_bytes) / total for b in blocks]
+
+    def summed(values: list[float]) -> int:
+        return round(math.fsum(values))
+
+    parts = [(record["report"], record["batch"]) for record in records]
+    return SkipReport(
+        decode_steps=summed([counts["decode_steps"] / rows for counts, rows in parts]),
+        decode_steps_after_warm_up=summed([c["decode_steps_after_warm_up"] / rows for c, rows in parts]),
+        skipped_per_layer=tuple(
+            summed([c["skipped_per_layer"][layer] / rows for c, rows in parts]) for layer in range(layers)
+        ),
+        weight_bytes_saved=summed([counts["weight_bytes_saved"] / rows for counts, rows in parts]),
+        engine="eager",
+        engine_reason="evaluation",
+        method=policy.method,
+        unit=policy.unit,
+        byte_shares=tuple(per_skip),
+    )

@@ -1,0 +1,140 @@
+"""What a sweep leaves in its folder: the tidy table, the paper's tables, figures, and its settings."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+
+import skipcal
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import input_device
+from skipcal.configs.sweep import SweepConfig
+from skipcal.errors import OutputExists
+from skipcal.evaluation.sweep import SweepResult
+from skipcal.plots.sweep import main_metrics, save_sweep_figures
+from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+
+SWEEP_FORMAT = "skipcal.sweep/1"
+SETTINGS = "sweep.json"
+
+
+def check_folder(folder: Path, config: SweepConfig, *, overwrite: bool) -> None:
+    """Raise OutputExists when the folder holds the results of other settings.
+
+    The same settings go on from what is there: records are never made twice, tables are drawn again.
+    """
+    path = folder / SETTINGS
+    check_output(path, overwrite=True)
+    if path.exists() and not overwrite:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found != config.recorded():
+            raise OutputExists(
+                f"{folder} holds results of other settings; pass --overwrite to replace them (records are "
+                "kept), or name another folder"
+            )
+
+
+def write_results(
+    result: SweepResult, loaded: LoadedModel, config: SweepConfig, *, command: str
+) -> list[Path]:
+    """Write results.csv and .parquet, tables.md, sweep.json and the figures; returns the files."""
+    folder, frame = result.folder, result.frame
+    settings = {
+        "format": SWEEP_FORMAT,
+        "command": command,
+        "config": config.recorded(),
+        "environment": environment(loaded),
+    }
+    written = [folder / name for name in ("results.csv", "results.parquet", "tables.md", SETTINGS)]
+    write_atomic(written[0], lambda path: frame.to_csv(path, index=False), overwrite=True)
+    write_atomic(written[1], lambda path: frame.to_parquet(path, index=False), overwrite=True)
+    write_text_atomic(written[2], tables(frame), overwrite=True)
+    write_text_atomic(written[3], dump_json(settings), overwrite=True)
+    return written + save_sweep_figures(frame, folder, overwrite=True)
+
+
+def environment(loaded: LoadedModel) -> dict[str, Any]:
+    """Model, hardware and versions."""
+    device = input_device(loaded.model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "model": Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
+        "revision": loaded.revision,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": f"{device.type} ({name})",
+        "python": platform.python_version(),
+        "skipcal": skipcal.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def tables(frame: pd.DataFrame) -> str:
+    """The results as Markdown, in the forms of the paper's tables 2 and 3."""
+    parts = [
+        "Value, with its 95 % bootstrap interval over items in brackets. Ratios are of all blocks (FFNs, or "
+        "layers for shortgpt and skipdecode) per token after the warm-up.",
+    ]
+    ratios = sorted(frame["target_skip_ratio"].dropna().unique())
+    for ratio in ratios:
+        parts.append(f"## Methods at {ratio:g} (the form of the paper's table 2)\n\n{at_ratio(frame, ratio)}")
+    for task, metric in main_metrics(frame):
+        if len(ratios) > 1:
+            title = f"## {task}: {metric} by skip ratio (the form of the paper's table 3)"
+            parts.append(f"{title}\n\n{by_ratio(frame, task, metric)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def at_ratio(frame: pd.DataFrame, ratio: float) -> str:
+    """Methods by main metrics, at one target ratio."""
+    rows = frame[(frame["target_skip_ratio"] == ratio) | (frame["method"] == "full")]
+    metrics = main_metrics(frame)
+    lines = [["method", "realised", "of bytes", *(f"{task} {metric}" for task, metric in metrics)]]
+    for method in dict.fromkeys(rows["method"]):
+        mine = rows[(rows["method"] == method) & (rows["subset"] == "all")]
+        cells = [_one(mine, task, metric) for task, metric in metrics]
+        lines.append([method, _span(mine["realised_skip_ratio"]), _span(mine["skip_ratio_bytes"]), *cells])
+    return _markdown(lines)
+
+
+def by_ratio(frame: pd.DataFrame, task: str, metric: str) -> str:
+    """Target ratios by methods, of one metric of one task."""
+    rows = frame[(frame["task"] == task) & (frame["metric"] == metric) & (frame["subset"] == "all")]
+    methods = [m for m in dict.fromkeys(rows["method"]) if m != "full"]
+    lines = [["skip ratio", "full", *methods]]
+    full = _one(rows[rows["method"] == "full"], task, metric)
+    for ratio in sorted(rows["target_skip_ratio"].dropna().unique()):
+        at = rows[rows["target_skip_ratio"] == ratio]
+        lines.append([f"{ratio:g}", full, *(_one(at[at["method"] == m], task, metric) for m in methods)])
+    return _markdown(lines)
+
+
+def _one(rows: pd.DataFrame, task: str, metric: str) -> str:
+    found = rows[(rows["task"] == task) & (rows["metric"] == metric)]
+    if found.empty:
+        return "-"
+    row = found.iloc[0]
+    if pd.isna(row["ci_low"]):
+        return f"{row['value']:.3g}"
+    return f"{row['value']:.3g} [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rule = ["---"] * len(lines[0])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

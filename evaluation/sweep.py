@@ -1,0 +1,251 @@
+"""Methods x skip ratios x tasks: run every arm, and put all metrics into one tidy table."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from skipcal.arch.loading import LoadedModel, fingerprint
+from skipcal.arch.locate import locate
+from skipcal.baselines.methods import Ask, check_method, make_policy, recommended_ratio
+from skipcal.configs.sweep import TASKS, SweepConfig
+from skipcal.evaluation.answers import Subject
+from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
+from skipcal.evaluation.continuation import load_continuation
+from skipcal.evaluation.freebaseqa import load_freebaseqa
+from skipcal.evaluation.judging import Judging
+from skipcal.evaluation.matching import match_threshold
+from skipcal.evaluation.mtbench import load_mtbench
+from skipcal.evaluation.perplexity import load_perplexity
+from skipcal.evaluation.records import RecordFile, digest
+from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
+from skipcal.evaluation.summarization import load_summarization
+from skipcal.evaluation.tasks import Metrics, Task
+from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.policy import Policy, SkipPolicy
+
+logger = logging.getLogger(__name__)
+
+_LOADERS: dict[str, Callable[[Any, Subject, int], Task]] = {
+    "perplexity": load_perplexity,
+    "continuation": load_continuation,
+    "freebaseqa": load_freebaseqa,
+    "summarization": load_summarization,
+    "mtbench": load_mtbench,
+}
+FULL = Arm("full", None)
+COLUMNS = (
+    "method", "task", "subset", "metric", "target_skip_ratio", "realised_skip_ratio", "value", "ci_low",
+    "ci_high", "n", "difference", "difference_ci_low", "difference_ci_high", "skip_ratio_all",
+    "skip_ratio_bytes", "unit", "warm_up_tokens", "threshold", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The tidy table, one row a method, ratio, task, subset and metric; and where records are."""
+
+    frame: pd.DataFrame
+    folder: Path
+
+
+def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, folder: Path) -> SweepResult:
+    """Run all arms whose records are not in `folder` yet, and put the table together.
+
+    value:      over all items of the subset, with a 95 % bootstrap interval over items.
+    difference: to the full model on the same items, with a paired interval.
+    An interruption loses the batch that is running; the same call goes on from there.
+    """
+    profile.check_fits(loaded.model)
+    plan(profile, config)
+    subject = Subject(loaded, locate(loaded.model), config.chat_template and _has_template(loaded))
+    judging = Judging(config.judge, folder / "judge") if config.judge else None
+    tasks = [
+        _LOADERS[name](settings, subject, config.seed)
+        for name in TASKS
+        if (settings := getattr(config.tasks, name)) is not None
+    ]
+    run = _Sweep(subject, profile, config, folder)
+    # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
+    done = [(task, run.arms(task)) for each in tasks for task in _with_warm_ups(each, config.warm_ups)]
+    rows: list[dict[str, Any]] = []
+    for task, results in done:
+        judged = {r.arm: judging.metrics(task, r, results[0]) for r in results} if judging else {}
+        for result in results:
+            rows += _rows(task, result, results[0], judged, config.seed)
+    return SweepResult(frame=pd.DataFrame(rows, columns=list(COLUMNS)), folder=folder)
+
+
+def _with_warm_ups(task: Task, warm_ups: list[int] | None) -> list[Task]:
+    """The task as it is, or once for each length of the warm-up."""
+    if warm_ups is None:
+        return [task]
+    return [replace(task, warm_up_tokens=tokens) for tokens in warm_ups]  # type: ignore[type-var]
+
+
+def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
+    """All arms of a task, the full model first. Refuses early what some arm could not do."""
+    ratios = config.ratios or [recommended_ratio(profile)]
+    arms = [FULL]
+    for method in config.methods:
+        check_method(method)
+        arms += [Arm(method, ratio) for ratio in ratios if method != "full"]
+    for name in TASKS:
+        settings = getattr(config.tasks, name)
+        if settings is None:
+            continue
+        new_tokens = getattr(settings, "new_tokens", None) or settings.window_tokens
+        for warm_up in config.warm_ups or [settings.warm_up_tokens]:
+            for arm in arms:
+                make_policy(arm.method, profile, _ask(arm, new_tokens, warm_up, config.seed))
+    return arms
+
+
+def _ask(arm: Arm, new_tokens: int, warm_up_tokens: int, seed: int) -> Ask:
+    return Ask(
+        target_skip_ratio=arm.target_skip_ratio,
+        new_tokens=new_tokens,
+        warm_up_tokens=warm_up_tokens,
+        seed=seed,
+    )
+
+
+class _Sweep:
+    """What all arms share: the model, the profile, the configuration."""
+
+    def __init__(self, subject: Subject, profile: SkipProfile, config: SweepConfig, folder: Path) -> None:
+        self._subject = subject
+        self._profile = profile
+        self._config = config
+        self._folder = folder
+        model: Any = subject.loaded.model
+        self._about = {
+            "model": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "chat_template": subject.chat_template,
+        }
+
+    def arms(self, task: Task) -> list[ArmResult]:
+        """Results of all arms on one task, the full model's first."""
+        return [
+            run_arm(
+                self._subject,
+                task,
+                arm,
+                self._policy(task, arm),
+                about=self._about,
+                folder=self._folder / "records",
+                batch_size=self._config.batch_size,
+            )
+            for arm in plan(self._profile, self._config)
+        ]
+
+    def _policy(self, task: Task, arm: Arm) -> Policy:
+        ask = _ask(arm, task.new_tokens, task.warm_up_tokens, self._config.seed)
+        policy = make_policy(arm.method, self._profile, ask)
+        items = getattr(self._config.tasks, task.name).match_items
+        if isinstance(policy, SkipPolicy) and arm.method == "ffn-skip" and items:
+            assert arm.target_skip_ratio is not None
+            return replace(policy, threshold=self._matched(task, policy, arm.target_skip_ratio, items))
+        return policy
+
+    def _matched(self, task: Task, policy: SkipPolicy, target: float, items: int) -> float:
+        """The tuned threshold, kept on disk: tuning takes several passes over its items."""
+        ids = random.Random(self._config.seed).sample(list(task.ids), min(items, len(task.ids)))
+        settings = replace(policy, threshold=1.0)
+        header = {
+            "matching": task.name,
+            "data": task.header(),
+            "items": ids,
+            "policy": repr(settings),
+            "profile": [(p.target_skip_ratio, p.threshold) for p in self._profile.operating_points],
+            **self._about,
+        }
+        path = self._folder / "records" / task.name / f"matched-{digest(header)}.jsonl"
+        file = RecordFile(path, header)
+        key = f"{target:g}"
+        if key not in file.done:
+            found = match_threshold(
+                self._profile,
+                policy,
+                target,
+                lambda tried: measured_ratio(self._subject, task, tried, ids, self._config.batch_size),
+            )
+            if abs(found.realised_skip_ratio - target) > 0.02:
+                logger.warning(
+                    "%s: the closest threshold found for %g realises %.3f", task.name, target,
+                    found.realised_skip_ratio,
+                )  # fmt: skip
+            file.append({"id": key, "threshold": found.threshold, "realised": found.realised_skip_ratio})
+        return float(file.done[key]["threshold"])
+
+
+def _rows(
+    task: Task,
+    result: ArmResult,
+    full: ArmResult,
+    judged: dict[Arm, dict[str, Metrics]],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """One row for each subset and metric of an arm."""
+    mine = _shares(task, result, full, judged)
+    theirs = _shares(task, full, full, judged)
+    report = result.report
+    common = {
+        "method": result.arm.method,
+        "task": task.name,
+        "target_skip_ratio": result.arm.target_skip_ratio,
+        "realised_skip_ratio": report.skip_ratio,
+        "skip_ratio_all": report.skip_ratio_all,
+        "skip_ratio_bytes": report.skip_ratio_bytes,
+        "unit": report.unit,
+        "warm_up_tokens": task.warm_up_tokens,
+        "threshold": getattr(result.policy, "threshold", None) if result is not full else None,
+        "seed": seed,
+    }
+    for (subset, metric), by_item in mine.items():
+        scale = task.scales.get(metric, "mean")
+        found = estimate(list(by_item.values()), scale, seed=seed)
+        reference = theirs.get((subset, metric), {})
+        both = [key for key in by_item if key in reference] if result is not full else []
+        change = (
+            difference([by_item[k] for k in both], [reference[k] for k in both], scale, seed=seed)
+            if both
+            else Estimate(math.nan, None, None, 0)
+        )
+        yield {
+            **common,
+            "subset": subset,
+            "metric": metric,
+            "value": found.value,
+            "ci_low": found.ci_low,
+            "ci_high": found.ci_high,
+            "n": found.n,
+            "difference": change.value,
+            "difference_ci_low": change.ci_low,
+            "difference_ci_high": change.ci_high,
+        }
+
+
+def _shares(
+    task: Task, result: ArmResult, full: ArmResult, judged: dict[Arm, dict[str, Metrics]]
+) -> dict[tuple[str, str], dict[str, Share]]:
+    """Shares by subset and metric, then by item."""
+    shares: dict[tuple[str, str], dict[str, Share]] = {}
+    for key, record in result.records.items():
+        metrics = {**task.metrics(record, full.records[key]), **judged.get(result.arm, {}).get(key, {})}
+        for name, share in metrics.items():
+            shares.setdefault(name, {})[key] = share
+    return shares
+
+
+def _has_template(loaded: LoadedModel) -> bool:
+    return bool(getattr(loaded.tokenizer, "chat_template", None))

@@ -1,0 +1,102 @@
+"""What a task is, and the table of tasks.
+
+A task turns items into records, batch by batch, under whatever policy a session runs; and a record
+into shares of metrics. Everything else (files, resuming, intervals, pairing) is the same for all tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from skipcal.errors import Unavailable
+from skipcal.evaluation.answers import Answer, Subject
+from skipcal.evaluation.statistics import Scale, Share
+from skipcal.evaluation.text_metrics import COLLAPSED, agreement, common_prefix, repetition
+from skipcal.runtime.policy import Policy
+from skipcal.runtime.report import SkipReport
+
+Record = dict[str, Any]
+Item = TypeVar("Item")
+ALL = "all"  # the subset of all items
+
+Metrics = dict[tuple[str, str], Share]  # by subset and metric
+
+
+class Task(Protocol):
+    """One kind of evaluation over items that are loaded already."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and options."""
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens of a row that come after its prompt."""
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """Decode steps of each row by the full model."""
+
+    @property
+    def scales(self) -> Mapping[str, Scale]:
+        """Scales of the metrics that are no plain mean."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of all items."""
+
+    def header(self) -> dict[str, Any]:
+        """All that decides the records besides model and policy: data with sha256, settings."""
+
+    def run(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[list[Record], SkipReport]]:
+        """Records of the items with these ids, batch by batch, each with the report of its batch."""
+
+    def metrics(self, record: Record, full: Record) -> Metrics:
+        """What a record contributes; `full` is the full model's record of the same item."""
+
+
+def text_quality(record: Record, full: Record) -> dict[str, float]:
+    """Metrics of any generated text: collapse, and likeness to what the full model writes."""
+    mine, theirs = record["tokens"], full["tokens"]
+    repeated = repetition(mine)
+    return {
+        "repetition": repeated,
+        "collapse_rate": float(repeated > COLLAPSED),
+        "token_agreement": agreement(mine, theirs),
+        "common_prefix_tokens": float(common_prefix(mine, theirs)),
+    }
+
+
+def in_subsets(values: Mapping[str, float], *subsets: str) -> Metrics:
+    """The same values for all items together and for each subset the item belongs to."""
+    return {(subset, name): Share(value) for subset in (ALL, *subsets) for name, value in values.items()}
+
+
+def answered(answer: Answer, **values: Any) -> Record:
+    """The record of one answer."""
+    return {"id": answer.id, "tokens": answer.tokens, "text": answer.text, **values}
+
+
+def drawn(items: dict[str, Item], count: int | None, seed: int, what: str) -> dict[str, Item]:
+    """`count` items drawn by seed, in their own order; all of them for None."""
+    if count is None:
+        return items
+    if count > len(items):
+        raise Unavailable(f"{what} has {len(items)} items, {count} are wanted; lower the number of items")
+    chosen = set(random.Random(seed).sample(sorted(items), count))
+    return {key: item for key, item in items.items() if key in chosen}
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a data file. Raises Unavailable when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error

@@ -1,0 +1,68 @@
+"""A tiny model with a tokenizer of words, as a subject of evaluation, and a profile of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import lively
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import locate
+from skipcal.calibrate.pipeline import calibrate_model
+from skipcal.configs.run import ProfileConfig
+from skipcal.evaluation.answers import Subject
+from skipcal.profiles.schema import SkipProfile
+
+
+@pytest.fixture(scope="session")
+def loaded() -> LoadedModel:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = lively("llama", num_hidden_layers=8)
+    return LoadedModel(model=model, tokenizer=tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture(scope="session")
+def subject(loaded: LoadedModel) -> Subject:
+    return Subject(loaded, locate(loaded.model), chat_template=False)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{(n * n + 7 * n) % 97}" for n in range(900)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def profile(loaded: LoadedModel, text_file: Path) -> SkipProfile:
+    config = ProfileConfig(
+        data_files=[str(text_file)], prompts=8, prompt_tokens=8, new_tokens=16, warm_up_tokens=2,
+        device="cpu", closed_loop_prompts=4, cold_s=1, cold_e=7,
+    )  # fmt: skip
+    with torch.no_grad():
+        return calibrate_model(loaded, config).profile
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    import json
+
+    path = tmp_path / "questions.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"id": f"q{n}", "question": " ".join(f"w{(n * k) % 97}" for k in range(3 + n)), "answers": [f"w{n}"]}
+        for n in range(7)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
