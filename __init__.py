@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from skipcal.arch.families import register_family as register_family
     from skipcal.arch.loading import load_model as load_model
     from skipcal.arch.locate import locate as locate
+    from skipcal.baselines.methods import Ask as Ask
+    from skipcal.baselines.methods import make_policy as make_policy
     from skipcal.calibrate.capture import capture as capture
     from skipcal.calibrate.pipeline import calibrate_model as calibrate_model
     from skipcal.configs.run import ProfileConfig as ProfileConfig
+    from skipcal.configs.sweep import SweepConfig as SweepConfig
     from skipcal.errors import SkipcalError as SkipcalError
+    from skipcal.evaluation.sweep import run_sweep as run_sweep
     from skipcal.plots.saturation import plot_saturation as plot_saturation
+    from skipcal.plots.sweep import plot_quality as plot_quality
     from skipcal.profiles.schema import SkipProfile as SkipProfile
     from skipcal.runtime.policy import SkipPolicy as SkipPolicy
     from skipcal.runtime.report import SkipReport as SkipReport
@@ -23,32 +28,42 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Ask": "skipcal.baselines.methods",
     "ProfileConfig": "skipcal.configs.run",
     "SkipPolicy": "skipcal.runtime.policy",
     "SkipProfile": "skipcal.profiles.schema",
     "SkipReport": "skipcal.runtime.report",
     "SkipcalError": "skipcal.errors",
+    "SweepConfig": "skipcal.configs.sweep",
     "calibrate_model": "skipcal.calibrate.pipeline",
     "capture": "skipcal.calibrate.capture",
     "load_model": "skipcal.arch.loading",
     "locate": "skipcal.arch.locate",
+    "make_policy": "skipcal.baselines.methods",
+    "plot_quality": "skipcal.plots.sweep",
     "plot_saturation": "skipcal.plots.saturation",
     "register_family": "skipcal.arch.families",
+    "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",
 }
 
 __all__ = [
+    "Ask",
     "ProfileConfig",
     "SkipPolicy",
     "SkipProfile",
     "SkipReport",
     "SkipcalError",
+    "SweepConfig",
     "calibrate_model",
     "capture",
     "load_model",
     "locate",
+    "make_policy",
+    "plot_quality",
     "plot_saturation",
     "register_family",
+    "run_sweep",
     "skipping",
 ]
 

@@ -5,13 +5,7 @@ Importing it imports no torch; each command imports what it needs.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
 import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +13,8 @@ import typer
 
 from skipcal import __version__
 from skipcal.configs import options as opt
-from skipcal.errors import ConfigError, SkipcalError, Unavailable
+from skipcal.console import Console, command
+from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
@@ -79,7 +74,7 @@ def profile(
 
     Example: skipcal profile --model meta-llama/Llama-2-13b-chat-hf --verify
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.configs.run import load_config
         from skipcal.profiles.files import check_output
 
@@ -108,7 +103,7 @@ def show(source: opt.ProfileArgument, as_json: opt.Json = False, debug: opt.Debu
 
     Example: skipcal show smollm2-135m-instruct
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.profiles.schema import SkipProfile
         from skipcal.profiles.summary import summarize
 
@@ -128,7 +123,7 @@ def plot(
 
     Example: skipcal plot smollm2-135m-instruct -o curve.png
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.plots.saturation import save_figure
         from skipcal.profiles.schema import SkipProfile
 
@@ -161,7 +156,7 @@ def generate(
 
     Example: skipcal generate --profile smollm2-135m-instruct --prompt "Why is the sky blue?"
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.profiles.schema import SkipProfile
 
         text = _prompt(prompt, prompt_file)
@@ -230,9 +225,9 @@ def evaluate(
 
     Example: skipcal evaluate --profile smollm2-135m-instruct --task perplexity
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         options = _evaluation_options(ctx)
-        options["methods"] = options.pop("method")
+        options["methods"] = list(options.pop("method") or []) or None
         if target_skip_ratio is not None:
             options["ratios"] = [target_skip_ratio]
         if lm_eval_tasks is not None:
@@ -287,7 +282,7 @@ def sweep(
 
     Example: skipcal sweep --config embedded-sweep -o runs/sweep
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.configs.sweep import load_sweep
 
         options = _evaluation_options(ctx)
@@ -325,7 +320,7 @@ def compare(
 
     Example: skipcal compare c4.json gsm8k.json --data-files c4=c4.jsonl -o runs/compare
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.calibrate.compare import CompareConfig, run_compare
 
         given: dict[str, Any] = {
@@ -362,7 +357,7 @@ def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug
 
     Example: skipcal models --check
     """
-    with _command(as_json, debug) as console:
+    with command(as_json, debug) as console:
         from skipcal.arch.families import FAMILIES
         from skipcal.profiles.schema import shipped_profiles
 
@@ -425,14 +420,14 @@ _FOR_LM_EVAL = (
 
 
 def _lm_eval(
-    console: _Console,
+    console: Console,
     options: dict[str, Any],
     names: str,
     limit: int | None,
     output: Path | None,
     overwrite: bool,
 ) -> None:
-    stray = next((k for k, v in options.items() if v is not None and k not in _FOR_LM_EVAL), None)
+    stray = next((k for k, v in options.items() if v not in (None, [], ()) and k not in _FOR_LM_EVAL), None)
     if stray is not None:
         raise ConfigError(f"--{stray.replace('_', '-')} has no effect on --lm-eval-tasks; leave it out")
     from skipcal.baselines.methods import Ask, make_policy, recommended_ratio
@@ -446,7 +441,7 @@ def _lm_eval(
     ratio = options["ratios"][0] if options.get("ratios") else recommended_ratio(found)
 
     from skipcal.evaluation.arms import Arm
-    from skipcal.evaluation.lm_eval import LONGEST_ANSWER, run_lm_eval
+    from skipcal.evaluation.lm_eval import LONGEST_ANSWER, SEED, run_lm_eval
 
     ask = Ask(
         target_skip_ratio=ratio,
@@ -467,7 +462,7 @@ def _lm_eval(
         batch_size=options["batch_size"] or 8,
         chat_template=options["chat_template"] is not False,
         cache=output / "lm-eval" if output else None,
-        seed=options["seed"] or 0,
+        seed=SEED if options["seed"] is None else options["seed"],
     )
     shown = frame.drop(columns=["ci_low", "ci_high", "skip_ratio_all", "threshold", "seed"], errors="ignore")
     console.result(_rows(frame), shown.to_string(index=False, float_format="{:.4g}".format))
@@ -476,7 +471,7 @@ def _lm_eval(
         console.say(f"wrote {target}")
 
 
-def _sweep(console: _Console, settings: SweepConfig, folder: Path, overwrite: bool) -> None:
+def _sweep(console: Console, settings: SweepConfig, folder: Path, overwrite: bool) -> None:
     from skipcal.evaluation.outputs import check_folder
     from skipcal.profiles.schema import SkipProfile
 
@@ -515,69 +510,6 @@ def _digest(value: Any) -> str:
     from skipcal.evaluation.records import digest
 
     return digest(value)
-
-
-class _Console:
-    """Where a command's result goes: text on stdout, or one JSON document with --json."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._stdout = sys.stdout
-        self.on_interrupt = "no output was written or changed"
-
-    def document(self, text: str, readable: str) -> None:
-        """The command's result as JSON text, or for people."""
-        self._stdout.write(text if self._as_json else readable + "\n")
-        self._stdout.flush()
-
-    def result(self, document: Any, readable: str) -> None:
-        """The command's result as values for JSON, or for people."""
-        self.document(json.dumps(document, sort_keys=True, indent=2) + "\n", readable)
-
-    def say(self, text: str) -> None:
-        """A remark that is no part of the result."""
-        typer.echo(text, err=self._as_json)
-
-
-@contextlib.contextmanager
-def _command(as_json: bool, debug: bool) -> Iterator[_Console]:
-    """Turn errors into one line and an exit code; keep stdout for the result alone."""
-    _quieten()
-    console = _Console(as_json)
-    # With --json nothing that a library prints may reach stdout.
-    redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    try:
-        with redirect:
-            yield console
-    except (typer.Exit, typer.Abort):
-        raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at exit
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: {console.on_interrupt}", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        known = isinstance(error, SkipcalError)
-        reason = " ".join(str(error).split())
-        hint = "" if known else f" ({type(error).__name__}; run again with --debug for the traceback)"
-        typer.echo(f"error: {reason}{hint}", err=True)
-        raise typer.Exit(error.exit_code if isinstance(error, SkipcalError) else 1) from None
-
-
-def _quieten() -> None:
-    """One line a warning on stderr, and no bar of any library unless stderr is a terminal."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    log = logging.getLogger("skipcal")
-    log.handlers, log.propagate = [handler], False
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _load(options: dict[str, Any]) -> LoadedModel:

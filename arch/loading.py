@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from skipcal.arch.embedded import EMBEDDED_MODEL, embedded_model_folder
-from skipcal.errors import ConfigError, Unavailable
+from skipcal.errors import ConfigError, Unavailable, first_words
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _VALUES_PER_TENSOR = 16
@@ -70,7 +70,7 @@ def load_model(
     except Exception as error:  # from a missing file to a truncated one: there are dozens of classes
         for option, value in (("attn_implementation", attn_implementation), ("device_map", device_map)):
             if value and (option in str(error) or value in str(error)):
-                raise ConfigError(f"{option} {value!r} cannot be used: {_first_words(error)}") from error
+                raise ConfigError(f"{option} {value!r} cannot be used: {first_words(error)}") from error
         raise Unavailable(_unavailable(source, error)) from error
     model, found = result
     lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
@@ -125,9 +125,4 @@ def _unavailable(source: str, error: Exception) -> str:
         if Path(source).exists()
         else "give a folder or a hub id, and check the network, HF_HUB_OFFLINE and your access token"
     )
-    return f"model {source!r} could not be loaded ({type(error).__name__}: {_first_words(error)}); {hint}"
-
-
-def _first_words(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return words if len(words) <= 200 else words[:200] + " ..."
+    return f"model {source!r} could not be loaded ({type(error).__name__}: {first_words(error)}); {hint}"

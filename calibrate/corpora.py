@@ -20,7 +20,7 @@ from typing import Any
 
 from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
 from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, resolve_corpora
-from skipcal.errors import Unavailable
+from skipcal.errors import Unavailable, first_words
 
 __all__ = [
     "KNOWN_CORPORA",
@@ -67,7 +67,8 @@ def sample_corpus(
     Raises Unavailable when the text cannot be read, or is too short for so many.
     """
     wanted = prompts + held_out
-    if not corpus.local and corpus.source != "embedded" and corpus.revision is None:
+    on_hub = not corpus.local and corpus.source != "embedded"
+    if on_hub and (corpus.revision is None or corpus.revision.startswith("refs/")):
         corpus = replace(corpus, revision=_commit(corpus))
     digest = file_sha256(Path(corpus.source)) if corpus.local else None
     used = _Runs(avoid)
@@ -275,7 +276,7 @@ def _data_errors(corpus: Corpus) -> Iterator[None]:
     except Unavailable:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = first_words(error)
         advice = (
             "check the file"
             if corpus.local
@@ -292,7 +293,7 @@ def _commit(corpus: Corpus) -> str | None:
     from huggingface_hub import HfApi
 
     with _data_errors(corpus):
-        return HfApi().dataset_info(corpus.source).sha
+        return HfApi().dataset_info(corpus.source, revision=corpus.revision).sha
 
 
 def file_sha256(path: Path) -> str:

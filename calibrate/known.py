@@ -57,7 +57,7 @@ KNOWN_CORPORA = {
             "pile",
             "monology/pile-uncopyrighted",
             # The hub's own conversion to Parquet: the set's .zst files need one more library.
-            revision="d3e7c624a5c0c172ca028f33e322837024699897",
+            revision="refs/convert/parquet",
             data_files="default/partial-train/0000.parquet",
         ),
         Corpus("embedded", "embedded", stream=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.tasks import Record, Task
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import idle_report
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,13 @@ def run_arm(
         disable=None,
     ) as bar:
         for records, report in task.run(subject, policy, missing, batch_size):
-            share = _counts(report)
+            share = report.counts()
             file.append(*({**record, "batch": len(records), "report": share} for record in records))
             bar.update(len(records))
     ordered = {key: file.done[key] for key in task.ids}
-    result = ArmResult(arm, policy, ordered, _report(subject, policy, list(ordered.values())))
+    shares = [(record["report"], record["batch"]) for record in ordered.values()]
+    nothing = idle_report(subject.architecture, policy)
+    result = ArmResult(arm, policy, ordered, SkipReport.from_shares(nothing, shares))
     if policy.method != "full" and result.report.skipped_blocks == 0:
         logger.warning("%s on %s skipped nothing: its numbers are the full model's", arm.label, task.name)
     return result
@@ -91,38 +93,3 @@ def measured_ratio(
     """Skip ratio of a policy over some items of a task, without keeping anything."""
     reports = [report for _, report in task.run(subject, policy, ids, batch_size)]
     return SkipReport.merged(reports).skip_ratio
-
-
-def _counts(report: SkipReport) -> dict[str, Any]:
-    return {
-        "decode_steps": report.decode_steps,
-        "decode_steps_after_warm_up": report.decode_steps_after_warm_up,
-        "skipped_per_layer": list(report.skipped_per_layer),
-        "weight_bytes_saved": report.weight_bytes_saved,
-    }
-
-
-def _report(subject: Subject, policy: Policy, records: list[Record]) -> SkipReport:
-    """The counts of all batches. Each record carries those of its batch, so it stands for its part."""
-    layers = subject.architecture.num_layers
-    blocks = subject.architecture.blocks
-    total = sum(block.layer_bytes for block in blocks)
-    per_skip = [(b.layer_bytes if policy.unit == "layer" else b.weight_bytes) / total for b in blocks]
-
-    def summed(values: list[float]) -> int:
-        return round(math.fsum(values))
-
-    parts = [(record["report"], record["batch"]) for record in records]
-    return SkipReport(
-        decode_steps=summed([counts["decode_steps"] / rows for counts, rows in parts]),
-        decode_steps_after_warm_up=summed([c["decode_steps_after_warm_up"] / rows for c, rows in parts]),
-        skipped_per_layer=tuple(
-            summed([c["skipped_per_layer"][layer] / rows for c, rows in parts]) for layer in range(layers)
-        ),
-        weight_bytes_saved=summed([counts["weight_bytes_saved"] / rows for counts, rows in parts]),
-        engine="eager",
-        engine_reason="evaluation",
-        method=policy.method,
-        unit=policy.unit,
-        byte_shares=tuple(per_skip),
-    )

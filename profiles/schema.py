@@ -26,7 +26,14 @@ from pydantic import (
 from transformers.utils import PushToHubMixin
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
-from skipcal.errors import ConfigError, ProfileError, ProfileMismatch, TargetOutOfReach, Unavailable
+from skipcal.errors import (
+    ConfigError,
+    ProfileError,
+    ProfileMismatch,
+    TargetOutOfReach,
+    Unavailable,
+    first_words,
+)
 from skipcal.profiles.files import dump_json, write_text_atomic
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
@@ -254,8 +261,9 @@ class SkipProfile(BaseModel, PushToHubMixin):
         try:
             file = cached_file(str(name), PROFILE_FILE, **kwargs)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Unavailable(f"no {PROFILE_FILE} could be had from {str(name)!r}: {reason}") from error
+            raise Unavailable(
+                f"no {PROFILE_FILE} could be had from {str(name)!r}: {first_words(error)}"
+            ) from error
         return cls._parse(_read(Path(str(file))), str(file))
 
     def save_pretrained(

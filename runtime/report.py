@@ -61,16 +61,41 @@ class SkipReport:
         saved = sum(n * share for n, share in zip(self.skipped_per_layer, self.byte_shares, strict=True))
         return saved / steps if steps else math.nan
 
+    def counts(self) -> dict[str, Any]:
+        """What was counted, as plain values; see `from_shares`."""
+        return {
+            "decode_steps": self.decode_steps,
+            "decode_steps_after_warm_up": self.decode_steps_after_warm_up,
+            "skipped_per_layer": list(self.skipped_per_layer),
+            "weight_bytes_saved": self.weight_bytes_saved,
+        }
+
+    @staticmethod
+    def from_shares(like: SkipReport, shares: Sequence[tuple[dict[str, Any], int]]) -> SkipReport:
+        """A report from items that were run in batches: each brings its batch's `counts`, and its size.
+
+        An item stands for its part of the batch, so over whole batches the sums are exact.
+        like: a report of the same policy on the same model.
+        """
+
+        def total(name: str, layer: int | None = None) -> int:
+            values = ((counts[name], size) for counts, size in shares)
+            return round(math.fsum((v if layer is None else v[layer]) / size for v, size in values))
+
+        return replace(
+            like,
+            decode_steps=total("decode_steps"),
+            decode_steps_after_warm_up=total("decode_steps_after_warm_up"),
+            skipped_per_layer=tuple(
+                total("skipped_per_layer", layer) for layer in range(len(like.skipped_per_layer))
+            ),
+            weight_bytes_saved=total("weight_bytes_saved"),
+        )
+
     @staticmethod
     def merged(reports: Sequence[SkipReport]) -> SkipReport:
         """One report over several sessions of the same policy on the same model."""
-        return replace(
-            reports[0],
-            decode_steps=sum(r.decode_steps for r in reports),
-            decode_steps_after_warm_up=sum(r.decode_steps_after_warm_up for r in reports),
-            skipped_per_layer=tuple(map(sum, zip(*(r.skipped_per_layer for r in reports), strict=True))),
-            weight_bytes_saved=sum(r.weight_bytes_saved for r in reports),
-        )
+        return SkipReport.from_shares(reports[0], [(report.counts(), 1) for report in reports])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a ratio over no token is None."""

@@ -12,6 +12,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -126,7 +127,7 @@ class SkipSession:
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
         self._engine = self.policy.engine(architecture)
-        self._byte_shares = _byte_shares(architecture, self.policy)
+        self._idle = idle_report(architecture, self.policy)
         _sessions[self._model] = self
         try:
             self._engine.attach()
@@ -144,7 +145,7 @@ class SkipSession:
     ) -> None:
         """Leave the model as it was found."""
         self._detach()
-        if kind is None and self._steps == 0:
+        if kind is None and self._steps == 0 and self.policy.unit == "ffn":
             logger.warning(
                 "no decode step ran inside skipping(...): only the full model was used. "
                 "For forward passes over a known text pass teacher_forced=True."
@@ -156,16 +157,14 @@ class SkipSession:
         if self._engine is None:
             raise SessionError("there is no report before the session is entered; use `with skipping(...)`")
         reason = "asked for" if self._requested_engine == "eager" else self._engine.reason
-        return SkipReport(
+        return replace(
+            self._idle,
             decode_steps=self._steps,
             decode_steps_after_warm_up=self._ruled_steps,
             skipped_per_layer=tuple(self._engine.skipped_per_layer),
             weight_bytes_saved=self._engine.weight_bytes_saved,
             engine=self._engine.name,
             engine_reason=reason,
-            method=self.policy.method,
-            unit=self.policy.unit,
-            byte_shares=self._byte_shares,
         )
 
     # What is set on the model, and how it goes away
@@ -313,10 +312,21 @@ class SkipSession:
         return get_stopping_criteria
 
 
-def _byte_shares(architecture: Architecture, policy: Policy) -> tuple[float, ...]:
+def idle_report(architecture: Architecture, policy: Policy) -> SkipReport:
+    """The report of a session in which nothing has run yet."""
     total = sum(block.layer_bytes for block in architecture.blocks)
     whole = policy.unit == "layer"
-    return tuple((b.layer_bytes if whole else b.weight_bytes) / total for b in architecture.blocks)
+    return SkipReport(
+        decode_steps=0,
+        decode_steps_after_warm_up=0,
+        skipped_per_layer=(0,) * architecture.num_layers,
+        weight_bytes_saved=0,
+        engine="none",
+        engine_reason="nothing has run",
+        method=policy.method,
+        unit=policy.unit,
+        byte_shares=tuple((b.layer_bytes if whole else b.weight_bytes) / total for b in architecture.blocks),
+    )
 
 
 def _refuse_unfit(outer: nn.Module, model: nn.Module) -> None:

@@ -47,7 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "tiny")
     words = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(folder / "tiny")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    tokenizer.save_pretrained(folder / "tiny")
     (folder / "text.txt").write_text(" ".join(f"w{(n * n + 7 * n) % 97}" for n in range(1500)))
     rows = [{"id": f"q{n}", "question": f"w{n} w{n + 1}", "answers": [f"w{n}"]} for n in range(5)]
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -205,3 +206,24 @@ def test_sweep_lists_are_read_strictly(here: Path) -> None:
 def test_compare_refuses_what_it_cannot_do(here: Path) -> None:
     assert "smollm2" in refused("compare", "p.json", "smollm2-135m-instruct", code=3).lower()
     refused("compare", "p.json", "none.json", code=4)
+
+
+def test_lm_eval_tasks_beside_the_full_model(here: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    rows = [{"text": " ".join(f"w{(n * k) % 97}" for k in range(1, 9))} for n in range(3, 7)]
+    Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("words.yaml").write_text(
+        "task: words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{here / 'docs.jsonl'}\ntest_split: test\noutput_type: loglikelihood_rolling\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n  - metric: word_perplexity\n"
+    )
+    done = run(
+        "evaluate", *MODEL, "--lm-eval-tasks", str(here / "words.yaml"), "--target-skip-ratio", "0.25",
+        "--warm-up-tokens", "0", "--limit", "3", "-o", "out", "--json",
+    )  # fmt: skip
+    rows = json.loads(done.stdout)
+    values = {row["method"]: row["value"] for row in rows}
+    assert set(values) == {"full", "ffn-skip"}
+    assert values["full"] != values["ffn-skip"]
+    assert {row["n"] for row in rows} == {3}
+    assert pd.read_csv("out/results.csv")["value"].tolist() == pytest.approx(list(values.values()))

@@ -12,8 +12,8 @@ import pytest
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.sweep import SweepConfig
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
-from skipcal.evaluation import arms
 from skipcal.evaluation.outputs import check_folder, tables, write_results
+from skipcal.evaluation.records import RecordFile
 from skipcal.evaluation.statistics import Share, difference, estimate
 from skipcal.evaluation.sweep import COLUMNS, plan, run_sweep
 from skipcal.evaluation.tasks import ALL
@@ -103,7 +103,7 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same(
 ) -> None:
     whole = run_sweep(loaded, profile, config, tmp_path / "whole").frame
     batches = 0
-    original = arms.RecordFile.append
+    original = RecordFile.append
 
     def interrupted(self: Any, *records: Any) -> None:
         nonlocal batches
@@ -113,7 +113,7 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same(
         original(self, *records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms.RecordFile, "append", interrupted)
+        patch.setattr(RecordFile, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(loaded, profile, config, tmp_path / "cut")
     made = {p: p.read_text() for p in (tmp_path / "cut").rglob("*.jsonl")}

@@ -1,0 +1,81 @@
+"""Where a command's result and its errors go: one place for stdout, stderr and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from skipcal.errors import SkipcalError, first_words
+
+
+class Console:
+    """Where a command's result goes: text on stdout, or one JSON document with --json."""
+
+    def __init__(self, as_json: bool) -> None:
+        """Take stdout as it is now; libraries may find it redirected."""
+        self._as_json = as_json
+        self._stdout = sys.stdout
+        self.on_interrupt = "no output was written or changed"
+
+    def document(self, text: str, readable: str) -> None:
+        """The command's result as JSON text, or for people."""
+        self._stdout.write(text if self._as_json else readable + "\n")
+        self._stdout.flush()
+
+    def result(self, document: Any, readable: str) -> None:
+        """The command's result as values for JSON, or for people."""
+        self.document(json.dumps(document, sort_keys=True, indent=2) + "\n", readable)
+
+    def say(self, text: str) -> None:
+        """A remark that is no part of the result."""
+        typer.echo(text, err=self._as_json)
+
+
+@contextlib.contextmanager
+def command(as_json: bool, debug: bool) -> Iterator[Console]:
+    """Turn errors into one line and an exit code; keep stdout for the result alone."""
+    _quieten()
+    console = Console(as_json)
+    # With --json nothing that a library prints may reach stdout.
+    redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with redirect:
+            yield console
+    except (typer.Exit, typer.Abort):
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at exit
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {console.on_interrupt}", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, SkipcalError):
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        hint = f"({type(error).__name__}; run again with --debug for the traceback)"
+        typer.echo(f"error: {first_words(error)} {hint}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _quieten() -> None:
+    """One line a warning on stderr, and no bar of any library unless stderr is a terminal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    log = logging.getLogger("skipcal")
+    log.handlers, log.propagate = [handler], False
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
