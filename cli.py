@@ -229,6 +229,11 @@ def evaluate(
         options = _evaluation_options(ctx)
         options["methods"] = list(options.pop("method") or []) or None
         if target_skip_ratio is not None:
+            if not 0 < target_skip_ratio <= 1:
+                raise ConfigError(
+                    f"--target-skip-ratio {target_skip_ratio:g} cannot be used: expected a fraction above 0, "
+                    "up to 1; the full model runs anyway, as what the others are compared with"
+                )
             options["ratios"] = [target_skip_ratio]
         if lm_eval_tasks is not None:
             _lm_eval(console, options, lm_eval_tasks, limit, output, overwrite)
@@ -237,9 +242,7 @@ def evaluate(
             raise ConfigError(f"--limit {limit} is for --lm-eval-tasks; other tasks take --items")
         from skipcal.configs.sweep import load_sweep
 
-        settings = load_sweep(None, options)
-        folder = output or Path("runs") / f"evaluate-{_digest(settings.recorded())}"
-        _sweep(console, settings, folder, overwrite)
+        _sweep(console, load_sweep(None, options), output, overwrite)
 
 
 @app.command()
@@ -286,8 +289,8 @@ def sweep(
         from skipcal.configs.sweep import load_sweep
 
         options = _evaluation_options(ctx)
-        options["task"] = _listed(options.pop("tasks"))
-        options["methods"] = _listed(methods)
+        options["task"] = _listed("--tasks", options.pop("tasks"))
+        options["methods"] = _listed("--methods", methods)
         options["ratios"] = _numbers("--ratios", ratios)
         _sweep(console, load_sweep(config, options), output, overwrite)
 
@@ -322,6 +325,7 @@ def compare(
     """
     with command(as_json, debug) as console:
         from skipcal.calibrate.compare import CompareConfig, run_compare
+        from skipcal.configs.run import given_options
 
         given: dict[str, Any] = {
             "corpus": corpus,
@@ -334,7 +338,7 @@ def compare(
             "batch_size": batch_size,
             "seed": seed,
         }
-        settings = CompareConfig(**{k: v for k, v in given.items() if v is not None})
+        given = given_options(given)
         load = {
             "model": model,
             "revision": revision,
@@ -344,7 +348,15 @@ def compare(
             "attn_implementation": attn_implementation,
             "trust_remote_code": trust_remote_code,
         }
-        result = run_compare(sources, settings, lambda: _load(load))
+        if not corpus and not data_files:
+            for key in given_options({**given, **load, "trust_remote_code": trust_remote_code or None}):
+                if key != "target_skip_ratio":
+                    raise ConfigError(
+                        f"--{key.replace('_', '-')} has no effect without text; add --corpus or --data-files"
+                    )
+        if overwrite and output is None:
+            raise ConfigError("--overwrite has no effect without --output; leave it out")
+        result = run_compare(sources, CompareConfig(**given), lambda: _load(load))
         written = result.save(output, overwrite=overwrite) if output else []
         console.result(result.to_dict(), result.to_text())
         for path in written:
@@ -396,19 +408,25 @@ def _evaluation_options(ctx: typer.Context) -> dict[str, Any]:
     )
     options = {k: v for k, v in ctx.params.items() if k not in apart}
     options["profile"] = options.pop("source", None) or options.get("profile")
-    for name, default in (("trust_remote_code", False), ("chat_template", True)):
-        if options[name] is default:
-            options[name] = None
+    for switch in ("trust_remote_code", "chat_template"):  # a switch nobody touched leaves the file's setting
+        source = ctx.get_parameter_source(switch)
+        if source is not None and source.name == "DEFAULT":
+            options[switch] = None
     return options
 
 
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+def _listed(option: str, text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"{option} {text!r}: expected names or numbers separated by commas")
+    return parts
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
     try:
-        return None if text is None else [float(part) for part in _listed(text) or []]
+        return None if text is None else [float(part) for part in _listed(option, text) or []]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, as 0.1,0.25") from None
 
@@ -457,7 +475,7 @@ def _lm_eval(
     frame = run_lm_eval(
         loaded,
         policies,
-        _listed(names) or [],
+        _listed("--lm-eval-tasks", names) or [],
         limit=limit,
         batch_size=options["batch_size"] or 8,
         chat_template=options["chat_template"] is not False,
@@ -471,21 +489,23 @@ def _lm_eval(
         console.say(f"wrote {target}")
 
 
-def _sweep(console: Console, settings: SweepConfig, folder: Path, overwrite: bool) -> None:
-    from skipcal.evaluation.outputs import check_folder
+def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwrite: bool) -> None:
     from skipcal.profiles.schema import SkipProfile
 
     found = SkipProfile.load(settings.profile)
-    check_folder(folder, settings, overwrite=overwrite)
 
-    from skipcal.evaluation.outputs import tables, write_results
+    from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
     from skipcal.evaluation.sweep import plan, run_sweep
 
     plan(found, settings)
-    console.on_interrupt = f"finished items are kept in {folder}; give the same command again to go on"
+    recorded = sweep_settings(settings, found)
+    place = folder or Path("runs") / f"evaluate-{_digest(recorded)}"
     loaded = _load(settings.model_dump())
-    result = run_sweep(loaded, found, settings, folder)
-    written = write_results(result, loaded, settings, command=_command_line())
+    found.check_fits(loaded.model)
+    begin_folder(place, recorded, overwrite=overwrite)
+    console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
+    result = run_sweep(loaded, found, settings, place)
+    written = write_results(result, loaded, recorded, command=_command_line())
     console.result(_rows(result.frame), tables(result.frame))
     for path in written:
         console.say(f"wrote {path}")

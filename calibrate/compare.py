@@ -154,6 +154,9 @@ class CompareResult:
         paths = {folder / name: write for name, write in writers.items()}
         for path in paths:
             check_output(path, overwrite=overwrite)
+        if self.transfer is None:  # what an earlier comparison with text left must not stand beside this one
+            for name in ("transfer.csv", "transfer_ratio.png", "transfer_perplexity.png"):
+                (folder / name).unlink(missing_ok=True)
         for path, write in paths.items():
             write(path)
         return list(paths)

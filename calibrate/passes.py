@@ -17,7 +17,7 @@ from skipcal.calibrate.influence import layer_cosines
 from skipcal.calibrate.saturation import Trace
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import Unavailable
-from skipcal.runtime.greedy import final_ids, greedy_settings, until_stop
+from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -55,13 +55,10 @@ class Passes:
 
     def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
         ids = torch.tensor(prompts, device=self._device)
-        stops = final_ids(self._model.generation_config)
-        output = self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=self._new_tokens,
-            **greedy_settings(self._model.generation_config),
-        )
+        with greedy_decoding(self._model) as stops:
+            output = self._model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._new_tokens
+            )
         length = ids.shape[1]
         return [row[:length] + until_stop(row[length:], stops) for row in output.tolist()]
 

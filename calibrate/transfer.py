@@ -46,7 +46,7 @@ def transfer(
 
     Columns: profile, text, target_skip_ratio, threshold, cold_s, cold_e, realised_skip_ratio,
     perplexity, full_perplexity (the full model's, over the same tokens), tokens. Scored are tokens
-    predicted by a decode step past the profile's warm-up, their losses taken in float32.
+    predicted by a decode step past the longest warm-up of all profiles, their losses taken in float32.
 
     Raises ProfileMismatch for a profile of another model, TargetOutOfReach for a target that a
     profile does not reach, ConfigError for texts that are too short or too long.
@@ -58,6 +58,8 @@ def transfer(
     for name, rows in texts.items():
         _check_lengths(name, rows, policies.values(), prompt_tokens, model)
     architecture = locate(model)
+    # One set of tokens for all, or profiles with another warm-up would be scored on easier ones.
+    first = prompt_tokens + max(policy.warm_up_tokens for policy in policies.values())
     measured = []
     with tqdm(total=len(texts) * (len(policies) + 1), desc="transfer", unit="pass", disable=None) as bar:
         for text, rows in texts.items():
@@ -72,7 +74,6 @@ def transfer(
                     architecture=architecture,
                 ) as run:
                     losses = _losses(model, rows, batch_size)
-                first = prompt_tokens + policy.warm_up_tokens
                 measured.append(
                     {
                         "profile": name,
@@ -94,8 +95,7 @@ def transfer(
 def transfer_matrix(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     """One value of `transfer` with profiles as rows and texts as columns, in their order.
 
-    For "perplexity" a last row, "full model", says what each text costs without skipping; where
-    profiles differ in their warm-up, and so in the tokens scored, it is the first profile's.
+    For "perplexity" a last row, "full model", says what each text costs without skipping.
     """
     matrix = frame.pivot(index="profile", columns="text", values=value)
     matrix = matrix.loc[frame["profile"].unique(), frame["text"].unique()]

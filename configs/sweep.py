@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated, without_folder
 from skipcal.errors import ConfigError
-from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -27,17 +26,25 @@ class _TaskSettings(_Settings):
                  the items, until the *realised* skip ratio meets the target there; 0: the profile's
                  thresholds. Without it methods are not compared at equal ratio, for a threshold
                  realises another ratio on every kind of text.
+    warm_up_tokens: None: the profile's.
     """
 
     match_items: Annotated[int, Field(ge=0)] = 0
-    warm_up_tokens: Annotated[int, Field(ge=0)] = DEFAULT_WARM_UP_TOKENS
+    warm_up_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def warm_up(self) -> int:
+        """The warm-up, after `SweepConfig.settled` has filled it in."""
+        assert self.warm_up_tokens is not None
+        return self.warm_up_tokens
 
     def check_warm_up(self, tokens: int) -> None:
         """Raise ValueError when a warm-up of `tokens` leaves nothing to measure."""
 
     @model_validator(mode="after")
     def _warm_up_leaves_something(self) -> Self:
-        self.check_warm_up(self.warm_up_tokens)
+        if self.warm_up_tokens is not None:
+            self.check_warm_up(self.warm_up_tokens)
         return self
 
 
@@ -95,7 +102,7 @@ class QuestionSettings(_Generating):
     data_file: str | None = None
     items: PositiveInt | None = None
     new_tokens: PositiveInt = 32
-    warm_up_tokens: Annotated[int, Field(ge=0)] = 2
+    warm_up_tokens: Annotated[int, Field(ge=0)] | None = 2
 
 
 class SummarySettings(_Generating):
@@ -160,6 +167,10 @@ class JudgeOptions(_Settings):
     pairwise: bool = False
 
 
+# How the endpoint is reached decides no verdict: a mistyped address can be mended in the same folder.
+_ENDPOINT = ("base_url", "api_key_env", "timeout_s", "retries", "retry_wait_s", "concurrency")
+
+
 class SweepConfig(_Settings):
     """Everything that decides the result of a sweep; `evaluate` is a sweep of one method.
 
@@ -202,12 +213,38 @@ class SweepConfig(_Settings):
         asked_for: list[_TaskSettings] = [
             task for name in TASKS if (task := getattr(self.tasks, name)) is not None
         ]
-        if self.ratios is None and any(task.match_items for task in asked_for):
-            raise ValueError("match_items tunes thresholds for the ratios asked for; give ratios too")
+        if any(task.match_items for task in asked_for):
+            if self.ratios is None:
+                raise ValueError("match_items tunes thresholds for the ratios asked for; give ratios too")
+            if "ffn-skip" not in self.methods:
+                raise ValueError("match_items tunes ffn-skip, which is not among the methods; leave it out")
+        if self.ratios is not None and set(self.methods) == {"full"}:
+            raise ValueError("the full model skips nothing; name a method, or leave the ratios out")
+        if self.judge is not None and self.tasks.summarization is None and self.tasks.mtbench is None:
+            raise ValueError(
+                "a judge rates summarization and mtbench, and neither is asked for; leave it out"
+            )
         for task in asked_for:
             for tokens in self.warm_ups or []:
                 task.check_warm_up(tokens)
         return self
+
+    def settled(self, warm_up_tokens: int) -> SweepConfig:
+        """The same with the profile's warm-up where a task names none.
+
+        Raises ConfigError when that leaves a task nothing to measure.
+        """
+        filled = {}
+        for name in TASKS:
+            task: _TaskSettings | None = getattr(self.tasks, name)
+            if task is not None and task.warm_up_tokens is None:
+                try:
+                    if self.warm_ups is None:
+                        task.check_warm_up(warm_up_tokens)
+                except ValueError as error:
+                    raise ConfigError(f"{name}: {error} (the profile's warm-up)") from error
+                filled[name] = task.model_copy(update={"warm_up_tokens": warm_up_tokens})
+        return self.model_copy(update={"tasks": self.tasks.model_copy(update=filled)})
 
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
@@ -215,8 +252,11 @@ class SweepConfig(_Settings):
         for name in ("model", "profile"):
             if kept[name] is not None and Path(kept[name]).exists():
                 kept[name] = Path(kept[name]).name
-        if kept["judge"] and kept["judge"]["prompts"]:
-            kept["judge"]["prompts"] = Path(kept["judge"]["prompts"]).name
+        if kept["judge"]:
+            for key in _ENDPOINT:
+                del kept["judge"][key]
+            if kept["judge"]["prompts"]:
+                kept["judge"]["prompts"] = Path(kept["judge"]["prompts"]).name
         for task in kept["tasks"].values():
             for key, value in (task or {}).items():
                 if key in ("data_file", "reference_file") and value:
@@ -235,20 +275,36 @@ def load_sweep(path: Path | None, options: dict[str, Any]) -> SweepConfig:
     """
     settings = read_yaml(path) if path else {}
     given = given_options(options)
-    tasks = settings.get("tasks") or {}
-    if not isinstance(tasks, dict):
-        raise ConfigError(f"configuration {path}: tasks: expected `name: {{settings}}`, got {tasks!r}")
+    tasks = _mapping(settings.get("tasks"), path, "tasks", "`name: {settings}`")
     names = given.pop("task", None) or list(tasks)
     for name in names:
-        check_task(name)
-    chosen = {name: dict(tasks.get(name) or {}) for name in names}
+        check_task(str(name))
+    chosen = {
+        name: dict(_mapping(tasks.get(name), path, f"tasks.{name}", "settings, or nothing for the defaults"))
+        for name in names
+    }
+    if "warm_up_tokens" in given and "warm_ups" in settings:
+        raise ConfigError("--warm-up-tokens has no effect where the file has warm_ups; leave one of them out")
+    if given.get("chat_template") is False and not {"freebaseqa", "summarization", "mtbench"} & set(chosen):
+        raise ConfigError(f"--no-chat-template has no effect on {', '.join(chosen)}; leave it out")
     for key in [key for key in given if key in _TASK_OPTIONS]:
         _hand_to_tasks(key, given.pop(key), chosen)
     judge = {key.removeprefix("judge_"): given.pop(key) for key in list(given) if key.startswith("judge_")}
     merged = {**settings, **given, "tasks": chosen}
     if judge:
-        merged["judge"] = {**(settings.get("judge") or {}), **judge}
-    return validated(SweepConfig, merged, {*given, *judge, *_TASK_OPTIONS, "task"}, path)
+        known = _mapping(settings.get("judge"), path, "judge", "settings of a judge")
+        merged["judge"] = {**known, **judge}
+        if "model" not in merged["judge"]:
+            raise ConfigError("a judge needs a model; name it with --judge-model")
+    return validated(SweepConfig, merged, {*given, *_TASK_OPTIONS, "task"} if not path else given, path)
+
+
+def _mapping(value: Any, path: Path | None, key: str, expected: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"configuration {path}: {key}: expected {expected}, got {value!r}")
+    return value
 
 
 def check_task(name: str) -> None:
@@ -293,6 +349,7 @@ def _hand_to_tasks(option: str, value: Any, tasks: dict[str, dict[str, Any]]) ->
 def _own_files(entries: list[str], tasks: dict[str, dict[str, Any]]) -> list[str]:
     """Give TASK=PATH to that task; return the rest, which is text for the others."""
     rest = []
+    given: set[str] = set()
     for entry in entries:
         label, separator, path = entry.partition("=")
         if separator and label in TASKS and "data_file" in _fields_of(label):
@@ -300,6 +357,9 @@ def _own_files(entries: list[str], tasks: dict[str, dict[str, Any]]) -> list[str
                 raise ConfigError(
                     f"--data-files {entry}: the task {label!r} is not asked for; add --task {label}"
                 )
+            if label in given:
+                raise ConfigError(f"--data-files {entry}: the task {label!r} has a file already; give it one")
+            given.add(label)
             tasks[label]["data_file"] = path
         else:
             rest.append(entry)

@@ -11,7 +11,7 @@ import torch
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.errors import ConfigError
-from skipcal.runtime.greedy import final_ids, greedy_settings, until_stop
+from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -103,12 +103,8 @@ def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> li
     for i, row in enumerate(prompts):
         ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = 1
-    with torch.no_grad():
+    with torch.no_grad(), greedy_decoding(model) as stops:
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=new_tokens,
-            **greedy_settings(model.generation_config),
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens
         )
-    stops = final_ids(model.generation_config)
     return [until_stop(row, stops) for row in output[:, width:].tolist()]

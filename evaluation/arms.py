@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.tasks import Record, Task
@@ -35,12 +37,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """Records of all items by id, and the counts over all of them."""
+    """Records of all items by id; `idle` is the report of the policy before anything ran."""
 
     arm: Arm
     policy: Policy
     records: dict[str, Record]
-    report: SkipReport
+    idle: SkipReport
+
+    def report(self, ids: Iterable[str] | None = None) -> SkipReport:
+        """The counts over some items, by default all. Batches do not mix subsets, so theirs are exact."""
+        records = self.records.values() if ids is None else [self.records[key] for key in ids]
+        return SkipReport.from_shares(self.idle, [(r["report"], r["batch"]) for r in records])
 
 
 def run_arm(
@@ -74,22 +81,36 @@ def run_arm(
         unit="item",
         disable=None,
     ) as bar:
-        for records, report in task.run(subject, policy, missing, batch_size):
-            share = report.counts()
-            file.append(*({**record, "batch": len(records), "report": share} for record in records))
-            bar.update(len(records))
+        for ids in _by_subset(task, missing):
+            for records, report in task.run(subject, policy, ids, batch_size):
+                counts = report.counts()
+                file.append(*({**record, "batch": len(records), "report": counts} for record in records))
+                bar.update(len(records))
     ordered = {key: file.done[key] for key in task.ids}
-    shares = [(record["report"], record["batch"]) for record in ordered.values()]
-    nothing = idle_report(subject.architecture, policy)
-    result = ArmResult(arm, policy, ordered, SkipReport.from_shares(nothing, shares))
-    if policy.method != "full" and result.report.skipped_blocks == 0:
+    result = ArmResult(arm, policy, ordered, idle_report(subject.architecture, policy))
+    if policy.method != "full" and result.report().skipped_blocks == 0:
         logger.warning("%s on %s skipped nothing: its numbers are the full model's", arm.label, task.name)
     return result
+
+
+def _by_subset(task: Task, ids: Sequence[str]) -> Iterator[list[str]]:
+    subsets = {key: task.subset(key) for key in ids}
+    for subset in dict.fromkeys(subsets.values()):
+        yield [key for key in ids if subsets[key] == subset]
 
 
 def measured_ratio(
     subject: Subject, task: Task, policy: Policy, ids: Sequence[str], batch_size: int
 ) -> float:
-    """Skip ratio of a policy over some items of a task, without keeping anything."""
+    """Skip ratio of a policy over some items of a task, without keeping anything.
+
+    Raises ConfigError when no token came after the warm-up.
+    """
     reports = [report for _, report in task.run(subject, policy, ids, batch_size)]
-    return SkipReport.merged(reports).skip_ratio
+    ratio = SkipReport.merged(reports).skip_ratio
+    if math.isnan(ratio):
+        raise ConfigError(
+            f"{task.name}: every answer ended within the warm-up of {policy.warm_up_tokens} tokens, so no "
+            "ratio can be matched; lower --warm-up-tokens"
+        )
+    return ratio

@@ -35,6 +35,10 @@ class Continuation:
         """Corpus and number of each prompt."""
         return list(self.prompts)
 
+    def subset(self, key: str) -> str | None:
+        """The corpus."""
+        return key.rpartition("/")[0]
+
     def header(self) -> dict[str, Any]:
         """Where the prompts come from."""
         return {**self.source, "new_tokens": self.new_tokens}
@@ -51,7 +55,7 @@ class Continuation:
 
     def metrics(self, record: Record, full: Record) -> Metrics:
         """Likeness to the full model's text, and repetition."""
-        return in_subsets(text_quality(record, full), record["id"].rpartition("/")[0])
+        return in_subsets(text_quality(record, full), self.subset(record["id"]))
 
 
 def load_continuation(settings: ContinuationSettings, subject: Subject, seed: int) -> Continuation:
@@ -60,6 +64,6 @@ def load_continuation(settings: ContinuationSettings, subject: Subject, seed: in
     return Continuation(
         prompts=prompts,
         new_tokens=settings.new_tokens,
-        warm_up_tokens=settings.warm_up_tokens,
+        warm_up_tokens=settings.warm_up,
         source={"corpora": sources, "prompt_tokens": settings.prompt_tokens, "seed": seed},
     )

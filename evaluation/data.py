@@ -23,7 +23,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
                 yield f"{path}, row {number}", row
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or first_words(error)
         raise Unavailable(f"{path} cannot be read ({reason}); check the path") from error
@@ -44,6 +44,8 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def text_field(record: dict[str, Any], name: str, where: str) -> str:
     """A field that has to hold text."""
     value = record.get(name)
+    if isinstance(value, str) and not value.isascii():
+        value = value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair has no encoding
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(sorted(record)) or "none"
         raise Unavailable(f"{where}: expected text in field {name!r}, got {value!r} (fields: {fields})")

@@ -50,6 +50,10 @@ class FreebaseQA:
         """Ids of the questions."""
         return list(self.questions)
 
+    def subset(self, key: str) -> str | None:
+        """There are none."""
+        return None
+
     def header(self) -> dict[str, Any]:
         """The file, the prompt and the length."""
         return {**self.source, "prompt": PROMPT, "new_tokens": self.new_tokens}
@@ -91,7 +95,7 @@ def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> 
     return FreebaseQA(
         questions=questions,
         new_tokens=settings.new_tokens,
-        warm_up_tokens=settings.warm_up_tokens,
+        warm_up_tokens=settings.warm_up,
         source={"file": path.name, "sha256": file_sha256(path), "items": settings.items, "seed": seed},
     )
 

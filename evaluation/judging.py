@@ -22,7 +22,7 @@ from skipcal.evaluation.mtbench import MTBench
 from skipcal.evaluation.records import digest
 from skipcal.evaluation.statistics import Share
 from skipcal.evaluation.summarization import Summarization
-from skipcal.evaluation.tasks import ALL, Metrics, Record, Task
+from skipcal.evaluation.tasks import ALL, Metrics, Record, Task, in_subsets
 
 logger = logging.getLogger(__name__)
 
@@ -101,17 +101,10 @@ class Judging:
     def _ratings(task: Task, key: str, requests: list[JudgeRequest], verdicts: dict[str, Verdict]) -> Metrics:
         rated = {request.id.rpartition("/")[2]: verdicts[request.id].rating for request in requests}
         known = {name: rating for name, rating in rated.items() if rating is not None}
-        subset = task.questions[key].category if isinstance(task, MTBench) else None
-        if isinstance(task, Summarization):
-            subset = task.stories[key].bucket
         values = {f"judge_{name}": rating for name, rating in known.items()}
         if len(known) == len(rated):  # a mean over fewer would favour items whose bad half is missing
             values["judge_rating"] = sum(known.values()) / len(known)
-        return {
-            (where, name): Share(value)
-            for where in (ALL, *([subset] if subset else []))
-            for name, value in values.items()
-        }
+        return in_subsets(values, task.subset(key))
 
     def _file(self, task: Task, result: ArmResult, asked: list[JudgeRequest]) -> Path:
         """One file for each judge and each set of answers."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.configs.sweep import BenchSettings
-from skipcal.errors import Unavailable
+from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
@@ -51,6 +51,10 @@ class MTBench:
         """Ids of the questions."""
         return list(self.questions)
 
+    def subset(self, key: str) -> str | None:
+        """The category."""
+        return self.questions[key].category
+
     def header(self) -> dict[str, Any]:
         """The file and the length."""
         return {**self.source, "new_tokens": self.new_tokens}
@@ -89,7 +93,7 @@ class MTBench:
 
     def metrics(self, record: Record, full: Record) -> Metrics:
         """What can be said without a judge: repetition, and likeness to the full model's answers."""
-        return in_subsets(text_quality(record, full), self.questions[record["id"]].category)
+        return in_subsets(text_quality(record, full), self.subset(record["id"]))
 
 
 def load_mtbench(settings: BenchSettings, subject: Subject, seed: int) -> MTBench:
@@ -118,12 +122,26 @@ def load_mtbench(settings: BenchSettings, subject: Subject, seed: int) -> MTBenc
         )
     if not questions:
         raise Unavailable(f"{source['file']} holds no question")
+    chosen = drawn(questions, settings.items, seed, str(source["file"]))
+    _check_context(chosen, settings.new_tokens, subject)
     return MTBench(
-        questions=drawn(questions, settings.items, seed, str(source["file"])),
+        questions=chosen,
         new_tokens=settings.new_tokens,
-        warm_up_tokens=settings.warm_up_tokens,
+        warm_up_tokens=settings.warm_up,
         source={**source, "items": settings.items, "seed": seed},
     )
+
+
+def _check_context(questions: dict[str, BenchQuestion], new_tokens: int, subject: Subject) -> None:
+    """Raise ConfigError now when two turns and two answers would not fit, not after hours."""
+    for key, question in questions.items():
+        talk = [{"role": "user", "content": turn} for turn in question.turns]
+        longest = sum(len(subject.encode([message])) for message in talk) + 2 * new_tokens
+        if subject.context and longest > subject.context:
+            raise ConfigError(
+                f"question {key} may take {longest} tokens in two turns, and the model's context is "
+                f"{subject.context}; lower --new-tokens"
+            )
 
 
 def _references(file: str | None) -> dict[str, tuple[str, str]]:

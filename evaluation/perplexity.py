@@ -50,6 +50,10 @@ class Perplexity:
         """Corpus and number of each window."""
         return list(self.windows)
 
+    def subset(self, key: str) -> str:
+        """The corpus."""
+        return self.subsets[key]
+
     def header(self) -> dict[str, Any]:
         """Where the windows come from, and which positions are scored."""
         return {**self.source, "prompt_tokens": self.prompt_tokens, "warm_up_tokens": self.warm_up_tokens}
@@ -111,8 +115,11 @@ class Perplexity:
             "kl": Share(record["kl"], after),
             "top1_agreement": Share(record["top1"], after),
         }
-        subset = self.subsets[record["id"]]
-        return {(where, name): share for where in (ALL, subset) for name, share in shares.items()}
+        return {
+            (where, name): share
+            for where in (ALL, self.subset(record["id"]))
+            for name, share in shares.items()
+        }
 
 
 def load_perplexity(settings: PerplexitySettings, subject: Subject, seed: int) -> Perplexity:
@@ -130,7 +137,7 @@ def load_perplexity(settings: PerplexitySettings, subject: Subject, seed: int) -
         windows=windows,
         subsets={key: key.rpartition("/")[0] for key in windows},
         prompt_tokens=settings.prompt_tokens,
-        warm_up_tokens=settings.warm_up_tokens,
+        warm_up_tokens=settings.warm_up,
         new_tokens=settings.window_tokens - settings.prompt_tokens,
         source={"corpora": sources, "window_tokens": settings.window_tokens, "seed": seed},
     )
@@ -157,6 +164,8 @@ def text_rows(
                 "split": found.split,
                 "revision": found.revision,
                 "sha256": sample.sha256,
+                "text_column": None if found.stream else settings.text_column,
+                "format": found.format,
                 "rows": count,
             }
         )

@@ -102,7 +102,7 @@ class RecordFile:
 
 def digest(value: Any) -> str:
     """A short name for settings: equal ones have the same, others another."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _as_line(value: dict[str, Any]) -> bytes:

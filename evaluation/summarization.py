@@ -58,6 +58,10 @@ class Summarization:
         """Ids of the articles."""
         return list(self.stories)
 
+    def subset(self, key: str) -> str | None:
+        """The bucket."""
+        return self.stories[key].bucket
+
     def header(self) -> dict[str, Any]:
         """The file, the prompt and the length."""
         return {**self.source, "prompt": PROMPT, "new_tokens": self.new_tokens}
@@ -84,7 +88,7 @@ class Summarization:
     def metrics(self, record: Record, full: Record) -> Metrics:
         """ROUGE F1, and how much is copied: judges like copied text, so it belongs beside every score."""
         own = {name: record[name] for name in ("rouge1", "rouge2", "rougeL", "copy_rate")}
-        return in_subsets({**own, **text_quality(record, full)}, self.stories[record["id"]].bucket)
+        return in_subsets({**own, **text_quality(record, full)}, self.subset(record["id"]))
 
 
 def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -> Summarization:
@@ -115,6 +119,6 @@ def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -
     return Summarization(
         stories={key: story for key, story in stories.items() if key in chosen},
         new_tokens=settings.new_tokens,
-        warm_up_tokens=settings.warm_up_tokens,
+        warm_up_tokens=settings.warm_up,
         source={**source, "items": settings.items, "seed": seed},
     )

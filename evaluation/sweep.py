@@ -16,6 +16,7 @@ from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import locate
 from skipcal.baselines.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.configs.sweep import TASKS, SweepConfig
+from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
 from skipcal.evaluation.continuation import load_continuation
@@ -27,7 +28,7 @@ from skipcal.evaluation.perplexity import load_perplexity
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
 from skipcal.evaluation.summarization import load_summarization
-from skipcal.evaluation.tasks import Metrics, Task
+from skipcal.evaluation.tasks import ALL, Metrics, Task
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import Policy, SkipPolicy
 
@@ -65,6 +66,7 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     """
     profile.check_fits(loaded.model)
     plan(profile, config)
+    config = config.settled(profile.policy.warm_up_tokens)
     subject = Subject(loaded, locate(loaded.model), config.chat_template and _has_template(loaded))
     judging = Judging(config.judge, folder / "judge") if config.judge else None
     tasks = [
@@ -92,28 +94,33 @@ def _with_warm_ups(task: Task, warm_ups: list[int] | None) -> list[Task]:
 
 def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
     """All arms of a task, the full model first. Refuses early what some arm could not do."""
-    ratios = config.ratios or [recommended_ratio(profile)]
-    arms = [FULL]
+    config = config.settled(profile.policy.warm_up_tokens)
+    methods = [method for method in config.methods if method != "full"]
     for method in config.methods:
         check_method(method)
-        arms += [Arm(method, ratio) for ratio in ratios if method != "full"]
+    if config.ratios is None and methods and profile.policy.method == "full":
+        raise ConfigError("the profile recommends the full model; give a skip ratio with --target-skip-ratio")
+    ratios = config.ratios or ([recommended_ratio(profile)] if methods else [])
+    arms = [FULL, *(Arm(method, ratio) for method in methods for ratio in ratios)]
     for name in TASKS:
         settings = getattr(config.tasks, name)
         if settings is None:
             continue
         new_tokens = getattr(settings, "new_tokens", None) or settings.window_tokens
-        for warm_up in config.warm_ups or [settings.warm_up_tokens]:
+        for warm_up in config.warm_ups or [settings.warm_up]:
             for arm in arms:
-                make_policy(arm.method, profile, _ask(arm, new_tokens, warm_up, config.seed))
+                make_policy(arm.method, profile, _ask(config, arm, new_tokens, warm_up))
     return arms
 
 
-def _ask(arm: Arm, new_tokens: int, warm_up_tokens: int, seed: int) -> Ask:
+def _ask(config: SweepConfig, arm: Arm, new_tokens: int, warm_up_tokens: int) -> Ask:
+    # Without ratios ffn-skip is the profile's own policy, not the operating point next to it.
+    own = config.ratios is None and arm.method == "ffn-skip"
     return Ask(
-        target_skip_ratio=arm.target_skip_ratio,
+        target_skip_ratio=None if own else arm.target_skip_ratio,
         new_tokens=new_tokens,
         warm_up_tokens=warm_up_tokens,
-        seed=seed,
+        seed=config.seed,
     )
 
 
@@ -125,13 +132,7 @@ class _Sweep:
         self._profile = profile
         self._config = config
         self._folder = folder
-        model: Any = subject.loaded.model
-        self._about = {
-            "model": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attention": model.config._attn_implementation,
-            "chat_template": subject.chat_template,
-        }
+        self._about = model_identity(subject)
 
     def arms(self, task: Task) -> list[ArmResult]:
         """Results of all arms on one task, the full model's first."""
@@ -149,7 +150,7 @@ class _Sweep:
         ]
 
     def _policy(self, task: Task, arm: Arm) -> Policy:
-        ask = _ask(arm, task.new_tokens, task.warm_up_tokens, self._config.seed)
+        ask = _ask(self._config, arm, task.new_tokens, task.warm_up_tokens)
         policy = make_policy(arm.method, self._profile, ask)
         items = getattr(self._config.tasks, task.name).match_items
         if isinstance(policy, SkipPolicy) and arm.method == "ffn-skip" and items:
@@ -188,6 +189,29 @@ class _Sweep:
         return float(file.done[key]["threshold"])
 
 
+def model_identity(subject: Subject) -> dict[str, Any]:
+    """All of a loaded model that decides what it answers, besides the prompt."""
+    model: Any = subject.loaded.model
+    tokenizer: Any = subject.loaded.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    config = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
+    generation = {k: v for k, v in model.generation_config.to_dict().items() if k != "transformers_version"}
+    return {
+        "model": fingerprint(model),
+        "revision": subject.loaded.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "config": digest(config),
+        "generation_config": digest(generation),
+        "tokenizer": digest(backend.to_str() if backend else sorted(tokenizer.get_vocab().items())),
+        "chat_template": digest(tokenizer.chat_template) if subject.chat_template else None,
+    }
+
+
 def _rows(
     task: Task,
     result: ArmResult,
@@ -198,15 +222,15 @@ def _rows(
     """One row for each subset and metric of an arm."""
     mine = _shares(task, result, full, judged)
     theirs = _shares(task, full, full, judged)
-    report = result.report
+    reports = {ALL: result.report()}
+    for key in task.ids:
+        if (subset := task.subset(key)) is not None and subset not in reports:
+            reports[subset] = result.report(k for k in task.ids if task.subset(k) == subset)
     common = {
         "method": result.arm.method,
         "task": task.name,
         "target_skip_ratio": result.arm.target_skip_ratio,
-        "realised_skip_ratio": report.skip_ratio,
-        "skip_ratio_all": report.skip_ratio_all,
-        "skip_ratio_bytes": report.skip_ratio_bytes,
-        "unit": report.unit,
+        "unit": result.policy.unit,
         "warm_up_tokens": task.warm_up_tokens,
         "threshold": getattr(result.policy, "threshold", None) if result is not full else None,
         "seed": seed,
@@ -225,6 +249,9 @@ def _rows(
             **common,
             "subset": subset,
             "metric": metric,
+            "realised_skip_ratio": reports[subset].skip_ratio,
+            "skip_ratio_all": reports[subset].skip_ratio_all,
+            "skip_ratio_bytes": reports[subset].skip_ratio_bytes,
             "value": found.value,
             "ci_low": found.ci_low,
             "ci_high": found.ci_high,

@@ -49,6 +49,9 @@ class Task(Protocol):
     def ids(self) -> Sequence[str]:
         """Ids of all items."""
 
+    def subset(self, key: str) -> str | None:
+        """The subset an item belongs to, besides all of them; it is run in batches of its own."""
+
     def header(self) -> dict[str, Any]:
         """All that decides the records besides model and policy: data with sha256, settings."""
 
@@ -73,9 +76,10 @@ def text_quality(record: Record, full: Record) -> dict[str, float]:
     }
 
 
-def in_subsets(values: Mapping[str, float], *subsets: str) -> Metrics:
-    """The same values for all items together and for each subset the item belongs to."""
-    return {(subset, name): Share(value) for subset in (ALL, *subsets) for name, value in values.items()}
+def in_subsets(values: Mapping[str, float], subset: str | None = None) -> Metrics:
+    """The same values for all items together and for the subset the item belongs to."""
+    places = (ALL,) if subset is None else (ALL, subset)
+    return {(place, name): Share(value) for place in places for name, value in values.items()}
 
 
 def answered(answer: Answer, **values: Any) -> Record:

@@ -27,7 +27,8 @@ def normalized(text: str) -> str:
 def exact_match(answer: str, aliases: Sequence[str]) -> bool:
     """The first line of the answer is one of the aliases, both normalized."""
     lines = [line for line in answer.splitlines() if line.strip()]
-    return bool(lines) and normalized(lines[0]) in {normalized(alias) for alias in aliases}
+    said = normalized(lines[0]) if lines else ""
+    return said != "" and said in {normalized(alias) for alias in aliases}
 
 
 def contains_answer(answer: str, aliases: Sequence[str]) -> bool:

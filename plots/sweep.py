@@ -33,6 +33,9 @@ LABELS = {
     "token_agreement": "equal tokens",
     "common_prefix_tokens": "common prefix (tokens)",
 }
+FIGURES = tuple(
+    f"{stem}.png" for stem in ("quality", "warm_up", "figure_3_summarization", "figure_5_mtbench")
+)
 _LOGARITHMIC = ("perplexity", "perplexity_after_warm_up")
 
 
@@ -131,7 +134,7 @@ def sweep_figures(frame: pd.DataFrame) -> dict[str, Callable[[], Figure]]:
             _quality(frame),
             columns=len(buckets),
         )
-    if "mtbench" in set(frame["task"]):
+    if len(frame[(frame["task"] == "mtbench") & frame["target_skip_ratio"].notna()]):
         figures["figure_5_mtbench"] = lambda: _categories(frame)
     return figures
 

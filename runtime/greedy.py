@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from transformers import GenerationConfig
 
-def greedy_settings(config: Any) -> dict[str, Any]:
-    """Overrides that make generate() plain greedy decoding, whatever a model's configuration adds."""
-    settings: dict[str, Any] = {
-        "do_sample": False,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "min_length": 0,
-        "return_dict_in_generate": False,
-    }
-    if config.pad_token_id is None:
-        stops = final_ids(config)
-        settings["pad_token_id"] = min(stops) if stops else 0
-    return settings
+from skipcal.runtime.patch import InstancePatches
+
+
+@contextmanager
+def greedy_decoding(model: Any) -> Iterator[set[int]]:
+    """Inside, `model.generate()` decodes greedily, whatever the model's own configuration adds.
+
+    Of that only the special tokens stay; penalties, minimal lengths, suppressed words, sampling and
+    a switched-off cache do not. Yields the end-of-sequence ids. Afterwards all is as it was.
+    """
+    own = model.generation_config
+    stops = final_ids(own)
+    pad = own.pad_token_id
+    if pad is None:
+        pad = min(stops) if stops else 0
+    plain = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=pad,
+    )
+    patches = InstancePatches()
+    patches.set(model, "generation_config", plain)
+    try:
+        yield stops
+    finally:
+        patches.restore()
 
 
 def final_ids(config: Any) -> set[int]:

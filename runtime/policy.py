@@ -83,7 +83,7 @@ class SkipPolicy:
     @property
     def method(self) -> str:
         """`ffn-skip`, or `full` where nothing can be skipped."""
-        return "full" if self.cold_s == self.cold_e else "ffn-skip"
+        return "full" if self.cold_s == self.cold_e or self.threshold > 1 else "ffn-skip"
 
     @property
     def unit(self) -> Literal["ffn", "layer"]:

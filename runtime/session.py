@@ -278,11 +278,20 @@ class SkipSession:
                 )
             return self._clock.emitted - 1
         if past == 0 or length > 1:
+            self._refuse_foreign_cache(past)
             self._prefill_end = past + length
             return None
         if self._prefill_end is None:  # the prefill ran before the session began
+            self._refuse_foreign_cache(past)
             self._prefill_end = past
         return past - self._prefill_end
+
+    def _refuse_foreign_cache(self, past: int) -> None:
+        if past and self.policy.unit == "layer":
+            raise SessionError(
+                f"{self.policy.method} leaves layers out, so it cannot go on from a cache that holds {past} "
+                "tokens; begin with the whole text and an empty cache"
+            )
 
     # generate()
 
@@ -295,6 +304,8 @@ class SkipSession:
                 raise SessionError("a teacher_forced session does not generate; open one without it")
             given = call_arguments(signature, args, kwargs)
             options = prepare_options(given, self._model.generation_config)
+            cache = given.get("past_key_values")
+            self._refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
             self._clock = TokenClock()
             try:
                 return original(**options)

@@ -152,14 +152,15 @@ def test_compare_with_and_without_text(here: Path) -> None:
         (("--task", "perplexty"), 2, "did you mean 'perplexity'"),
         (("--task", "perplexity", "--method", "ramdom"), 2, "did you mean 'random'"),
         ((), 2, "no task is asked for"),
-        (("--task", "perplexity", "--target-skip-ratio", "1.5"), 2, "cannot be used"),
+        (("--task", "perplexity", "--target-skip-ratio", "1.5"), 2, "--target-skip-ratio 1.5 cannot be used"),
+        (("--task", "perplexity", "--target-skip-ratio", "0"), 2, "--target-skip-ratio 0 cannot be used"),
         (("--task", "perplexity", "--target-skip-ratio", "0.99"), 2, "out of reach"),
         (("--task", "perplexity", "--limit", "3"), 2, "--limit 3 is for --lm-eval-tasks"),
         (("--task", "perplexity", "--new-tokens", "9"), 2, "--new-tokens 9 has no effect on perplexity"),
         (("--task", "perplexity"), 2, "512 tokens does not fit the model's context of 256; lower --window"),
         (("--task", "freebaseqa"), 4, "--data-files freebaseqa=PATH"),
         (("--task", "freebaseqa", "--data-files", "freebaseqa=none.jsonl"), 4, "none.jsonl cannot be read"),
-        (("--task", "mtbench", "--judge-base-url", "http://localhost:1"), 2, "model is missing"),
+        (("--task", "mtbench", "--judge-base-url", "http://localhost:1"), 2, "name it with --judge-model"),
         (("--lm-eval-tasks", "arc_easy", "--items", "3"), 2, "--items has no effect on --lm-eval-tasks"),
     ],
 )
@@ -201,6 +202,8 @@ def test_a_judge_without_a_key_or_out_of_reach_is_exit_5_and_answers_are_kept(
 def test_sweep_lists_are_read_strictly(here: Path) -> None:
     line = refused("sweep", *MODEL, "--tasks", "perplexity", "--ratios", "0.1;0.2", "-o", "x", code=2)
     assert "--ratios '0.1;0.2': expected numbers separated by commas" in line
+    line = refused("sweep", *MODEL, "--tasks", "perplexity,", "-o", "x", code=2)
+    assert "--tasks 'perplexity,': expected names or numbers" in line
 
 
 def test_compare_refuses_what_it_cannot_do(here: Path) -> None:
@@ -227,3 +230,43 @@ def test_lm_eval_tasks_beside_the_full_model(here: Path) -> None:
     assert values["full"] != values["ffn-skip"]
     assert {row["n"] for row in rows} == {3}
     assert pd.read_csv("out/results.csv")["value"].tolist() == pytest.approx(list(values.values()))
+
+
+@pytest.mark.slow
+def test_the_embedded_sweep_runs_every_method(tmp_path: Path) -> None:
+    run("sweep", "--config", "embedded-sweep", "--device", "cpu", "-o", tmp_path / "out")
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    kl = frame[(frame["metric"] == "kl") & (frame["subset"] == "all")]
+    assert len(kl) == 1 + 6 * 2
+    assert (kl[kl["method"] != "full"]["value"] > 0.05).all()
+    skipping = frame[frame["method"] != "full"]
+    off = (skipping["realised_skip_ratio"] - skipping["target_skip_ratio"]).abs()
+    assert (off[skipping["method"] != "ffn-skip"] < 0.06).all()
+    assert set(skipping["method"]) == {
+        "ffn-skip", "random", "no-input-adaptive", "static", "shortgpt", "skipdecode",
+    }  # fmt: skip
+
+
+def test_the_full_model_alone_has_a_table(here: Path) -> None:
+    done = run("evaluate", *MODEL, "--task", "perplexity", *TEXT, "--method", "full")
+    assert "## The full model" in done.stdout and "| full | 0.000 |" in done.stdout
+
+
+def test_profiles_of_the_same_name_do_not_share_a_folder(here: Path) -> None:
+    Path("d").mkdir()
+    document = json.loads(Path("p.json").read_text())
+    document["policy"]["threshold"] = 0.5
+    Path("d/p.json").write_text(json.dumps(document))
+    for name in ("p.json", "d/p.json"):
+        run(
+            "evaluate", "--model", "tiny", "--device", "cpu", "--profile", name, "--task", "perplexity", *TEXT
+        )
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_compare_refuses_options_without_a_meaning(here: Path) -> None:
+    Path("other.json").write_bytes(Path("p.json").read_bytes())
+    assert "--dtype has no effect without text" in refused(
+        "compare", "p.json", "other.json", "--dtype", "float16", code=2
+    )
+    assert "--overwrite has no effect" in refused("compare", "p.json", "other.json", "--overwrite", code=2)

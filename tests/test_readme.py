@@ -23,6 +23,9 @@ def test_there_are_commands() -> None:
         "show",
         "plot",
         "generate",
+        "evaluate",
+        "sweep",
+        "compare",
         "models",
     }
 

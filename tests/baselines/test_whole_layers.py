@@ -237,3 +237,21 @@ def test_layers_that_are_not_there_are_refused(tiny: Any) -> None:
         skipping(tiny, policy=ShortGPT(removed=(0, 1, 2, 3))),
     ):
         pass
+
+
+def test_a_cache_from_elsewhere_is_refused() -> None:
+    model: Any = lively("llama", num_hidden_layers=8)
+    policy = SkipDecode(num_layers=8, max_layers=8, min_layers=2, steps=6)
+    ids = torch.tensor([PROMPT])
+    with skipping(model, policy=policy):
+        out = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+        with pytest.raises(SessionError, match="cannot go on from a cache that holds 8 tokens"):
+            model.generate(
+                input_ids=out.sequences,
+                past_key_values=out.past_key_values,
+                max_new_tokens=3,
+                do_sample=False,
+            )
+    whole = model(ids, use_cache=True).past_key_values
+    with skipping(model, policy=policy), pytest.raises(SessionError, match="cannot go on from a cache"):
+        model(ids[:, :1], past_key_values=whole)

@@ -42,12 +42,12 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(
         "profile: a.json\nmethods: [random]\nratios: [0.1]\ntasks:\n  perplexity:\n  freebaseqa: {items: 9}\n"
-        "judge: {model: one, concurrency: 2}\n"
+        "  mtbench:\njudge: {model: one, concurrency: 2}\n"
     )
     plain = load_sweep(path, {})
     assert plain.tasks.perplexity is not None and plain.tasks.perplexity.windows == 16
     over = load_sweep(
-        path, {"profile": "b.json", "task": ["freebaseqa"], "ratios": [0.3], "judge_model": "two"}
+        path, {"profile": "b.json", "task": ["freebaseqa", "mtbench"], "ratios": [0.3], "judge_model": "two"}
     )
     assert (over.profile, over.ratios, over.methods) == ("b.json", [0.3], ["random"])
     assert over.tasks.perplexity is None
@@ -68,7 +68,13 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
         ({"warm_up_tokens": 511}, "a window of 512 tokens has none past"),
         ({"ratios": [1.5]}, "ratios .*cannot be used"),
         ({"profile": None}, "profile is missing"),
-        ({"judge_base_url": "http://localhost"}, "model is missing"),
+        ({"judge_base_url": "http://localhost"}, "name it with --judge-model"),
+        ({"judge_model": "m"}, "a judge rates summarization and mtbench"),
+        ({"chat_template": False}, "--no-chat-template has no effect on perplexity"),
+        (
+            {"task": ["freebaseqa"], "data_files": ["freebaseqa=a.jsonl", "freebaseqa=b.jsonl"]},
+            "has a file already",
+        ),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
@@ -84,6 +90,11 @@ def test_options_without_a_meaning_are_refused(options: dict[str, Any], message:
         ("tasks: {perplexity: {windows: many}}", "tasks.perplexity.windows 'many' cannot be used"),
         ("tasks: [perplexity]", "expected `name: {settings}`"),
         ("judge: {modl: x}", "unknown key 'judge.modl'; did you mean 'model'"),
+        ("judge: gpt-4", "judge 'gpt-4' cannot be used"),
+        ("tasks: {perplexity: 5}", "tasks.perplexity: expected settings, or nothing .* got 5"),
+        ("tasks: {perplexity: false}", "tasks.perplexity: expected settings, or nothing .* got False"),
+        ("tasks: {5: {}}", "task '5' is not known"),
+        ("methods: random", "methods 'random' cannot be used"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -110,3 +121,19 @@ def test_what_is_recorded_names_no_place_on_this_computer(tmp_path: Path) -> Non
     assert str(tmp_path) not in str(recorded)
     assert recorded["profile"] == "p.json"
     assert recorded["tasks"]["mtbench"]["reference_file"] == "r.jsonl"
+
+
+def test_the_profiles_warm_up_fills_in(tmp_path: Path) -> None:
+    config = load_sweep(None, {**BASE, "task": ["perplexity", "freebaseqa"]})
+    filled = config.settled(7).tasks
+    assert filled.perplexity is not None and filled.perplexity.warm_up == 7
+    assert filled.freebaseqa is not None and filled.freebaseqa.warm_up == 2
+    with pytest.raises(ConfigError, match=r"perplexity: a window of 512 tokens has none .*profile's warm-up"):
+        config.settled(511)
+
+
+def test_a_warm_up_beside_the_files_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("profile: p.json\nwarm_ups: [0, 4]\ntasks: {perplexity: }\n")
+    with pytest.raises(ConfigError, match="--warm-up-tokens has no effect where the file has warm_ups"):
+        load_sweep(path, {"warm_up_tokens": 3})

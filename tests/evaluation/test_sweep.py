@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.sweep import SweepConfig
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
-from skipcal.evaluation.outputs import check_folder, tables, write_results
+from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
 from skipcal.evaluation.records import RecordFile
 from skipcal.evaluation.statistics import Share, difference, estimate
 from skipcal.evaluation.sweep import COLUMNS, plan, run_sweep
@@ -194,8 +197,14 @@ def test_what_an_arm_cannot_do_is_refused_before_anything_runs(
         ({"ratios": [0.1, 0.1]}, "ratio 0.1 is asked for twice"),
         ({"tasks": {}}, "no task is asked for"),
         ({"warm_ups": [9]}, "none of 10 new tokens lies past the warm-up of 9"),
-        ({"tasks": {"perplexity": {"window_tokens": 20}}}, "a window of 20 tokens has none past"),
+        (
+            {"tasks": {"perplexity": {"window_tokens": 20, "warm_up_tokens": 18}}},
+            "a window of 20 tokens has none past",
+        ),
         ({"ratios": None, "tasks": {"freebaseqa": {"match_items": 3}}}, "give ratios too"),
+        ({"methods": ["random"], "tasks": {"freebaseqa": {"match_items": 3}}}, "not among the methods"),
+        ({"methods": ["full"]}, "the full model skips nothing"),
+        ({"judge": {"model": "m"}}, "a judge rates summarization and mtbench"),
     ],
 )
 def test_settings_that_would_measure_nothing_are_refused(
@@ -217,25 +226,140 @@ def test_results_are_written_whole_and_a_folder_belongs_to_its_settings(
     loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
 ) -> None:
     config = settings(text_file, questions, ratios=[0.125, 0.25])
-    check_folder(tmp_path, config, overwrite=False)
+    recorded = sweep_settings(config, profile)
+    begin_folder(tmp_path, recorded, overwrite=False)
+    assert (tmp_path / "sweep.json").exists()  # before anything ran
     result = run_sweep(loaded, profile, config, tmp_path)
-    written = write_results(result, loaded, config, command="skipcal sweep")
+    written = write_results(result, loaded, recorded, command="skipcal sweep")
     assert {p.name for p in written} == {
         "results.csv", "results.parquet", "tables.md", "sweep.json", "quality.png",
     }  # fmt: skip
     assert all(p.stat().st_size > 0 for p in written)
-    import pandas as pd
-
     stored = pd.read_parquet(tmp_path / "results.parquet")
     assert stored["value"].tolist() == result.frame["value"].tolist()
     document = json.loads((tmp_path / "sweep.json").read_text())
     assert document["config"]["tasks"]["freebaseqa"]["data_file"] == "questions.jsonl"
+    assert set(document["data_sha256"]) == {"questions.jsonl", "text.txt"}
     assert str(tmp_path.parent) not in (tmp_path / "sweep.json").read_text()
-    check_folder(tmp_path, config, overwrite=False)  # the same settings go on
+    begin_folder(tmp_path, recorded, overwrite=False)  # the same settings go on
     other = settings(text_file, questions, ratios=[0.25])
-    with pytest.raises(ConfigError, match="holds results of other settings"):
-        check_folder(tmp_path, other, overwrite=False)
-    check_folder(tmp_path, other, overwrite=True)
+    (tmp_path / "figure_5_mtbench.png").touch()
+    for changed in (
+        sweep_settings(other, profile),
+        sweep_settings(config, profile.model_copy(update={"config": {}})),  # another profile of that name
+    ):
+        with pytest.raises(ConfigError, match="holds results of other settings"):
+            begin_folder(tmp_path, changed, overwrite=False)
+    begin_folder(tmp_path, sweep_settings(other, profile), overwrite=True)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {
+        "records",
+        "sweep.json",
+        questions.name,
+    }  # nothing that could be taken for the new results
+
+
+def test_data_of_the_same_name_is_told_apart(
+    profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
+) -> None:
+    before = sweep_settings(settings(text_file, questions), profile)
+    questions.write_text(questions.read_text().replace("w1", "w2"))
+    with pytest.raises(ConfigError, match="other settings"):
+        begin_folder(tmp_path, before, overwrite=False)
+        begin_folder(tmp_path, sweep_settings(settings(text_file, questions), profile), overwrite=False)
+
+
+@pytest.mark.parametrize("part", ["generation_config", "config", "tokenizer"])
+def test_records_are_of_one_model_with_all_its_settings(
+    loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, part: str,
+) -> None:  # fmt: skip
+    run_sweep(loaded, profile, config, tmp_path)
+    before = set((tmp_path / "records").rglob("*.jsonl"))
+    if part == "generation_config":
+        monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", 5)
+    elif part == "config":
+        monkeypatch.setattr(loaded.model.config, "rms_norm_eps", 1e-3)
+    else:
+        changed = copy.deepcopy(loaded.tokenizer)
+        changed.add_tokens(["w97"])
+        loaded = replace(loaded, tokenizer=changed)
+    run_sweep(loaded, profile, config, tmp_path)
+    added = set((tmp_path / "records").rglob("*.jsonl")) - before
+    assert len(added) == len(before)
+
+
+def test_a_subset_carries_its_own_ratio(
+    loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{(n * 5) % 7}" for n in range(900)))
+    task = {"windows": 3, "window_tokens": 32, "warm_up_tokens": 3}
+
+    def ratios(*files: str) -> dict[str, float]:
+        config = settings(
+            text_file, questions, methods=["ffn-skip"], ratios=[0.3], batch_size=4,
+            tasks={"perplexity": {**task, "data_files": list(files)}},
+        )  # fmt: skip
+        frame = run_sweep(loaded, profile, config, tmp_path / "-".join(f[0] for f in files)).frame
+        rows = frame[(frame["metric"] == "kl") & (frame["method"] == "ffn-skip")]
+        return dict(zip(rows["subset"], rows["realised_skip_ratio"], strict=True))
+
+    together = ratios(f"a={text_file}", f"b={other}")
+    assert together["a"] == ratios(f"a={text_file}")["all"]
+    assert together["b"] == ratios(f"b={other}")["all"]
+    assert together["a"] != together["b"]
+    assert together["all"] == pytest.approx((together["a"] + together["b"]) / 2)
+
+
+def test_without_a_ratio_the_profiles_own_policy_is_evaluated(
+    loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
+) -> None:
+    own = replace(profile.policy, threshold=0.7, warm_up_tokens=1)
+    edited = profile.model_copy(update={"policy": own})
+    config = settings(
+        text_file, questions, methods=["ffn-skip"], ratios=None,
+        tasks={"perplexity": {"data_files": [str(text_file)], "windows": 2, "window_tokens": 40}},
+    )  # fmt: skip
+    frame = run_sweep(loaded, edited, config, tmp_path).frame
+    assert set(frame["threshold"].dropna()) == {0.7}
+    assert set(frame["warm_up_tokens"]) == {1}  # the profile's, where the task names none
+    full = profile.model_copy(update={"policy": replace(own, threshold=2.0)})
+    with pytest.raises(ConfigError, match="the profile recommends the full model"):
+        plan(full, config)
+
+
+def test_answers_within_the_warm_up_cannot_be_matched(
+    loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", list(range(97)))
+    config = settings(
+        text_file, questions, methods=["ffn-skip"],
+        tasks={"freebaseqa": {"data_file": str(questions), "new_tokens": 10, "match_items": 3}},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="every answer ended within the warm-up"):
+        run_sweep(loaded, profile, config, tmp_path)
+    plain = settings(
+        text_file, questions, tasks={"freebaseqa": {"data_file": str(questions), "new_tokens": 10}}
+    )
+    text = tables(run_sweep(loaded, profile, plain, tmp_path / "plain").frame)
+    assert "nan" not in text and "| - |" in text
+
+
+def test_each_warm_up_has_tables_of_its_own(
+    loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
+) -> None:
+    config = settings(text_file, questions, methods=["ffn-skip"], warm_ups=[0, 4])
+    frame = run_sweep(loaded, profile, config, tmp_path).frame
+    text = tables(frame)
+    for warm_up in (0, 4):
+        block = text.split(f"## Methods at 0.25, warm-up of {warm_up} tokens")[1].split("##")[0]
+        row = frame[
+            (frame["method"] == "ffn-skip") & (frame["metric"] == "kl") & (frame["subset"] == ALL)
+            & (frame["warm_up_tokens"] == warm_up)
+        ].iloc[0]  # fmt: skip
+        assert f"{row['value']:.3g} [" in block
 
 
 def test_tables_in_the_papers_forms(

@@ -43,6 +43,8 @@ def test_matches_over_aliases(answer: str, right: bool, contained: bool) -> None
 
 def test_an_alias_of_articles_alone_is_in_no_answer() -> None:
     assert not contains_answer("whatever", ["The"])
+    assert not exact_match("the", ["The The"])
+    assert not exact_match("...", ["A"])
 
 
 @pytest.mark.parametrize(
