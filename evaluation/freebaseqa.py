@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import QuestionSettings
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks import Metrics, Record, answered, drawn, file_sha256, in_subsets, text_quality
+from skipcal.evaluation.tasks import Metrics, Record, answered, drawn, in_subsets, text_quality
 from skipcal.evaluation.text_metrics import contains_answer, exact_match
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport

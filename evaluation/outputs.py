@@ -18,10 +18,10 @@ import transformers
 import skipcal
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
+from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import SweepConfig
 from skipcal.errors import OutputExists
 from skipcal.evaluation.sweep import SweepResult
-from skipcal.evaluation.tasks import file_sha256
 from skipcal.plots.sweep import FIGURES, main_metrics, save_sweep_figures
 from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
 from skipcal.profiles.schema import SkipProfile

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import SummarySettings
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks import Metrics, Record, answered, file_sha256, in_subsets, text_quality
+from skipcal.evaluation.tasks import Metrics, Record, answered, in_subsets, text_quality
 from skipcal.evaluation.text_metrics import copy_rate, rouge
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport

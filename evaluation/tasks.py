@@ -6,10 +6,8 @@ into shares of metrics. Everything else (files, resuming, intervals, pairing) is
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from skipcal.errors import Unavailable
@@ -95,12 +93,3 @@ def drawn(items: dict[str, Item], count: int | None, seed: int, what: str) -> di
         raise Unavailable(f"{what} has {len(items)} items, {count} are wanted; lower the number of items")
     chosen = set(random.Random(seed).sample(sorted(items), count))
     return {key: item for key, item in items.items() if key in chosen}
-
-
-def file_sha256(path: Path) -> str:
-    """Sha256 of a data file. Raises Unavailable when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error

@@ -177,7 +177,7 @@ def test_buckets_by_words(words: int, bucket: str) -> None:
 
 def test_items_are_drawn_from_each_bucket(tmp_path: Path, subject: Subject) -> None:
     path = stories(tmp_path / "s.jsonl", {100: 4, 500: 3, 900: 5})
-    task = load_summarization(SummarySettings(data_file=str(path), items=2), subject, 0)
+    task = load_summarization(SummarySettings(data_file=str(path), items=2, warm_up_tokens=2), subject, 0)
     assert (
         sorted(story.bucket for story in task.stories.values())
         == ["large"] * 2 + ["medium"] * 2 + ["small"] * 2
@@ -188,7 +188,9 @@ def test_items_are_drawn_from_each_bucket(tmp_path: Path, subject: Subject) -> N
 
 def test_summaries_carry_rouge_and_copy_rate(tmp_path: Path, subject: Subject, policy: Policy) -> None:
     path = stories(tmp_path / "s.jsonl", {100: 1, 500: 1, 900: 1})
-    task = load_summarization(SummarySettings(data_file=str(path), items=1, new_tokens=40), subject, 0)
+    task = load_summarization(
+        SummarySettings(data_file=str(path), items=1, new_tokens=40, warm_up_tokens=2), subject, 0
+    )
     ((record,), report), = task.run(subject, policy, ["100-0"], 4)  # fmt: skip
     assert set(record) == {"id", "text", "tokens", "rouge1", "rouge2", "rougeL", "copy_rate"}
     assert report.decode_steps == 39
@@ -225,7 +227,12 @@ def test_references_go_with_their_questions(tmp_path: Path, subject: Subject) ->
     references = write(
         tmp_path / "r.jsonl", {"question_id": 82, "choices": [{"index": 0, "turns": ["one", "two"]}]}
     )
-    settings = BenchSettings(data_file=str(bench(tmp_path / "b.jsonl")), reference_file=str(references))
+    settings = BenchSettings(
+        data_file=str(bench(tmp_path / "b.jsonl")),
+        reference_file=str(references),
+        new_tokens=12,
+        warm_up_tokens=2,
+    )
     task = load_mtbench(settings, subject, 0)
     assert task.questions["82"].references == ("one", "two")
     assert task.questions["81"].references is None
@@ -244,4 +251,12 @@ def test_bench_questions_that_cannot_be_asked_are_refused(
     tmp_path: Path, subject: Subject, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(Unavailable, match=message):
-        load_mtbench(BenchSettings(data_file=str(bench(tmp_path / "b.jsonl", **changes))), subject, 0)
+        load_mtbench(
+            BenchSettings(data_file=str(bench(tmp_path / "b.jsonl", **changes)), warm_up_tokens=2), subject, 0
+        )
+
+
+def test_two_turns_that_cannot_fit_are_refused_before_any_answer(tmp_path: Path, subject: Subject) -> None:
+    settings = BenchSettings(data_file=str(bench(tmp_path / "b.jsonl")), new_tokens=130, warm_up_tokens=2)
+    with pytest.raises(ConfigError, match=r"question 81 may take 265 tokens .* context is 256"):
+        load_mtbench(settings, subject, 0)
