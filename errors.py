@@ -17,6 +17,9 @@ Every message is one line: what was given, what was expected, what to do next.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class SkipcalError(Exception):
     """Base of every error that skipcal raises on purpose."""
@@ -76,3 +79,9 @@ def first_words(error: BaseException, limit: int = 200) -> str:
     """A foreign error's text in one line of at most `limit` characters."""
     words = " ".join(str(error).split())
     return words if len(words) <= limit else words[:limit] + " ..."
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """What to say of an unknown name: the one that was likely meant, else all there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from skipcal.errors import ConfigError, ProfileMismatch
+from skipcal.runtime.engines.choice import ffn_engine
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.arch.locate import Architecture
+    from skipcal.arch.locate import Architecture, Block
     from skipcal.runtime.engines.base import Engine, PassTokens
 
 _MASK = 0xFFFFFFFF
+Mixed = TypeVar("Mixed", int, "Tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,17 @@ class ChosenFFNs:
                 f"{self.method}: layer {max(self.layers)} lies beyond the model's {num_layers} layers"
             )
 
-    def engine(self, architecture: Architecture) -> Engine:
-        """The eager engine under this choice."""
-        from skipcal.runtime.engines.eager import EagerEngine
+    def saved_bytes(self, block: Block) -> int:
+        """Those of the FFN block."""
+        return block.weight_bytes
 
-        return EagerEngine(architecture, ChoiceRule(self))
+    def make_rule(self) -> ChoiceRule:
+        """The choice, as engines ask for it."""
+        return ChoiceRule(self)
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
+        """A fresh engine under this choice."""
+        return ffn_engine(architecture, self.make_rule(), asked)
 
 
 @dataclass(frozen=True)
@@ -78,30 +86,23 @@ class ChoiceRule:
 
         assert tokens.active is not None
         steps = torch.as_tensor(tokens.step, device=device).expand(len(tokens.active)).long()
-        mixed = _hash(steps + _hash_int(self._seed))
+        mixed = _hash(steps + _hash(self._seed))
         if tokens.ids is not None:
             mixed = _hash(mixed ^ tokens.ids.to(device).long())
         return ChoiceState(mixed)
 
-    def before(self, layer: int, state: ChoiceState) -> tuple[Tensor, ChoiceState]:
+    def before(self, layer: int, state: ChoiceState, h: Tensor) -> tuple[Tensor, ChoiceState]:
         """Tokens whose draw for this layer falls below the probability."""
-        return _hash(state.token ^ _hash_int(layer + 1)) < self._below, state
+        return _hash(state.token ^ _hash(layer + 1)) < self._below, state
 
     def after(self, layer: int, state: ChoiceState, h: Tensor, f: Tensor, ran: Tensor | bool) -> ChoiceState:
         """Nothing is learnt from the stream."""
         return state
 
 
-def _hash(x: Tensor) -> Tensor:
-    """An integer mixer on int64 tensors holding 32 bits; the multipliers keep products below 2**63."""
+def _hash(x: Mixed) -> Mixed:
+    """An integer mixer on 32 bits; the multipliers keep products below 2**63, for int64 tensors."""
     x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x45D9F3B) & _MASK
-    return x ^ (x >> 16)
-
-
-def _hash_int(x: int) -> int:
-    x &= _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x45D9F3B) & _MASK
     return x ^ (x >> 16)

@@ -7,7 +7,7 @@ share of weight bytes beside it, for a layer is more than its FFN.
 
 from __future__ import annotations
 
-import difflib
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
-from skipcal.errors import ConfigError, TargetOutOfReach
+from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 
@@ -43,9 +43,7 @@ class Ask:
 def check_method(method: str) -> None:
     """Raise ConfigError for an unknown name."""
     if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}"
-        raise ConfigError(f"method {method!r} is not known; {hint}")
+        raise ConfigError(f"method {method!r} is not known; {suggestion(method, METHODS)}")
 
 
 def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
@@ -110,6 +108,7 @@ def block_influence(profile: SkipProfile) -> list[float]:
     return found
 
 
+@functools.cache  # a search over some thousand schedules, asked for again by every plan
 def skipdecode_for(target: float, layers: int, steps: int, warm_up_layers: int = 1) -> SkipDecode:
     """The schedule from all layers downwards whose mean over `steps` skips `target` of them.
 

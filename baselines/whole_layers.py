@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.arch.locate import Architecture
+    from skipcal.arch.locate import Architecture, Block
     from skipcal.runtime.engines.base import Engine, PassTokens
 
 
@@ -37,7 +37,11 @@ class ShortGPT:
         if len(self.removed) >= num_layers:
             raise ConfigError(f"shortgpt would remove all {num_layers} layers; lower the skip ratio")
 
-    def engine(self, architecture: Architecture) -> Engine:
+    def saved_bytes(self, block: Block) -> int:
+        """Those of the whole layer."""
+        return block.layer_bytes
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
         """The model with these layers taken out."""
         from skipcal.runtime.engines.whole_layers import RemovedLayers
 
@@ -90,7 +94,11 @@ class SkipDecode:
         if num_layers != self.num_layers:
             raise ProfileMismatch(f"skipdecode: a schedule for {self.num_layers} layers, not {num_layers}")
 
-    def engine(self, architecture: Architecture) -> Engine:
+    def saved_bytes(self, block: Block) -> int:
+        """Those of the whole layer."""
+        return block.layer_bytes
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
         """Layers are skipped step by step."""
         from skipcal.runtime.engines.whole_layers import SkippedLayers
 
@@ -119,7 +127,7 @@ class ScheduleRule:
         assert tokens.active is not None
         return ScheduleState(torch.as_tensor(tokens.step, device=device).expand(len(tokens.active)))
 
-    def before(self, layer: int, state: ScheduleState) -> tuple[Tensor, ScheduleState]:
+    def before(self, layer: int, state: ScheduleState, h: Tensor) -> tuple[Tensor, ScheduleState]:
         """Tokens whose step lies past the layer's last."""
         return state.step >= self._from[layer], state
 

@@ -21,9 +21,10 @@ from common import save
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
-from skipcal.calibrate.corpora import batches, resolve_corpora, sample_corpus
+from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.calibrate.recommend import predicted_skip_ratio
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.batching import batches
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 

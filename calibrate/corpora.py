@@ -26,7 +26,6 @@ __all__ = [
     "KNOWN_CORPORA",
     "Corpus",
     "CorpusSample",
-    "batches",
     "file_sha256",
     "resolve_corpora",
     "sample_corpus",
@@ -303,10 +302,3 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error
-
-
-def batches(rows: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    """Consecutive groups of at most `size` rows."""
-    remaining = iter(rows)
-    while group := list(islice(remaining, size)):
-        yield group

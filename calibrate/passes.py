@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.capture import capture
-from skipcal.calibrate.corpora import batches
 from skipcal.calibrate.influence import layer_cosines
 from skipcal.calibrate.saturation import Trace
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import Unavailable
+from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.report import SkipReport
@@ -73,7 +73,7 @@ class Passes:
         ):
             done = 0
             for batch in batches(rows, self._batch_size):
-                ids, mask = self._padded(batch)
+                ids, mask = padded(batch, self._device, side="right")
                 self._forward(ids, mask)
                 cosine, norm_ratio = recorder.take()
                 kept = mask.cpu().numpy().astype(bool)
@@ -104,7 +104,7 @@ class Passes:
             architecture=self._architecture,
         ) as run:
             for batch in batches(rows, self._batch_size):
-                self._forward(*self._padded(batch))
+                self._forward(*padded(batch, self._device, side="right"))
         return _known_ratio(run.report)
 
     def decoded(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
@@ -117,16 +117,6 @@ class Passes:
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
         # The stack alone: the LM head is a fifth of this work and nobody reads the logits.
         self._architecture.stack(input_ids=ids, attention_mask=mask, use_cache=False)
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded ids and mask, [batch, seq]; a causal model does not see what is right."""
-        length = max(map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return ids.to(self._device), mask.to(self._device)
 
     @staticmethod
     def _bar(what: str, total: int) -> Any:

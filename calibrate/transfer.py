@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device, locate
-from skipcal.calibrate.corpora import Corpus, CorpusSample, batches, file_sha256, sample_corpus
+from skipcal.calibrate.corpora import Corpus, CorpusSample, file_sha256, sample_corpus
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.schema import CorpusInfo, SkipProfile
+from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
@@ -195,14 +196,8 @@ def _losses(model: Any, rows: Rows, batch_size: int) -> list[np.ndarray]:
     """
     device = input_device(model)
     losses = []
-    for batch in batches(list(rows), batch_size):
-        longest = max(map(len, batch))
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(batch):  # padded on the right, which a causal model does not see
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        ids, mask = ids.to(device), mask.to(device)
+    for batch in batches(rows, batch_size):
+        ids, mask = padded(batch, device, side="right")
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
         for i, row in enumerate(batch):  # row by row, for float32 logits of a batch are large
             known = ids[i, 1 : len(row)].to(logits.device)

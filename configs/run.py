@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from skipcal.errors import ConfigError
+from skipcal.errors import ConfigError, suggestion
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -168,8 +167,7 @@ def _explain(kind: type[BaseModel], error: ValidationError, given: Collection[st
 
 
 def _unknown_key(known: Collection[str], key: str, path: Path | None) -> str:
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    hint = suggestion(key.rpartition(".")[2], sorted(known))
     return f"configuration {path}: unknown key {key!r}; {hint}" if path else f"unknown key {key!r}; {hint}"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated, without_folder
-from skipcal.errors import ConfigError
+from skipcal.errors import ConfigError, suggestion
 
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -310,8 +309,7 @@ def _mapping(value: Any, path: Path | None, key: str, expected: str) -> dict[str
 def check_task(name: str) -> None:
     """Raise ConfigError for an unknown task."""
     if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TASKS)}"
+        hint = suggestion(name, TASKS)
         raise ConfigError(f"task {name!r} is not known; {hint} Tasks of lm-eval go with --lm-eval-tasks")
 
 

@@ -11,6 +11,7 @@ import torch
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.errors import ConfigError
+from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
@@ -77,7 +78,7 @@ def answers(
             )
     # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
     ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
-    for keys in _batched(ordered, batch_size):
+    for keys in batches(ordered, batch_size):
         with skipping(subject.loaded.model, policy=policy, architecture=subject.architecture) as run:
             rows = _generate(subject, [prompts[key] for key in keys], new_tokens)
         decode: Any = subject.loaded.tokenizer.decode
@@ -90,21 +91,9 @@ def answers(
         )
 
 
-def _batched(keys: list[str], size: int) -> Iterator[list[str]]:
-    return (keys[start : start + size] for start in range(0, len(keys), size))
-
-
 def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     model: Any = subject.loaded.model
-    device = input_device(model)
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for i, row in enumerate(prompts):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
+    ids, mask = padded(prompts, input_device(model), side="left")
     with torch.no_grad(), greedy_decoding(model) as stops:
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens
-        )
-    return [until_stop(row, stops) for row in output[:, width:].tolist()]
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+    return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]

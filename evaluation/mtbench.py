@@ -17,6 +17,7 @@ from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, drawn, in_subsets, text_quality
+from skipcal.runtime.batching import batches
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 
@@ -65,8 +66,7 @@ class MTBench:
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record a question; the second turn follows the method's own first answer."""
         ordered = sorted(ids, key=lambda key: (-len(self.questions[key].turns[0]), key))
-        for start in range(0, len(ordered), batch_size):
-            keys = ordered[start : start + batch_size]
+        for keys in batches(ordered, batch_size):
             talks = {key: [{"role": "user", "content": self.questions[key].turns[0]}] for key in keys}
             said: dict[str, list[Any]] = {key: [] for key in keys}
             reports = []

@@ -16,6 +16,7 @@ from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.statistics import Scale, Share
 from skipcal.evaluation.tasks import ALL, Metrics, Record
+from skipcal.runtime.batching import batches
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -66,8 +67,7 @@ class Perplexity:
         size = max(1, min(batch_size, PASS_TOKENS // width))
         model: Any = subject.loaded.model
         device = input_device(model)
-        for start in range(0, len(ids), size):
-            keys = ids[start : start + size]
+        for keys in batches(ids, size):
             rows = torch.tensor([self.windows[key] for key in keys], device=device)
             with torch.no_grad():
                 full = model(input_ids=rows, use_cache=False).logits

@@ -28,6 +28,7 @@ from skipcal.baselines.whole_layers import ShortGPT
 from skipcal.errors import ConfigError, first_words
 from skipcal.evaluation.harness import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
+from skipcal.runtime.batching import padded
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import idle_report, skipping
@@ -272,17 +273,12 @@ class SkipLM(HFLM):  # type: ignore[misc]
 
     def _row_logits(self, rows: list[Row]) -> list[Tensor]:
         """Logits [continuation, vocabulary] of each row, from one right-padded pass."""
-        width = max(len(tokens) for _, tokens in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, (_, tokens) in enumerate(rows):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
+        ids, mask = padded([tokens for _, tokens in rows], self.device, side="right")
         prompts = [prompt for prompt, _ in rows]
         with torch.no_grad(), self._session(teacher_forced=True, prompt_tokens=prompts):
             logits = self.model(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-            ).logits  # [batch, seq, vocabulary]
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).logits  # [batch, seq, vocab]
         return [logits[i, prompt - 1 : len(tokens)] for i, (prompt, tokens) in enumerate(rows)]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:

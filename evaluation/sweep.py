@@ -65,7 +65,7 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     An interruption loses the batch that is running; the same call goes on from there.
     """
     profile.check_fits(loaded.model)
-    plan(profile, config)
+    arms = plan(profile, config)
     config = config.settled(profile.policy.warm_up_tokens)
     subject = Subject(loaded, locate(loaded.model), config.chat_template and _has_template(loaded))
     judging = Judging(config.judge, folder / "judge") if config.judge else None
@@ -76,7 +76,7 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     ]
     run = _Sweep(subject, profile, config, folder)
     # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
-    done = [(task, run.arms(task)) for each in tasks for task in _with_warm_ups(each, config.warm_ups)]
+    done = [(task, run.arms(task, arms)) for each in tasks for task in _with_warm_ups(each, config.warm_ups)]
     rows: list[dict[str, Any]] = []
     for task, results in done:
         judged = {r.arm: judging.metrics(task, r, results[0]) for r in results} if judging else {}
@@ -134,7 +134,7 @@ class _Sweep:
         self._folder = folder
         self._about = model_identity(subject)
 
-    def arms(self, task: Task) -> list[ArmResult]:
+    def arms(self, task: Task, arms: list[Arm]) -> list[ArmResult]:
         """Results of all arms on one task, the full model's first."""
         return [
             run_arm(
@@ -146,7 +146,7 @@ class _Sweep:
                 folder=self._folder / "records",
                 batch_size=self._config.batch_size,
             )
-            for arm in plan(self._profile, self._config)
+            for arm in arms
         ]
 
     def _policy(self, task: Task, arm: Arm) -> Policy:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from skipcal.errors import ConfigError, ProfileMismatch
+from skipcal.runtime.engines.choice import ffn_engine
 
 if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture
+    from skipcal.arch.locate import Architecture, Block
     from skipcal.runtime.engines.base import Engine
+    from skipcal.runtime.rules import Rule
 
 DEFAULT_WARM_UP_TOKENS = 25  # the paper's ablation saturates at 25-30 (arXiv 2404.03865, 2nd version)
 FULL_MODEL_THRESHOLD = 2.0  # no cosine reaches it
@@ -35,8 +37,11 @@ class Policy(Protocol):
     def check_layers(self, num_layers: int) -> None:
         """Raise ProfileMismatch when the policy is not for a model of `num_layers`."""
 
-    def engine(self, architecture: Architecture) -> Engine:
-        """A fresh engine that runs this policy."""
+    def saved_bytes(self, block: Block) -> int:
+        """Bytes of weights that one skip of `block` leaves unread."""
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
+        """A fresh engine that runs this policy; `asked` is one of runtime.engines.choice.ENGINES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +95,19 @@ class SkipPolicy:
         """FFN blocks are skipped; attention always runs."""
         return "ffn"
 
-    def engine(self, architecture: Architecture) -> Engine:
-        """The eager engine under the rule `cosine`."""
-        from skipcal.runtime.engines.eager import EagerEngine
+    def saved_bytes(self, block: Block) -> int:
+        """Those of the FFN block."""
+        return block.weight_bytes
+
+    def make_rule(self) -> Rule:
+        """The rule `cosine`."""
         from skipcal.runtime.rules import CosineRule
 
-        return EagerEngine(architecture, CosineRule(self))
+        return CosineRule(self)
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
+        """A fresh engine under the rule `cosine`."""
+        return ffn_engine(architecture, self.make_rule(), asked)
 
     def most_skips(self) -> int:
         """The largest number of FFNs this policy can skip for one token, whatever the threshold.

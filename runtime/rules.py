@@ -52,8 +52,11 @@ class Rule(Protocol):
     def start(self, tokens: PassTokens, device: torch.device) -> Any:
         """State (a RuleState) of fresh tokens, at the first layer."""
 
-    def before(self, layer: int, state: Any) -> tuple[Tensor | bool, Any]:
-        """Mask [tokens] of those that skip FFN `layer`, and the state with that counted."""
+    def before(self, layer: int, state: Any, h: Tensor) -> tuple[Tensor | bool, Any]:
+        """Mask [tokens] of those that skip FFN `layer`, and the state with that counted.
+
+        h: [tokens, hidden], the residual stream that enters the FFN block.
+        """
 
     def after(self, layer: int, state: Any, h: Tensor, f: Tensor, ran: Tensor | bool) -> Any:
         """State after FFN `layer` ran for the tokens in `ran`; h and f are [tokens, hidden]."""
@@ -84,7 +87,7 @@ class CosineRule:
             skipped=torch.zeros(count, dtype=torch.int32, device=device),
         )
 
-    def before(self, layer: int, state: CosineState) -> tuple[Tensor | bool, CosineState]:
+    def before(self, layer: int, state: CosineState, h: Tensor) -> tuple[Tensor | bool, CosineState]:
         """Armed tokens skip, while they have skips left."""
         if self._max_skips is None:
             return state.armed, state

@@ -23,6 +23,7 @@ from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.engines.base import FULL_PASS, Engine, PassTokens
+from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
     ClockedCriteria,
@@ -80,8 +81,7 @@ def skipping(
     prompts = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
     if not prompts or min(prompts) < 1:
         raise ConfigError(f"prompt_tokens {prompt_tokens} is below 1: a first token cannot be predicted")
-    if engine not in ("auto", "eager"):
-        raise ConfigError(f"engine {engine!r} is not one of auto, eager")
+    check_engine(engine)
     if profile is not None:
         profile.check_fits(unwrap(model))
         policy = profile.policy_for(target_skip_ratio)
@@ -126,7 +126,7 @@ class SkipSession:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
-        self._engine = self.policy.engine(architecture)
+        self._engine = self.policy.engine(architecture, self._requested_engine)
         self._idle = idle_report(architecture, self.policy)
         _sessions[self._model] = self
         try:
@@ -156,7 +156,6 @@ class SkipSession:
         """What was decoded and skipped so far."""
         if self._engine is None:
             raise SessionError("there is no report before the session is entered; use `with skipping(...)`")
-        reason = "asked for" if self._requested_engine == "eager" else self._engine.reason
         return replace(
             self._idle,
             decode_steps=self._steps,
@@ -164,7 +163,7 @@ class SkipSession:
             skipped_per_layer=tuple(self._engine.skipped_per_layer),
             weight_bytes_saved=self._engine.weight_bytes_saved,
             engine=self._engine.name,
-            engine_reason=reason,
+            engine_reason=self._engine.reason,
         )
 
     # What is set on the model, and how it goes away
@@ -326,7 +325,6 @@ class SkipSession:
 def idle_report(architecture: Architecture, policy: Policy) -> SkipReport:
     """The report of a session in which nothing has run yet."""
     total = sum(block.layer_bytes for block in architecture.blocks)
-    whole = policy.unit == "layer"
     return SkipReport(
         decode_steps=0,
         decode_steps_after_warm_up=0,
@@ -336,7 +334,7 @@ def idle_report(architecture: Architecture, policy: Policy) -> SkipReport:
         engine_reason="nothing has run",
         method=policy.method,
         unit=policy.unit,
-        byte_shares=tuple((b.layer_bytes if whole else b.weight_bytes) / total for b in architecture.blocks),
+        byte_shares=tuple(policy.saved_bytes(block) / total for block in architecture.blocks),
     )
 
 

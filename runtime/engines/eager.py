@@ -22,6 +22,7 @@ from skipcal.arch.locate import Architecture, Block
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import Rule, RuleState
+from skipcal.runtime.surrogates import Surrogates
 
 _ALL = slice(None)
 
@@ -30,10 +31,21 @@ class EagerEngine:
     """Runs each forward pass under `rule`, for the tokens that `begin` announces."""
 
     name = "eager"
-    reason = "the only engine of this version"
 
-    def __init__(self, architecture: Architecture, rule: Rule) -> None:
-        """Prepare for the blocks in which `rule` has a say."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        rule: Rule,
+        *,
+        surrogates: Surrogates | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        """Prepare for the blocks in which `rule` has a say.
+
+        surrogates: what is added in place of a skipped FFN; None: nothing.
+        """
+        self.reason = reason
+        self._surrogates = surrogates or Surrogates({})
         self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
         self._patches = InstancePatches()
@@ -90,7 +102,7 @@ class EagerEngine:
         tokens = len(self._h)
         if self._state is None:
             self._state = self._rule.start(self._tokens, x.device)
-        skip, self._state = self._rule.before(block.index, self._state.to(x.device))
+        skip, self._state = self._rule.before(block.index, self._state.to(x.device), self._h)
         if isinstance(skip, Tensor):
             assert self._active is not None
             self._active = self._active.to(x.device)
@@ -103,6 +115,7 @@ class EagerEngine:
         if skipping == 0:
             return x
         self._count(block, skip, skipping)
+        self.weight_bytes_saved -= self._surrogates.weight_bytes(block.index)
         if skipping == tokens:
             self._rows = None
             self.weight_bytes_saved += block.weight_bytes
@@ -113,20 +126,27 @@ class EagerEngine:
         return running if x.dim() == 2 else running[None]  # FFNs with a router want three axes
 
     def _leave(self, block: Block, y: Any) -> Any:
-        """Return what the layer adds: the FFN's output for tokens that ran, nothing for the rest."""
+        """Return what the layer adds: the FFN's output for tokens that ran, its stand-in for the rest."""
         if self._rows is None:
-            nothing = torch.zeros_like(y)
+            stand_in = self._stand_in(block).reshape(self._shape)
             extras = self._extras.get(block.index, 0)
-            return (nothing, *[None] * extras) if extras else nothing
+            return (stand_in, *[None] * extras) if extras else stand_in
         output, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         f = output.reshape(-1, output.shape[-1])
         if isinstance(self._rows, Tensor):
-            f = f.new_zeros(self._h.shape).index_copy_(0, self._rows, f)
+            f = self._stand_in(block).index_copy_(0, self._rows, f)
             output = f.reshape(self._shape)
         assert self._state is not None
         scaled = f if block.scale == 1.0 else f * block.scale
         self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)
         return output if rest is None else (output, *rest)
+
+    def _stand_in(self, block: Block) -> Tensor:
+        """What tokens that skip add, for all tokens [tokens, hidden]; the layer will multiply by `scale`."""
+        s = self._surrogates(block.index, self._h)
+        if s is None:
+            return torch.zeros_like(self._h)
+        return s if block.scale == 1.0 else s / block.scale
 
     def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
         if self._tokens.counted is not None:

@@ -6,7 +6,7 @@ layer by layer and step by step. Neither writes keys and values for what it leav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,7 +135,9 @@ class SkippedLayers:
             return None
         if self._state is None:
             self._state = self._rule.start(tokens, stream.device)
-        asked, self._state = self._rule.before(block.index, self._state.to(stream.device))
+        asked, self._state = self._rule.before(
+            block.index, self._state.to(stream.device), stream.reshape(-1, stream.shape[-1])
+        )
         skip = asked & tokens.active.to(stream.device)
         if not bool(skip.any()):
             return None
@@ -147,14 +149,9 @@ class SkippedLayers:
 def _refuse_late_masks(architecture: Architecture, rule: Rule) -> None:
     """The mask of each kind of attention is sized by the cache of its first layer: that one must run."""
     kinds = getattr(architecture.stack.config, "layer_types", None) or []
-    late = [kind for kind, first in _firsts(kinds) if first in rule.layers]
+    late = [kind for kind in dict.fromkeys(kinds) if kinds.index(kind) in rule.layers]
     if late:
         raise SessionError(
             f"the first layer with {late[0]} lies where layers are skipped, and masks are sized by its "
             "cache; this method runs on models with one kind of attention"
         )
-
-
-def _firsts(kinds: list[str]) -> Iterator[tuple[str, int]]:
-    for kind in dict.fromkeys(kinds):
-        yield kind, kinds.index(kind)

@@ -108,5 +108,6 @@ def test_layers_draw_independently(tiny: Any) -> None:
         active=torch.ones(20000, dtype=torch.bool), step=torch.arange(20000), ids=torch.arange(20000) % 97
     )
     state = rule.start(tokens, torch.device("cpu"))
-    one, two = rule.before(1, state)[0], rule.before(2, state)[0]
+    unseen = torch.empty(0)
+    one, two = rule.before(1, state, unseen)[0], rule.before(2, state, unseen)[0]
     assert float((one & two).double().mean()) == pytest.approx(0.25, abs=0.015)

@@ -16,12 +16,12 @@ from skipcal.calibrate.corpora import (
     OVERLAP_TOKENS,
     Corpus,
     CorpusSample,
-    batches,
     resolve_corpora,
     sample_corpus,
 )
 from skipcal.calibrate.formats import QUESTION_SETS
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.runtime.batching import batches
 
 
 class Words:

@@ -1,0 +1,34 @@
+"""Which engine runs an FFN-skipping policy, and why that one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skipcal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from skipcal.arch.locate import Architecture
+    from skipcal.runtime.engines.base import Engine
+    from skipcal.runtime.rules import Rule
+    from skipcal.runtime.surrogates import Surrogates
+
+ENGINES = ("auto", "eager")
+
+
+def check_engine(name: str) -> None:
+    """Raise ConfigError for an unknown name."""
+    if name not in ENGINES:
+        raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}")
+
+
+def ffn_engine(
+    architecture: Architecture, rule: Rule, asked: str, *, surrogates: Surrogates | None = None
+) -> Engine:
+    """A fresh engine that runs `rule`, by its name or, for "auto", the fastest that supports the case.
+
+    surrogates: what is added to the stream in place of a skipped FFN; None: nothing.
+    """
+    from skipcal.runtime.engines.eager import EagerEngine
+
+    reason = "asked for" if asked == "eager" else "the only engine of this version"
+    return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)
