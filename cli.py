@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from skipcal import __version__
+from skipcal.calibrate.commands import fit
 from skipcal.configs import options as opt
 from skipcal.console import Console, command
 from skipcal.errors import ConfigError, Unavailable
@@ -95,6 +96,9 @@ def profile(
             write_trace(result.traces, traced, overwrite=settings.overwrite)
         console.document(result.profile.to_json(), summarize(result.profile))
         console.say(f"\nwrote {target}; next: skipcal plot {target} -o curve.png")
+
+
+app.command()(fit)
 
 
 @app.command()

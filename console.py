@@ -9,11 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from skipcal.errors import SkipcalError, first_words
+
+if TYPE_CHECKING:
+    from skipcal.arch.loading import LoadedModel
 
 
 class Console:
@@ -66,6 +69,25 @@ def command(as_json: bool, debug: bool) -> Iterator[Console]:
         hint = f"({type(error).__name__}; run again with --debug for the traceback)"
         typer.echo(f"error: {first_words(error)} {hint}", err=True)
         raise typer.Exit(1) from None
+
+
+def load_for(settings: Any) -> LoadedModel:
+    """The model that a configuration names, without bars unless stderr is a terminal."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from skipcal.arch.loading import load_model
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    return load_model(
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def _quieten() -> None:

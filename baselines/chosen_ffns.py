@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.engines.choice import ffn_engine
@@ -46,6 +46,10 @@ class ChosenFFNs:
             raise ProfileMismatch(
                 f"{self.method}: layer {max(self.layers)} lies beyond the model's {num_layers} layers"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values."""
+        return asdict(self)
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the FFN block."""

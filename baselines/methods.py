@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,18 +17,31 @@ import numpy as np
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
+from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
+from skipcal.runtime.substituted import Substituted
 
-METHODS = ("full", "ffn-skip", "random", "no-input-adaptive", "static", "shortgpt", "skipdecode")
+SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
+METHODS = (
+    "full",
+    "ffn-skip",
+    "gate",
+    "random",
+    "no-input-adaptive",
+    "static",
+    "shortgpt",
+    "skipdecode",
+    *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """What a method is asked for.
 
-    target_skip_ratio: share of blocks to skip per token; `full` ignores it. None: ffn-skip takes
-                       its profile's recommended policy, the others what that is meant to skip.
+    target_skip_ratio: share of blocks to skip per token; `full` ignores it. None: ffn-skip and gate take
+                       what their profile recommends, the others what that is meant to skip.
     warm_up_tokens:    decode steps by the full model; None: the profile's. Whole-layer methods have
                        no warm-up.
     new_tokens:        the most tokens a row will get: skipdecode spreads its schedule over them.
@@ -50,14 +64,21 @@ def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
     """The policy of `method` that skips `ask.target_skip_ratio` of all blocks, or comes closest.
 
     Static sets hold whole layers, so they come as close as a whole number can, ties to fewer.
-    Raises ConfigError for an unknown method, TargetOutOfReach for a ratio it cannot reach.
+    Raises ConfigError for an unknown method, or one that needs surrogates the profile does not have,
+    TargetOutOfReach for a ratio it cannot reach.
     """
     check_method(method)
+    if method.endswith(SURROGATES):
+        plain = make_policy(method.removesuffix(SURROGATES), profile, ask)
+        assert isinstance(plain, SkipPolicy | ChosenFFNs)
+        return Substituted(plain, profile.tensors().surrogates)
     warm_up = profile.policy.warm_up_tokens if ask.warm_up_tokens is None else ask.warm_up_tokens
     if method == "full":
         return SkipPolicy(cold_s=0, cold_e=0, threshold=FULL_MODEL_THRESHOLD, warm_up_tokens=warm_up)
+    if method == "gate":
+        return replace(profile.gate_policy(ask.target_skip_ratio), warm_up_tokens=warm_up)
     if method == "ffn-skip":
-        return replace(profile.policy_for(ask.target_skip_ratio), warm_up_tokens=warm_up)
+        return replace(profile.cosine_policy_for(ask.target_skip_ratio), warm_up_tokens=warm_up)
     target = recommended_ratio(profile) if ask.target_skip_ratio is None else ask.target_skip_ratio
     if not 0 < target <= 1:
         raise ConfigError(f"target skip ratio {target:g} for {method}: expected a fraction within (0, 1]")
@@ -71,7 +92,7 @@ def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
             seed=ask.seed,
         )
     if method == "no-input-adaptive":
-        region = tuple(range(profile.policy.cold_s, profile.policy.cold_e))
+        region = tuple(range(profile.cosine_policy.cold_s, profile.cosine_policy.cold_e))
         check_ratio(method, target, len(region) / layers)
         return ChosenFFNs(
             method="no-input-adaptive",
@@ -92,10 +113,12 @@ def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
 
 def recommended_ratio(profile: SkipProfile) -> float:
     """Target skip ratio of the operating point that the profile's policy is at."""
-    if not profile.operating_points:
+    points: Sequence[OperatingPoint | GatePoint] = profile.operating_points
+    if isinstance(profile.policy, GateSettings) and profile.gate is not None:
+        points = profile.gate.operating_points
+    if not points:
         raise TargetOutOfReach("the profile has no operating point; give --target-skip-ratio")
-    at = min(profile.operating_points, key=lambda point: abs(point.threshold - profile.policy.threshold))
-    return at.target_skip_ratio
+    return min(points, key=lambda point: abs(point.threshold - profile.policy.threshold)).target_skip_ratio
 
 
 def block_influence(profile: SkipProfile) -> list[float]:

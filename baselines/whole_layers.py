@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from skipcal.errors import ConfigError, ProfileMismatch
@@ -36,6 +36,10 @@ class ShortGPT:
             )
         if len(self.removed) >= num_layers:
             raise ConfigError(f"shortgpt would remove all {num_layers} layers; lower the skip ratio")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values."""
+        return asdict(self)
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the whole layer."""
@@ -93,6 +97,10 @@ class SkipDecode:
         """Raise ProfileMismatch when the schedule is for another number of layers."""
         if num_layers != self.num_layers:
             raise ProfileMismatch(f"skipdecode: a schedule for {self.num_layers} layers, not {num_layers}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values."""
+        return asdict(self)
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the whole layer."""

@@ -82,7 +82,7 @@ def main() -> None:
     full = continued(model, held_out)
     rows = []
     for target in options.targets:
-        policy = profile.policy_for(target)
+        policy = profile.cosine_policy_for(target)
         with skipping(model, policy=policy) as run:
             own = continued(model, held_out)
         rows.append(

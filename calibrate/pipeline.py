@@ -15,8 +15,8 @@ from skipcal.calibrate.corpora import CorpusSample, resolve_corpora, sample_corp
 from skipcal.calibrate.passes import ENDED_EARLY, Passes
 from skipcal.calibrate.provenance import corpus_info, environment, model_info
 from skipcal.calibrate.recommend import (
-    RealisedCurve,
     check_reachable,
+    cosine_curve,
     predicted_skip_ratio,
     predicted_threshold,
     target_ratios,
@@ -25,14 +25,8 @@ from skipcal.calibrate.regions import check_region, find_regions
 from skipcal.calibrate.saturation import Trace, pooled_statistics
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.profiles.schema import (
-    PROFILE_FORMAT,
-    CalibrationInfo,
-    OperatingPoint,
-    Regions,
-    SkipProfile,
-    threshold_for,
-)
+from skipcal.profiles.parts import CalibrationInfo, OperatingPoint, Regions
+from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile, threshold_for
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
 logger = logging.getLogger(__name__)
@@ -195,7 +189,7 @@ class _Calibrator:
                 DEFAULT_TARGET_SKIP_RATIO,
                 default,
             )
-        threshold = threshold_for(points, default if wanted is None else wanted)
+        threshold = threshold_for(points, default if wanted is None else wanted, never=FULL_MODEL_THRESHOLD)
         return replace(base, threshold=threshold), points
 
     def _operating_points(
@@ -204,7 +198,7 @@ class _Calibrator:
         rows = [row for text in texts for row in text[: self._config.closed_loop_prompts]]
         passes = self._passes
         measure = passes.decoded if self._config.closed_loop == "decode" else passes.teacher_forced
-        curve = RealisedCurve(cosine, base, lambda policy: measure(policy, rows))
+        curve = cosine_curve(cosine, base, lambda policy: measure(policy, rows))
         points = []
         for target in tqdm(targets, desc="close the loop", unit="point", disable=None):
             realised = None

@@ -14,7 +14,7 @@ from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.corpora import CorpusSample
 from skipcal.calibrate.saturation import Trace
-from skipcal.profiles.schema import CorpusInfo, Environment, ModelInfo
+from skipcal.profiles.parts import CorpusInfo, Environment, ModelInfo
 
 
 def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:
@@ -36,7 +36,12 @@ def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_
 
 
 def corpus_info(sample: CorpusSample, trace: Trace) -> CorpusInfo:
-    """Where a sample came from and how much of it was counted."""
+    """Where a sample came from and how much of it was traced."""
+    return sample_info(sample, len(trace.cosine))
+
+
+def sample_info(sample: CorpusSample, tokens: int) -> CorpusInfo:
+    """Where a sample came from and how many of its tokens were counted."""
     corpus = sample.corpus
     return CorpusInfo(
         name=corpus.name,
@@ -49,7 +54,7 @@ def corpus_info(sample: CorpusSample, trace: Trace) -> CorpusInfo:
         documents=sample.documents,
         short_documents=sample.short_documents,
         prompts=len(sample.prompts),
-        tokens=len(trace.cosine),
+        tokens=tokens,
     )
 
 

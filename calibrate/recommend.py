@@ -14,13 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from skipcal.calibrate.closed_loop import RealisedCurve
 from skipcal.errors import TargetOutOfReach
 from skipcal.runtime.policy import SkipPolicy
 
 TARGET_STEP = 0.05
 _SLACK = 1e-9  # ratios are quotients of counts; 0.1 + 0.2 style rounding is no reason to refuse one
-CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
-CLOSED_LOOP_PASSES = 6  # per operating point, at most; two or three are usual
 
 
 def predicted_skip_ratio(cosine: np.ndarray, policy: SkipPolicy) -> float:
@@ -75,49 +74,16 @@ def target_ratios(policy: SkipPolicy, num_layers: int) -> list[float]:
     return steps or ([largest] if largest else [])
 
 
-class RealisedCurve:
-    """Finds thresholds by the skip ratio they *realise*, measuring as seldom as it can.
+def cosine_curve(
+    cosine: np.ndarray, policy: SkipPolicy, measure: Callable[[SkipPolicy], float]
+) -> RealisedCurve:
+    """Realised ratios of the rule `cosine`, from a clean trace [tokens, layers] past the warm-up.
 
-    Skipping perturbs the stream, so a threshold realises another ratio than the clean trace
-    predicts. The drift is smooth: as a function of the predicted ratio, the realised one runs from
-    (0, 0) to (largest, largest), where every token is armed by the region's first FFN. Every
-    measurement adds a point to that curve, for this target and for the next ones.
+    The largest ratio is realised as predicted: every token is armed by the region's first FFN.
     """
-
-    def __init__(
-        self,
-        cosine: np.ndarray,
-        policy: SkipPolicy,
-        measure: Callable[[SkipPolicy], float],
-    ) -> None:
-        """Take a clean trace [tokens, layers] past the warm-up, and a way to measure a policy."""
-        self._cosine = cosine
-        self._policy = policy
-        self._measure = measure
-        largest = policy.most_skips() / cosine.shape[1]
-        self._points: list[tuple[float, float]] = [(0.0, 0.0), (largest, largest)]  # predicted, realised
-
-    def threshold(self, target: float) -> tuple[float, float]:
-        """The threshold whose realised skip ratio comes closest to `target`, and that ratio."""
-        target = min(target, self._points[1][0])
-        tried: list[tuple[float, float]] = []
-        for _ in range(CLOSED_LOOP_PASSES):
-            guess = self._predicted_for(target)
-            threshold = predicted_threshold(self._cosine, self._policy, guess)
-            if threshold in dict(tried):
-                break  # the trace has no value in between
-            policy = replace(self._policy, threshold=threshold)
-            realised = self._measure(policy)
-            self._points.append((predicted_skip_ratio(self._cosine, policy), realised))
-            tried.append((threshold, realised))
-            if abs(realised - target) <= CLOSED_LOOP_TOLERANCE:
-                break
-        return min(tried, key=lambda pair: abs(pair[1] - target))
-
-    def _predicted_for(self, target: float) -> float:
-        """The predicted ratio at which the points known so far put `target`."""
-        below = max(point for point in self._points if point[1] <= target)
-        above = min(point for point in self._points if point[1] >= target)
-        if above[1] <= below[1] or above[0] <= below[0]:
-            return (below[0] + above[0]) / 2
-        return below[0] + (above[0] - below[0]) * (target - below[1]) / (above[1] - below[1])
+    return RealisedCurve(
+        largest=policy.most_skips() / cosine.shape[1],
+        threshold_at=lambda ratio: predicted_threshold(cosine, policy, ratio),
+        predicted_at=lambda threshold: predicted_skip_ratio(cosine, replace(policy, threshold=threshold)),
+        measure=lambda threshold: measure(replace(policy, threshold=threshold)),
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from skipcal.errors import ConfigError, UnsupportedModel
-from skipcal.profiles.schema import Regions
+from skipcal.profiles.parts import Regions
 
 BOOTSTRAP_RESAMPLES = 200
 INTERVAL = (2.5, 97.5)  # percent

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from skipcal.profiles.files import write_atomic
-from skipcal.profiles.schema import HISTOGRAM_BINS, QUANTILES, LayerStatistics
+from skipcal.profiles.parts import HISTOGRAM_BINS, QUANTILES, LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,12 @@ def curve_distances(profiles: Mapping[str, SkipProfile]) -> pd.DataFrame:
 
 
 def _summary_row(name: str, profile: SkipProfile, target: float) -> dict[str, Any]:
-    regions, policy = profile.regions, profile.policy
+    regions, policy = profile.regions, profile.cosine_policy
     low_s, high_s = regions.cold_s_interval or (math.nan, math.nan)
     low_e, high_e = regions.cold_e_interval or (math.nan, math.nan)
     threshold = realised = None
     try:
-        threshold = profile.policy_for(target).threshold
+        threshold = profile.cosine_policy_for(target).threshold
     except TargetOutOfReach:
         logger.warning("profile %r has no operating point for a skip ratio of %g", name, target)
     for point in profile.operating_points:

@@ -22,7 +22,8 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device, locate
 from skipcal.calibrate.corpora import Corpus, CorpusSample, file_sha256, sample_corpus
 from skipcal.errors import ConfigError, TargetOutOfReach
-from skipcal.profiles.schema import CorpusInfo, SkipProfile
+from skipcal.profiles.parts import CorpusInfo
+from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
@@ -108,7 +109,7 @@ def transfer_matrix(frame: pd.DataFrame, value: str) -> pd.DataFrame:
 def policy_of(name: str, profile: SkipProfile, target_skip_ratio: float | None) -> SkipPolicy:
     """The profile's policy for a target; raises TargetOutOfReach that says whose it is."""
     try:
-        return profile.policy_for(target_skip_ratio)
+        return profile.cosine_policy_for(target_skip_ratio)
     except TargetOutOfReach as error:
         raise TargetOutOfReach(f"profile {name!r}: {error}") from error
 

@@ -150,3 +150,28 @@ Check = Annotated[bool, _option("--check", help="Build a tiny model of each fami
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[bool, _option("--version", help="Print the version and exit.", is_eager=True)]
+
+FitWindows = Annotated[
+    int | None, _option("--prompts", help="Windows of text per corpus. Default: 28; 12 of the embedded text.")
+]
+FitTokens = Annotated[int | None, _option("--prompt-tokens", help="Tokens of a window. Default: 512.")]
+FitBatch = Annotated[int | None, _option("--batch-size", help="Windows run together. Default: 4.")]
+SurrogateBudget = Annotated[
+    float | None,
+    _option("--surrogate-budget", help="A surrogate's bytes as a share of its FFN's. Default: 0.05."),
+]
+Rank = Annotated[int | None, _option("--rank", help="Rank of the surrogates, instead of a budget.")]
+Sweeps = Annotated[
+    int | None, _option("--sweeps", help="Sweeps with skipping on, after one without. Default: 1.")
+]
+DamageKind = Annotated[
+    str | None,
+    _option("--damage", help="fisher (default; one backward pass) or relative-error (none)."),
+]
+DamageWindows = Annotated[
+    int | None, _option("--damage-prompts", help="Windows per corpus to measure damage on. Default: 3.")
+]
+LoopWindows = Annotated[
+    int | None,
+    _option("--closed-loop-prompts", help="Windows per corpus to measure skip ratios on. Default: 4."),
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def run_arm(
     header = {
         "task": task.name,
         "method": arm.method,
-        "policy": asdict(policy),  # type: ignore[call-overload]
+        "policy": policy.to_dict(),
         "data": task.header(),
         **about,
     }

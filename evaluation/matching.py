@@ -1,4 +1,4 @@
-"""Tune the threshold of ffn-skip until the ratio it realises on a task is the one asked for.
+"""Tune a threshold until the ratio it realises on a task is the one asked for.
 
 A threshold realises another ratio on every kind of text, so a profile's threshold for 0.25 may
 skip 0.15 of one task and 0.35 of another. Methods can only be compared at equal ratio when it is
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from skipcal.calibrate.recommend import check_reachable
 from skipcal.errors import TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.gate import GatePolicy
+from skipcal.runtime.policy import Policy, SkipPolicy
+from skipcal.runtime.substituted import Substituted
 
 TOLERANCE = 0.005
 PASSES = 8  # per target, at most
+MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
+BEYOND = 10.0  # log damages so far outside a gate's operating points that nothing or all skips
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,68 @@ class Match:
     realised_skip_ratio: float
 
 
-def match_threshold(
-    profile: SkipProfile,
-    policy: SkipPolicy,
-    target: float,
-    measure: Callable[[SkipPolicy], float],
-) -> Match:
+@dataclass(frozen=True)
+class ThresholdScale:
+    """Thresholds by place, from one that skips nothing to one that skips all that can be skipped.
+
+    In between are the profile's operating points: by their places the realised ratio is nearly linear.
+    reachable: the skip ratio at the end.
+    """
+
+    thresholds: tuple[float, ...]
+    reachable: float
+
+    @property
+    def end(self) -> float:
+        """The last place."""
+        return float(len(self.thresholds) - 1)
+
+    def threshold(self, place: float) -> float:
+        """The threshold at a place, linear between two."""
+        below = min(int(place), len(self.thresholds) - 2)
+        weight = place - below
+        return (1 - weight) * self.thresholds[below] + weight * self.thresholds[below + 1]
+
+
+def threshold_scale(policy: Policy, profile: SkipProfile) -> ThresholdScale:
+    """The scale of a policy with a threshold. Raises TargetOutOfReach without operating points."""
+    layers = profile.model.num_layers
+    if isinstance(policy, Substituted):
+        return threshold_scale(policy.policy, profile)
+    if isinstance(policy, GatePolicy):
+        assert profile.gate is not None
+        inner = sorted(point.threshold for point in profile.gate.operating_points)
+        thresholds = (inner[0] - BEYOND, *inner, inner[-1] + BEYOND)
+        return ThresholdScale(thresholds, len(policy.gates.layers) / layers)
+    assert isinstance(policy, SkipPolicy)
+    points = sorted(profile.operating_points, key=lambda point: point.target_skip_ratio)
+    if not points:
+        raise TargetOutOfReach("the profile has no operating point to start from; profile again")
+    thresholds = (1.0, *(point.threshold for point in points), -1.0)
+    return ThresholdScale(thresholds, policy.most_skips() / layers)
+
+
+def with_threshold(policy: Policy, threshold: float) -> Policy:
+    """The same policy at another threshold."""
+    if isinstance(policy, Substituted):
+        inner = with_threshold(policy.policy, threshold)
+        assert isinstance(inner, SkipPolicy)
+        return replace(policy, policy=inner)
+    assert isinstance(policy, SkipPolicy | GatePolicy)
+    return replace(policy, threshold=threshold)
+
+
+def match_threshold(scale: ThresholdScale, target: float, measure: Callable[[float], float]) -> Match:
     """The threshold whose realised ratio comes closest to `target`.
 
-    The search runs along the profile's operating points: their thresholds, from the highest down to
-    one below all, are the scale on which the realised ratio is nearly linear. `policy` gives region,
-    warm-up and bound of skips. Raises TargetOutOfReach for a ratio beyond the region.
+    The search runs along the scale. Raises TargetOutOfReach for a ratio beyond it.
     """
-    check_reachable(policy, target, profile.model.num_layers)
-    scale = _Scale(profile)
-    low, high = (0.0, 0.0), (scale.end, policy.most_skips() / profile.model.num_layers)
+    if target > scale.reachable + 1e-9:
+        raise TargetOutOfReach(
+            f"target skip ratio {target:g} is out of reach: {scale.reachable:.3f} is the largest there is; "
+            "lower --target-skip-ratio, or use a profile with a wider region"
+        )
+    low, high = (0.0, 0.0), (scale.end, scale.reachable)
     tried: list[Match] = []
     for attempt in range(PASSES):
         share = (target - low[1]) / (high[1] - low[1]) if high[1] > low[1] else 0.5
@@ -49,7 +99,7 @@ def match_threshold(
         share = 0.5 if attempt % 3 == 2 else min(max(share, 0.1), 0.9)
         place = low[0] + (high[0] - low[0]) * share
         threshold = scale.threshold(place)
-        realised = measure(replace(policy, threshold=threshold))
+        realised = measure(threshold)
         tried.append(Match(threshold, realised))
         if abs(realised - target) <= TOLERANCE:
             break
@@ -58,19 +108,3 @@ def match_threshold(
         else:
             high = (place, realised)
     return min(tried, key=lambda match: abs(match.realised_skip_ratio - target))
-
-
-class _Scale:
-    """Thresholds by place: place k is that of the k-th operating point, 0 is above every cosine."""
-
-    def __init__(self, profile: SkipProfile) -> None:
-        points = sorted(profile.operating_points, key=lambda point: point.target_skip_ratio)
-        if not points:
-            raise TargetOutOfReach("the profile has no operating point to start from; profile again")
-        self._thresholds = [1.0, *(point.threshold for point in points), -1.0]
-        self.end = float(len(self._thresholds) - 1)
-
-    def threshold(self, place: float) -> float:
-        below = min(int(place), len(self._thresholds) - 2)
-        weight = place - below
-        return (1 - weight) * self._thresholds[below] + weight * self._thresholds[below + 1]

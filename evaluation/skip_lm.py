@@ -8,7 +8,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,7 @@ class SkipLM(HFLM):  # type: ignore[misc]
             "model": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
-            "policy": {"kind": type(policy).__name__, **asdict(policy)},
+            "policy": {"kind": type(policy).__name__, **policy.to_dict()},
             "chat_template": self.uses_chat_template,
             "max_length": self.max_length,
             "vocabulary": len(self.tokenizer),

@@ -22,7 +22,7 @@ from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
 from skipcal.evaluation.continuation import load_continuation
 from skipcal.evaluation.freebaseqa import load_freebaseqa
 from skipcal.evaluation.judging import Judging
-from skipcal.evaluation.matching import match_threshold
+from skipcal.evaluation.matching import MATCHED, match_threshold, threshold_scale, with_threshold
 from skipcal.evaluation.mtbench import load_mtbench
 from skipcal.evaluation.perplexity import load_perplexity
 from skipcal.evaluation.records import RecordFile, digest
@@ -30,7 +30,7 @@ from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
 from skipcal.evaluation.summarization import load_summarization
 from skipcal.evaluation.tasks import ALL, Metrics, Task
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import Policy, SkipPolicy
+from skipcal.runtime.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
     methods = [method for method in config.methods if method != "full"]
     for method in config.methods:
         check_method(method)
-    if config.ratios is None and methods and profile.policy.method == "full":
+    if config.ratios is None and methods and profile.policy_for().method == "full":
         raise ConfigError("the profile recommends the full model; give a skip ratio with --target-skip-ratio")
     ratios = config.ratios or ([recommended_ratio(profile)] if methods else [])
     arms = [FULL, *(Arm(method, ratio) for method in methods for ratio in ratios)]
@@ -114,8 +114,8 @@ def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
 
 
 def _ask(config: SweepConfig, arm: Arm, new_tokens: int, warm_up_tokens: int) -> Ask:
-    # Without ratios ffn-skip is the profile's own policy, not the operating point next to it.
-    own = config.ratios is None and arm.method == "ffn-skip"
+    # Without ratios these are the profile's own policies, not the operating points next to them.
+    own = config.ratios is None and arm.method in ("ffn-skip", "gate")
     return Ask(
         target_skip_ratio=None if own else arm.target_skip_ratio,
         new_tokens=new_tokens,
@@ -153,21 +153,21 @@ class _Sweep:
         ask = _ask(self._config, arm, task.new_tokens, task.warm_up_tokens)
         policy = make_policy(arm.method, self._profile, ask)
         items = getattr(self._config.tasks, task.name).match_items
-        if isinstance(policy, SkipPolicy) and arm.method == "ffn-skip" and items:
+        if items and arm.method in MATCHED:
             assert arm.target_skip_ratio is not None
-            return replace(policy, threshold=self._matched(task, policy, arm.target_skip_ratio, items))
+            return with_threshold(policy, self._matched(task, policy, arm.target_skip_ratio, items))
         return policy
 
-    def _matched(self, task: Task, policy: SkipPolicy, target: float, items: int) -> float:
+    def _matched(self, task: Task, policy: Policy, target: float, items: int) -> float:
         """The tuned threshold, kept on disk: tuning takes several passes over its items."""
         ids = random.Random(self._config.seed).sample(list(task.ids), min(items, len(task.ids)))
-        settings = replace(policy, threshold=1.0)
+        scale = threshold_scale(policy, self._profile)
         header = {
             "matching": task.name,
             "data": task.header(),
             "items": ids,
-            "policy": repr(settings),
-            "profile": [(p.target_skip_ratio, p.threshold) for p in self._profile.operating_points],
+            "policy": with_threshold(policy, 1.0).to_dict(),
+            "scale": scale.thresholds,
             **self._about,
         }
         path = self._folder / "records" / task.name / f"matched-{digest(header)}.jsonl"
@@ -175,10 +175,11 @@ class _Sweep:
         key = f"{target:g}"
         if key not in file.done:
             found = match_threshold(
-                self._profile,
-                policy,
+                scale,
                 target,
-                lambda tried: measured_ratio(self._subject, task, tried, ids, self._config.batch_size),
+                lambda tried: measured_ratio(
+                    self._subject, task, with_threshold(policy, tried), ids, self._config.batch_size
+                ),
             )
             if abs(found.realised_skip_ratio - target) > 0.02:
                 logger.warning(

@@ -164,7 +164,7 @@ def _draw_regions(ax: Axes, profiles: Mapping[str, SkipProfile], colours: list[A
     """Bars at the foot of the axes, the first profile's on top; below them no curve is hidden."""
     place = ax.get_xaxis_transform()  # x in layers, y as a fraction of the axes
     for row, (profile, colour) in enumerate(zip(profiles.values(), colours, strict=True)):
-        policy, regions = profile.policy, profile.regions
+        policy, regions = profile.cosine_policy, profile.regions
         middle = BAR * (len(profiles) - row)
         ax.barh(
             middle,
@@ -190,7 +190,7 @@ def _zoom(ax: Axes, profiles: Mapping[str, SkipProfile]) -> None:
     values = [
         mean
         for profile in profiles.values()
-        for mean in profile.layers["pooled"].mean[profile.policy.cold_s : profile.policy.cold_e]
+        for mean in profile.layers["pooled"].mean[profile.cosine_policy.cold_s : profile.cosine_policy.cold_e]
     ]
     if values:
         margin = 0.08 * max(max(values) - min(values), 1e-3)

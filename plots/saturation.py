@@ -103,7 +103,7 @@ def save_figure(profile: SkipProfile, path: Path, *, overwrite: bool) -> None:
 
 
 def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:
-    policy = profile.policy
+    policy = profile.cosine_policy
     for start, end in ((0, policy.cold_s), (policy.cold_e, layers)):
         ax.axvspan(start - 0.5, end - 0.5, color=COLD, alpha=REGION_ALPHA, lw=0, label="_cold")
     ax.axvspan(
@@ -128,10 +128,12 @@ def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:
 def _zoom(ax: Axes, wide: pd.DataFrame, profile: SkipProfile | None) -> None:
     """Fit the y axis to the middle layers, with the threshold in sight."""
     layer = wide.index.get_level_values("layer")
-    first, last = (profile.policy.cold_s, profile.policy.cold_e) if profile else (1, layer.max())
+    first, last = (
+        (profile.cosine_policy.cold_s, profile.cosine_policy.cold_e) if profile else (1, layer.max())
+    )
     middle = wide[(layer >= first) & (layer < last)]
     low, high = middle[BAND[0]].min(), middle[BAND[1]].max()
-    if profile and profile.policy.threshold <= 1:
-        low, high = min(low, profile.policy.threshold), max(high, profile.policy.threshold)
+    if profile and profile.cosine_policy.threshold <= 1:
+        low, high = min(low, profile.cosine_policy.threshold), max(high, profile.cosine_policy.threshold)
     margin = 0.08 * max(high - low, 1e-3)
     ax.set_ylim(low - margin, min(high + margin, 1.0))

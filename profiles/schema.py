@@ -9,20 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, ValidationError, model_validator
 from transformers.utils import PushToHubMixin
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
@@ -34,166 +27,46 @@ from skipcal.errors import (
     Unavailable,
     first_words,
 )
-from skipcal.profiles.files import dump_json, write_text_atomic
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
+from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.parts import (
+    CalibrationInfo,
+    Environment,
+    GateInfo,
+    GatePoint,
+    GateSettings,
+    LayerStatistics,
+    ModelInfo,
+    OperatingPoint,
+    Regions,
+)
+from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
+
+    from skipcal.profiles.tensors import GateTensors
+    from skipcal.runtime.gate import GatePolicy
 
 logger = logging.getLogger(__name__)
 
 PROFILE_FORMAT: Literal["skipcal.profile/1"] = "skipcal.profile/1"
 PROFILE_FILE = "skip_profile.json"  # its name inside a model folder or hub repository
 MAX_PROFILE_BYTES = 64 * 2**20  # 80 layers and 50 corpora take 12 MB; more is no profile
-HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
-
-Count = Annotated[int, Field(ge=0)]
-Cosine = Annotated[float, Field(ge=-1, le=1)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Quantile = Literal["q05", "q25", "q50", "q75", "q95"]
-QUANTILES: dict[Quantile, float] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelInfo(_Part):
-    """Which model was measured. `revision` is the commit where the name is a hub id."""
-
-    name: str
-    revision: str | None
-    model_type: str
-    num_layers: Annotated[int, Field(ge=1)]
-    hidden_size: Annotated[int, Field(ge=1)]
-    intermediate_size: int | None
-    dtype: str
-    quantization: str | None
-    fingerprint: str
-    trust_remote_code: bool = False
-
-
-class CorpusInfo(_Part):
-    """Where one corpus came from and how much of it was used.
-
-    format:          of a question set, how its records became text.
-    short_documents: passed over, for they have fewer than `prompt_tokens` tokens.
-    tokens:          over which the statistics are taken.
-    """
-
-    name: str
-    source: str
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    format: str | None = None
-    documents: Count
-    short_documents: Count
-    prompts: Count
-    tokens: Count
-
-    @model_serializer(mode="wrap")
-    def _without_absent_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Running text has no format, and profiles from before there were any stay as they are."""
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "format" or value is not None}
-
-
-class CalibrationInfo(_Part):
-    """How the statistics were taken. Continuations are greedy and end at end-of-sequence.
-
-    closed_loop: how realised ratios were measured, None if they were not: teacher-forced over the
-                 calibration text, or by decoding its prompts.
-    """
-
-    mode: Literal["generate", "prefill"]
-    corpora: list[CorpusInfo]
-    prompt_tokens: Annotated[int, Field(ge=1)]
-    new_tokens: Count
-    seed: int
-    chat_template: bool
-    closed_loop: Literal["teacher-forced", "decode"] | None
-
-
-class LayerStatistics(_Part):
-    """Statistics of `cos_i` by layer: each list has L entries, `std` is the population's.
-
-    block_influence: of the whole layer, by which ShortGPT removes layers (arXiv 2403.03853); within
-                     [0, 2]. None in profiles of versions that did not measure it.
-    """
-
-    count: list[Count]
-    mean: list[Cosine]
-    std: list[Annotated[float, Field(ge=0)]]
-    min: list[Cosine]
-    q05: list[Cosine]
-    q25: list[Cosine]
-    q50: list[Cosine]
-    q75: list[Cosine]
-    q95: list[Cosine]
-    norm_ratio_mean: list[Annotated[float, Field(ge=0)]]
-    histogram: list[list[Count]]
-    block_influence: list[float] | None = None
-
-    @model_validator(mode="after")
-    def _equal_lengths(self) -> Self:
-        lists = {name: getattr(self, name) for name in type(self).model_fields}
-        lengths = {name: len(values) for name, values in lists.items() if values is not None}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"expected lists of one length, got {lengths}")
-        bins = {len(row) for row in self.histogram}
-        if bins - {HISTOGRAM_BINS}:
-            raise ValueError(f"expected {HISTOGRAM_BINS} bins a layer in histogram, got {sorted(bins)}")
-        return self
-
-
-class Regions(_Part):
-    """The skippable region [cold_s, cold_e) and how well the curve supports it.
-
-    monotonicity: Spearman's rho of mean cosine and layer inside the region, None below 3 layers.
-    *_interval:   95 % bootstrap interval over prompts.
-    """
-
-    cold_s: Count
-    cold_e: Count
-    method: Literal["isotonic", "given"]
-    fit_r2: float | None
-    monotonicity: Cosine | None
-    cold_s_interval: tuple[Count, Count] | None
-    cold_e_interval: tuple[Count, Count] | None
-    warnings: list[str]
-
-
-class OperatingPoint(_Part):
-    """A threshold and the skip ratio it brings, over tokens after the warm-up.
-
-    predicted_skip_ratio: by this threshold on the clean trace, which no skip has perturbed.
-    realised_skip_ratio:  measured with skipping on, as `calibration.closed_loop` says.
-    verified_skip_ratio:  measured by decoding held-out prompts; None unless asked for.
-    """
-
-    target_skip_ratio: Ratio
-    threshold: Annotated[float, Field(ge=-1, le=2)]
-    predicted_skip_ratio: Ratio
-    realised_skip_ratio: Ratio | None = None
-    verified_skip_ratio: Ratio | None = None
-
-
-class Environment(_Part):
-    """What made the file."""
-
-    skipcal: str
-    python: str
-    torch: str
-    transformers: str
-    device: str
-    created_at: str
+def _rule(policy: Any) -> Any:
+    """Which rule a policy is of; profiles of the first version need not say."""
+    return policy.get("rule", "cosine") if isinstance(policy, dict) else getattr(policy, "rule", None)
 
 
 class SkipProfile(BaseModel, PushToHubMixin):
-    """A saved calibration: model, text, statistics by layer, regions, policy, operating points."""
+    """A saved calibration: model, text, statistics by layer, regions, policy, operating points.
+
+    operating_points: of the rule `cosine`.
+    gate:             a fitted gate with operating points of its own; the policy is then of the rule
+                      `gate`, and its tensors are in a file beside this one.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
     format: Literal["skipcal.profile/1"]
@@ -201,10 +74,26 @@ class SkipProfile(BaseModel, PushToHubMixin):
     calibration: CalibrationInfo
     layers: dict[str, LayerStatistics]
     regions: Regions
-    policy: SkipPolicy
+    policy: Annotated[
+        Annotated[SkipPolicy, Tag("cosine")] | Annotated[GateSettings, Tag("gate")],
+        Discriminator(
+            _rule,
+            custom_error_type="unknown_rule",
+            custom_error_message="rule is not known, expected 'cosine' or 'gate'",
+        ),
+    ]
     operating_points: list[OperatingPoint]
     environment: Environment
     config: dict[str, Any]
+    gate: GateInfo | None = None
+    _tensors: GateTensors | None = PrivateAttr(default=None)
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in all that the file holds, wherever it was read."""
+        return isinstance(other, SkipProfile) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -217,7 +106,14 @@ class SkipProfile(BaseModel, PushToHubMixin):
                     f"expected {count} entries (model.num_layers) in layers.{name}, "
                     f"got {len(statistics.mean)}"
                 )
-        if self.policy.cold_e > count or not self.regions.cold_s <= self.regions.cold_e <= count:
+        if isinstance(self.policy, GateSettings):
+            if self.gate is None:
+                raise ValueError("expected an entry 'gate' beside a policy of the rule 'gate'")
+            if (self.policy.tensors, self.policy.sha256) != (self.gate.tensors, self.gate.sha256):
+                raise ValueError("expected one file of tensors, policy and gate name two")
+        if self.gate is not None and self.gate.layers and self.gate.layers[-1] >= count:
+            raise ValueError(f"expected gates of layers below {count}, got {self.gate.layers[-1]}")
+        if self.cosine_policy.cold_e > count or not self.regions.cold_s <= self.regions.cold_e <= count:
             raise ValueError(f"expected regions and policy within [0, {count}]")
         return self
 
@@ -232,23 +128,36 @@ class SkipProfile(BaseModel, PushToHubMixin):
         """
         path = Path(source)
         if path.is_file():
-            return cls._parse(_read(path), str(path))
+            return cls._parse(_read(path), str(path), path.parent)
         shipped = shipped_profiles()
         if isinstance(source, str) and source in shipped:
-            file = resources.files("skipcal.profiles") / f"{source}.json"
-            return cls._parse(file.read_bytes(), source)
+            folder = Path(str(resources.files("skipcal.profiles")))
+            return cls._parse((folder / f"{source}.json").read_bytes(), source, folder)
         raise Unavailable(
             f"{str(source)!r} is no file and no shipped profile ({', '.join(shipped) or 'none'}); "
             "make one with: skipcal profile"
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the file atomically. Raises OutputExists unless `overwrite`, OutputError if it fails."""
-        write_text_atomic(Path(path), self.to_json(), overwrite=overwrite)
+        """Write the file atomically, after the tensors of a gate, which go beside it under their name.
+
+        Raises OutputExists unless `overwrite` (the same tensors may be there), OutputError if it fails.
+        """
+        target = Path(path)
+        if self.gate is not None:
+            tensors = self.tensors()
+            beside = target.parent / self.gate.tensors
+            check_output(target, overwrite=overwrite)
+            if not (beside.is_file() and beside.read_bytes() == tensors.raw):
+                write_atomic(beside, lambda part: _write_bytes(part, tensors.raw), overwrite=overwrite)
+        write_text_atomic(target, self.to_json(), overwrite=overwrite)
 
     def to_json(self) -> str:
         """The text of the file."""
-        return dump_json(self.model_dump(mode="json"))
+        fields = self.model_dump(mode="json")
+        if self.gate is None:  # so that profiles from before there were gates stay as they are
+            del fields["gate"]
+        return dump_json(fields)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
@@ -264,7 +173,16 @@ class SkipProfile(BaseModel, PushToHubMixin):
             raise Unavailable(
                 f"no {PROFILE_FILE} could be had from {str(name)!r}: {first_words(error)}"
             ) from error
-        return cls._parse(_read(Path(str(file))), str(file))
+        found = cls._parse(_read(Path(str(file))), str(file), Path(str(file)).parent)
+        if found.gate is not None:  # fetched here, so that the tensors lie beside the profile
+            try:
+                cached_file(str(name), found.gate.tensors, **kwargs)
+            except OSError as error:
+                raise Unavailable(
+                    f"no {found.gate.tensors}, which the profile names, could be had from {str(name)!r}: "
+                    f"{first_words(error)}"
+                ) from error
+        return found
 
     def save_pretrained(
         self,
@@ -283,7 +201,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
             self.push_to_hub(kwargs.pop("repo_id", Path(folder).name), **kwargs)
 
     @classmethod
-    def _parse(cls, raw: bytes, where: str) -> Self:
+    def _parse(cls, raw: bytes, where: str, folder: Path) -> Self:
         try:
             data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
@@ -297,25 +215,93 @@ class SkipProfile(BaseModel, PushToHubMixin):
         if unknown:
             logger.warning("%s: unknown keys %s are kept; a newer skipcal wrote them", where, unknown)
         try:
-            return cls.model_validate_json(json.dumps(data))
+            found = cls.model_validate_json(json.dumps(data))
         except (ValidationError, ValueError, RecursionError) as error:
             raise ProfileError(f"{where} is malformed: {validation_message(error)}") from error
+        found._folder = folder
+        return found
+
+    def with_gate(self, gate: GateInfo, policy: GateSettings, tensors: GateTensors) -> Self:
+        """This profile with a gate, whose rule is then its policy."""
+        found = self.model_copy(update={"gate": gate, "policy": policy})
+        found._tensors = tensors
+        return found
 
     # Use
 
-    def policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
-        """The recommended policy, or the one for another skip ratio.
+    def policy_for(self, target_skip_ratio: float | None = None) -> Policy:
+        """The recommended policy, or the one of the same rule for another skip ratio.
 
         Ratios between two operating points get the threshold between theirs; 0 is the full model.
-        Raises TargetOutOfReach beyond the last point and below the first.
+        Raises TargetOutOfReach beyond the last point and below the first; for a gate also Unavailable,
+        ProfileError and ProfileMismatch when its tensors are missing or are others.
         """
-        if target_skip_ratio is None:
-            return self.policy
-        threshold = threshold_for(self.operating_points, target_skip_ratio)
-        return replace(self.policy, threshold=threshold)
+        if isinstance(self.policy, GateSettings):
+            return self.gate_policy(target_skip_ratio)
+        return self.cosine_policy_for(target_skip_ratio)
 
-    def check_fits(self, model: PreTrainedModel) -> None:
-        """Raise ProfileMismatch if `model` has another shape; warn if it has other weights."""
+    @property
+    def cosine_policy(self) -> SkipPolicy:
+        """The paper's rule: the policy, or what it was before a gate was fitted."""
+        if isinstance(self.policy, SkipPolicy):
+            return self.policy
+        assert self.gate is not None
+        return self.gate.cosine_policy
+
+    def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
+        """The paper's rule at a skip ratio; see `policy_for`."""
+        policy = self.cosine_policy
+        if target_skip_ratio is None:
+            return policy
+        threshold = threshold_for(self.operating_points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
+        return replace(policy, threshold=threshold)
+
+    def gate_policy(self, target_skip_ratio: float | None = None) -> GatePolicy:
+        """The rule `gate` at a skip ratio; see `policy_for`. Raises ConfigError if there is no gate."""
+        from skipcal.runtime.gate import NEVER, GatePolicy
+
+        if self.gate is None:
+            raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
+        if target_skip_ratio is not None:
+            threshold = threshold_for(self.gate.operating_points, target_skip_ratio, never=NEVER)
+        elif isinstance(self.policy, GateSettings):
+            threshold = self.policy.threshold
+        else:
+            threshold = NEVER
+        tensors = self.tensors()
+        return GatePolicy(
+            gates=tensors.gates,
+            surrogates=tensors.surrogates,
+            threshold=threshold,
+            warm_up_tokens=self.gate.warm_up_tokens,
+        )
+
+    def tensors(self) -> GateTensors:
+        """Gate and surrogates, read once. Raises as `gate_policy` says."""
+        from skipcal.profiles.tensors import GateTensors
+
+        if self.gate is None:
+            raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
+        if self._tensors is None:
+            if self._folder is None:
+                raise Unavailable(
+                    f"the profile was not read from a file, so {self.gate.tensors} cannot be found; load it "
+                    "with SkipProfile.load(...)"
+                )
+            self._tensors = GateTensors.read(self._folder / self.gate.tensors, self.gate.sha256)
+        self._tensors.check_belongs(
+            layers=self.gate.layers,
+            num_layers=self.model.num_layers,
+            hidden_size=self.model.hidden_size,
+            fingerprint=self.model.fingerprint,
+        )
+        return self._tensors
+
+    def check_fits(self, model: PreTrainedModel, *, same_weights: bool | None = None) -> None:
+        """Raise ProfileMismatch if `model` has another shape; warn if it has other weights.
+
+        same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
+        """
         from skipcal.arch.loading import fingerprint
 
         config = model.config.get_text_config()
@@ -340,6 +326,11 @@ class SkipProfile(BaseModel, PushToHubMixin):
         if revision and self.model.revision and revision != self.model.revision:
             logger.warning("the profile was made on revision %s, this is %s", self.model.revision, revision)
         if comparable and fingerprint(model) != self.model.fingerprint:
+            if isinstance(self.policy, GateSettings) if same_weights is None else same_weights:
+                raise ProfileMismatch(
+                    f"the profile was made on other weights of {self.model.name}, and a gate holds for the "
+                    "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
+                )
             logger.warning(
                 "the profile was made on other weights of %s: thresholds may not hold",
                 self.model.name,
@@ -361,14 +352,19 @@ class SkipProfile(BaseModel, PushToHubMixin):
         return pd.DataFrame(rows, columns=["corpus", "layer", "part", "stat", "value", "n"])
 
 
-def threshold_for(points: list[OperatingPoint], target: float) -> float:
-    """Threshold for a skip ratio, linear between those of the two operating points around it."""
+def threshold_for(
+    points: Sequence[OperatingPoint] | Sequence[GatePoint], target: float, *, never: float
+) -> float:
+    """Threshold for a skip ratio, linear between those of the two operating points around it.
+
+    never: the threshold for a skip ratio of 0.
+    """
     if not 0 <= target <= 1:
         raise ConfigError(
             f"target skip ratio {target} is not within [0, 1]; it is a fraction, not a percentage"
         )
     if target == 0:
-        return FULL_MODEL_THRESHOLD
+        return never
     known = {point.target_skip_ratio: point.threshold for point in points}
     for ratio, threshold in known.items():
         if abs(ratio - target) < 1e-9:
@@ -405,7 +401,10 @@ def validation_message(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     first, *rest = error.errors(include_url=False)
-    field = ".".join(str(part) for part in first["loc"]) or "the document"
+    place = [str(part) for part in first["loc"]]
+    if place[:1] == ["policy"]:
+        del place[1:2]  # the rule, by which pydantic chose among policies
+    field = ".".join(place) or "the document"
     value = repr(first.get("input"))
     shown = value if len(value) <= 60 else f"{value[:57]}..."
     message = first["msg"].removeprefix("Value error, ")
@@ -422,6 +421,10 @@ def _read(path: Path) -> bytes:
     if len(raw) > MAX_PROFILE_BYTES:
         raise ProfileError(f"{path} is not a profile: it is larger than {MAX_PROFILE_BYTES >> 20} MiB")
     return raw
+
+
+def _write_bytes(path: Path, raw: bytes) -> None:
+    path.write_bytes(raw)
 
 
 def _no_constant(name: str) -> Any:

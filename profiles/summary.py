@@ -19,7 +19,7 @@ def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
 
 
 def _head(profile: SkipProfile) -> str:
-    model, regions, policy = profile.model, profile.regions, profile.policy
+    model, regions, policy = profile.model, profile.regions, profile.cosine_policy
     calibration = profile.calibration
     texts = ", ".join(f"{c.name} ({c.tokens:,} tokens)" for c in calibration.corpora)
     bound = "no bound" if policy.max_skips is None else str(policy.max_skips)
@@ -45,7 +45,7 @@ def _interval(interval: tuple[int, int] | None) -> str:
 
 
 def _layers(profile: SkipProfile) -> str:
-    pooled, policy = profile.layers["pooled"], profile.policy
+    pooled, policy = profile.layers["pooled"], profile.cosine_policy
     lines = [f"{'layer':>5} {'mean cos':>9} {'std':>7} {'q05':>8} {'q50':>8} {'q95':>8} {'|f|/|h|':>8}"]
     for layer in range(profile.model.num_layers):
         region = "skippable" if policy.cold_s <= layer < policy.cold_e else "cold"
@@ -62,7 +62,7 @@ def _points(profile: SkipProfile) -> str:
         return "no operating points: no FFN can be skipped within the region"
     lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{'held-out':>10}"]
     for point in profile.operating_points:
-        mark = "  <- policy" if point.threshold == profile.policy.threshold else ""
+        mark = "  <- policy" if point.threshold == profile.cosine_policy.threshold else ""
         lines.append(
             f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
             f"{_ratio(point.realised_skip_ratio):>10}{_ratio(point.verified_skip_ratio):>10}{mark}"

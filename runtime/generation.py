@@ -11,7 +11,7 @@ from transformers import TextStreamer, set_seed
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
@@ -52,7 +52,7 @@ class Generation:
 
 def generate_text(
     loaded: LoadedModel,
-    policy: SkipPolicy,
+    policy: Policy,
     prompt: str,
     *,
     new_tokens: int,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.engines.choice import ffn_engine
@@ -36,6 +36,9 @@ class Policy(Protocol):
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ProfileMismatch when the policy is not for a model of `num_layers`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values."""
 
     def saved_bytes(self, block: Block) -> int:
         """Bytes of weights that one skip of `block` leaves unread."""
@@ -94,6 +97,10 @@ class SkipPolicy:
     def unit(self) -> Literal["ffn", "layer"]:
         """FFN blocks are skipped; attention always runs."""
         return "ffn"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values."""
+        return asdict(self)
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the FFN block."""

@@ -12,13 +12,18 @@ read for a token that skips it, whatever the family of the model.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from skipcal.arch.locate import Architecture, Block
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -44,6 +49,10 @@ class LowRank:
         """The same map elsewhere, or in another precision."""
         return LowRank(*(t.to(device, dtype) for t in (self.down, self.up, self.bias)))
 
+    def on(self, device: torch.device) -> LowRank:
+        """The same map on `device`."""
+        return self if self.down.device == device else self.to(device, self.down.dtype)
+
 
 @dataclass(frozen=True)
 class Surrogates:
@@ -54,16 +63,43 @@ class Surrogates:
     def __call__(self, layer: int, h: Tensor) -> Tensor | None:
         """What stands in for f, [tokens, hidden] in h's dtype; None where the layer has no surrogate."""
         found = self.maps.get(layer)
-        return None if found is None else found(direction(h).to(found.down.dtype)).to(h.dtype)
+        return None if found is None else found.on(h.device)(direction(h).to(found.down.dtype)).to(h.dtype)
 
     def weight_bytes(self, layer: int) -> int:
         """Bytes that a token reads instead of the FFN's."""
         found = self.maps.get(layer)
         return 0 if found is None else found.weight_bytes
 
-    def on(self, devices: Mapping[int, torch.device], dtype: torch.dtype) -> Surrogates:
-        """The maps where their layers are."""
-        return Surrogates({i: m.to(devices[i], dtype) for i, m in self.maps.items()})
+    def digest(self) -> str:
+        """Tells these surrogates from others: 16 hexadecimal digits."""
+        return tensors_digest(t for layer in sorted(self.maps) for t in vars(self.maps[layer]).values())
+
+    def for_model(self, architecture: Architecture) -> Surrogates:
+        """The maps in the precision and on the device of their layers."""
+        return Surrogates(
+            {
+                block.index: self.maps[block.index].to(*_place(block))
+                for block in architecture.blocks
+                if block.index in self.maps
+            }
+        )
+
+
+def _place(block: Block) -> tuple[torch.device, torch.dtype]:
+    """Where a block computes; offloaded weights are moved to the CPU's or the accelerator's memory later."""
+    for parameter in block.layer.parameters():
+        if parameter.is_floating_point():
+            device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+            return device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """The first 16 hexadecimal digits of a hash over values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def direction(h: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_profile_writes_a_profile_a_trace_and_a_summary(
     assert profile.calibration.corpora[0].tokens == 6 * 12
     assert profile.layers["text"].count == [72] * 8
     assert (here / "t.parquet").stat().st_size > 0
-    assert f"cold_s        {profile.policy.cold_s}" in done.stdout
+    assert f"cold_s        {profile.cosine_policy.cold_s}" in done.stdout
     assert "next: skipcal plot profiles/tiny-llama.json" in done.stdout
     assert done.stderr.count("\n") == len(re.findall("^warning: ", done.stderr, re.M))
     assert {p.name for p in here.iterdir()} == {"profiles", "t.parquet", "text.txt"}

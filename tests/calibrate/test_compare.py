@@ -94,7 +94,7 @@ def test_the_summary_says_what_the_profiles_say(profiles: dict[str, SkipProfile]
         assert (row["cold_s_low"], row["cold_s_high"]) == regions.cold_s_interval
         assert (row["cold_e_low"], row["cold_e_high"]) == regions.cold_e_interval
         assert row["fit_r2"] == regions.fit_r2
-        assert row["threshold"] == profile.policy_for(0.1).threshold
+        assert row["threshold"] == profile.cosine_policy_for(0.1).threshold
         point = next(p for p in profile.operating_points if p.target_skip_ratio == 0.1)
         assert row["realised_skip_ratio"] == point.realised_skip_ratio
         assert row["tokens"] == profile.calibration.corpora[0].tokens == 60

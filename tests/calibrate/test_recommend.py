@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.calibrate.recommend import (
-    CLOSED_LOOP_PASSES,
-    CLOSED_LOOP_TOLERANCE,
-    RealisedCurve,
     check_reachable,
+    cosine_curve,
     predicted_skip_ratio,
     predicted_threshold,
     target_ratios,
@@ -100,7 +99,7 @@ def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
         calls.append(tried.threshold)
         return predicted_skip_ratio(cosine * np.float32(0.97), tried)
 
-    curve = RealisedCurve(cosine, policy, drifting)
+    curve = cosine_curve(cosine, policy, drifting)
     targets = target_ratios(policy, 12)
     for target in targets[:-1]:
         threshold, realised = curve.threshold(target)
@@ -114,7 +113,7 @@ def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
 def test_the_largest_ratio_is_reached_though_its_digits_round_up() -> None:
     policy = SkipPolicy(cold_s=1, cold_e=10, threshold=0.0)
     cosine = clean(layers=30)
-    curve = RealisedCurve(cosine, policy, lambda tried: predicted_skip_ratio(cosine, tried))
+    curve = cosine_curve(cosine, policy, lambda tried: predicted_skip_ratio(cosine, tried))
     assert curve.threshold(0.2666666667)[1] == pytest.approx(8 / 30)
 
 
@@ -128,7 +127,7 @@ def test_the_loop_ends_where_no_threshold_meets_the_target() -> None:
         calls.append(tried.threshold)
         return 0.1 if tried.threshold > 0.9 else 0.6
 
-    threshold, realised = RealisedCurve(cosine, policy, jumping).threshold(0.3)
+    threshold, realised = cosine_curve(cosine, policy, jumping).threshold(0.3)
     assert realised == 0.1
     assert threshold > 0.9
     assert len(calls) <= CLOSED_LOOP_PASSES

@@ -75,7 +75,7 @@ def profiles(loaded: LoadedModel, files: dict[str, Path]) -> dict[str, SkipProfi
             for name, path in files.items()
         }
     other = made["documents"]  # so that the profiles differ in all that matters
-    policy = replace(other.policy, cold_e=6, max_skips=2, warm_up_tokens=4)
+    policy = replace(other.cosine_policy, cold_e=6, max_skips=2, warm_up_tokens=4)
     return {**made, "documents": other.model_copy(update={"policy": policy})}
 
 
@@ -112,7 +112,7 @@ def test_ratio_and_perplexity_are_those_of_decoding_token_by_token(
         ("stream", "short"), ("documents", "short"), ("stream", "long"), ("documents", "long")
     ]  # fmt: skip
     for row in frame.itertuples():
-        policy = profiles[str(row.profile)].policy_for(0.25)
+        policy = profiles[str(row.profile)].cosine_policy_for(0.25)
         scored = max(p.policy.warm_up_tokens for p in profiles.values())  # one set of tokens for all
         ratio, perplexity = naive(loaded.model, texts[str(row.text)], policy, scored)
         _, full = naive(loaded.model, texts[str(row.text)], None, scored)

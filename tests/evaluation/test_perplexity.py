@@ -69,7 +69,7 @@ def test_teacher_forced_scores_are_those_of_stepping(
 ) -> None:
     windows = {f"w/{n}": torch.randint(3, 97, (20,)).tolist() for n in range(3)}
     policy = SkipPolicy(
-        cold_s=1, cold_e=7, threshold=profile.policy_for(0.25).threshold, warm_up_tokens=warm_up
+        cold_s=1, cold_e=7, threshold=profile.cosine_policy_for(0.25).threshold, warm_up_tokens=warm_up
     )
     check_against_stepping(subject, windows, policy, prompt_tokens, 1e-3)
 

@@ -58,7 +58,7 @@ def test_there_is_one_curve_and_one_bar_per_profile(profiles: dict[str, SkipProf
         np.testing.assert_allclose(lines[name].get_ydata(), profile.layers["pooled"].mean)
     patches: list[Any] = list(ax.patches)
     bars = [(p.get_x() + 0.5, p.get_x() + 0.5 + p.get_width()) for p in patches]
-    assert bars == [(p.policy.cold_s, p.policy.cold_e) for p in profiles.values()]
+    assert bars == [(p.cosine_policy.cold_s, p.cosine_policy.cold_e) for p in profiles.values()]
     whiskers = [np.asarray(line.get_xdata()) + 0.5 for line in ax.lines if len(line.get_xdata()) == 2]  # type: ignore[arg-type]
     regions = profiles["one"].regions
     assert [tuple(ends) for ends in whiskers] == [regions.cold_s_interval, regions.cold_e_interval]
@@ -81,7 +81,9 @@ def test_the_zoom_shows_the_regions_alone(profiles: dict[str, SkipProfile]) -> N
     _, ax = plt.subplots()
     plot_curves(profiles, ax=ax, zoom=True, legend=False)
     inside = [
-        m for p in profiles.values() for m in p.layers["pooled"].mean[p.policy.cold_s : p.policy.cold_e]
+        m
+        for p in profiles.values()
+        for m in p.layers["pooled"].mean[p.cosine_policy.cold_s : p.cosine_policy.cold_e]
     ]
     low, high = ax.get_ylim()
     assert low < min(inside) < max(inside) < high <= 1

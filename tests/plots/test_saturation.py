@@ -40,7 +40,7 @@ def test_curves_bands_regions_and_threshold_are_the_profiles(profile: SkipProfil
         (to_hex(patch.get_facecolor()), patch.get_x() + 0.5, patch.get_x() + patch.get_width() + 0.5)
         for patch in patches
     ]
-    policy = profile.policy
+    policy = profile.cosine_policy
     assert spans == [
         (COLD, 0, policy.cold_s),
         (COLD, policy.cold_e, profile.model.num_layers),

@@ -147,7 +147,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("policy.threshold", 98.0, r"policy: threshold 98\.0 is not within"),
         ("policy.threshold", None, r"policy\.threshold"),
         ("policy.treshold", 0.9, r"policy\.treshold: "),
-        ("policy.rule", "magic", r"policy\.rule"),
+        ("policy.rule", "magic", r"policy: rule is not known, expected 'cosine' or 'gate', got .*magic"),
         ("policy.cold_e", 0, "policy: cold_s 1 and cold_e 0 are no layer range"),
         ("policy.cold_e", 9, r"expected regions and policy within \[0, 4\]"),
         ("layers.pooled", ..., "expected an entry 'pooled'"),
@@ -205,11 +205,11 @@ def test_a_name_that_is_nothing_lists_what_is_shipped() -> None:
 
 
 def test_targets_choose_and_interpolate_thresholds(profile: SkipProfile) -> None:
-    assert profile.policy_for() == profile.policy
-    assert profile.policy_for(0.1).threshold == 0.9
-    assert profile.policy_for(0.15).threshold == pytest.approx(0.85)
-    assert profile.policy_for(0.075).threshold == pytest.approx(0.925)
-    assert profile.policy_for(0.0).threshold > 1  # the full model
+    assert profile.cosine_policy_for() == profile.policy
+    assert profile.cosine_policy_for(0.1).threshold == 0.9
+    assert profile.cosine_policy_for(0.15).threshold == pytest.approx(0.85)
+    assert profile.cosine_policy_for(0.075).threshold == pytest.approx(0.925)
+    assert profile.cosine_policy_for(0.0).threshold > 1  # the full model
 
 
 @pytest.mark.parametrize("target", [0.04, 0.21, 1.0])

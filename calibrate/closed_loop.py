@@ -1,0 +1,57 @@
+"""Find thresholds by the skip ratio they *realise*, measuring as seldom as possible.
+
+Skipping perturbs the stream, so a threshold realises another ratio than scores of an earlier pass
+predict. The drift is smooth: as a function of the predicted ratio, the realised one runs from (0, 0) to
+(largest, largest). Every measurement adds a point to that curve, for this target and for the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
+CLOSED_LOOP_PASSES = 6  # per operating point, at most; two or three are usual
+
+
+@dataclass
+class RealisedCurve:
+    """Realised ratio against predicted ratio, as far as it is known.
+
+    largest:      the largest ratio there is, predicted and realised.
+    threshold_at: the threshold for a predicted ratio, predicted_at: the way back.
+    measure:      the ratio that a threshold realises.
+    """
+
+    largest: float
+    threshold_at: Callable[[float], float]
+    predicted_at: Callable[[float], float]
+    measure: Callable[[float], float]
+    points: list[tuple[float, float]] = field(default_factory=list)  # predicted, realised
+
+    def __post_init__(self) -> None:
+        """Both ends are known."""
+        self.points += [(0.0, 0.0), (self.largest, self.largest)]
+
+    def threshold(self, target: float) -> tuple[float, float]:
+        """The threshold whose realised skip ratio comes closest to `target`, and that ratio."""
+        target = min(target, self.largest)
+        tried: list[tuple[float, float]] = []
+        for _ in range(CLOSED_LOOP_PASSES):
+            threshold = self.threshold_at(self._predicted_for(target))
+            if threshold in dict(tried):
+                break  # there is no value in between
+            realised = self.measure(threshold)
+            self.points.append((self.predicted_at(threshold), realised))
+            tried.append((threshold, realised))
+            if abs(realised - target) <= CLOSED_LOOP_TOLERANCE:
+                break
+        return min(tried, key=lambda pair: abs(pair[1] - target))
+
+    def _predicted_for(self, target: float) -> float:
+        """The predicted ratio at which the points known so far put `target`."""
+        below = max(point for point in self.points if point[1] <= target)
+        above = min(point for point in self.points if point[1] >= target)
+        if above[1] <= below[1] or above[0] <= below[0]:
+            return (below[0] + above[0]) / 2
+        return below[0] + (above[0] - below[0]) * (target - below[1]) / (above[1] - below[1])

@@ -1,0 +1,86 @@
+"""`skipcal fit` and `skipcal tune`, which cli.py registers. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from skipcal.configs import options as opt
+from skipcal.console import command, load_for
+
+if TYPE_CHECKING:
+    from skipcal.profiles.schema import SkipProfile
+
+
+def fit(
+    ctx: typer.Context,
+    profile: opt.OptionalProfile = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.DataFiles = None,
+    text_column: opt.TextColumn = None,
+    prompts: opt.FitWindows = None,
+    prompt_tokens: opt.FitTokens = None,
+    batch_size: opt.FitBatch = None,
+    seed: opt.Seed = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    surrogate_budget: opt.SurrogateBudget = None,
+    rank: opt.Rank = None,
+    sweeps: opt.Sweeps = None,
+    damage: opt.DamageKind = None,
+    damage_prompts: opt.DamageWindows = None,
+    closed_loop_prompts: opt.LoopWindows = None,
+    output: opt.Output = None,
+    overwrite: opt.Overwrite = False,
+    config: opt.ConfigFile = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Fit a gate that decides before each FFN, and surrogates for what it skips.
+
+    The result is the profile with the gate as its policy, and a file of tensors beside it. A profile of the
+    same model comes first: skipcal profile.
+
+    Example: skipcal fit --profile profiles/llama-2-7b-hf.json --model meta-llama/Llama-2-7b-hf -o gated.json
+    """
+    with command(as_json, debug) as console:
+        from skipcal.configs.fit import load_fit
+        from skipcal.profiles.files import check_output
+        from skipcal.profiles.schema import SkipProfile, model_slug
+
+        given = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
+        settings = load_fit(config, {k: v for k, v in given.items() if v is not False})
+        own = Path(f"profiles/{model_slug(settings.model)}.json")
+        found = SkipProfile.load(settings.profile or (own if own.is_file() else model_slug(settings.model)))
+        target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
+        for path in (target, beside(target)):
+            check_output(path, overwrite=settings.overwrite)
+
+        from skipcal.calibrate.fit import fit_gate_profile
+        from skipcal.profiles.summary import summarize
+
+        fitted = fit_gate_profile(
+            load_for(settings), found, settings.model_copy(update={"output": str(target)})
+        )
+        fitted.save(target, overwrite=settings.overwrite)
+        console.document(fitted.to_json(), summarize(fitted))
+        console.say(f"\nwrote {target} and {beside(target)}; next: {_next(fitted, target)}")
+
+
+def beside(target: Path) -> Path:
+    """Where the tensors of a profile at `target` go."""
+    from skipcal.profiles.parts import TENSORS_SUFFIX
+
+    return target.with_name(f"{target.stem}{TENSORS_SUFFIX}")
+
+
+def _next(fitted: SkipProfile, target: Path) -> str:
+    return f"skipcal evaluate --profile {target} --method gate --task perplexity"

@@ -1,0 +1,99 @@
+"""The configuration of `skipcal fit`: what a gate and its surrogates are fitted on, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from skipcal.configs.run import (
+    DEFAULT_CORPORA,
+    PositiveInt,
+    given_options,
+    read_yaml,
+    validated,
+    without_folder,
+)
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class FitConfig(BaseModel):
+    """Everything that decides the result of `skipcal fit`.
+
+    profile:          file or shipped name; its model and warm-up are taken. None: the embedded model's.
+    prompts:          windows of text per corpus; None: 28, or 12 of the short embedded text.
+    prompt_tokens:    tokens of a window.
+    target_skip_ratio: share of all FFNs skipped in the sweep on policy. Serves smaller ratios well,
+                      larger ones less so.
+    surrogate_budget: bytes of a surrogate over those of its FFN; rank: instead of it.
+    sweeps:           sweeps with skipping on, after one without.
+    damage:           "fisher" needs one backward pass; "relative-error" needs none.
+    damage_prompts:   windows per corpus for it.
+    closed_loop_prompts: windows per corpus, not fitted on, over which realised ratios are measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    profile: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    corpus: list[str] = []
+    data_files: list[str] = []
+    text_column: str = "text"
+    prompts: PositiveInt | None = None
+    prompt_tokens: Annotated[int, Field(ge=8)] = 512
+    batch_size: PositiveInt = 4
+    seed: Annotated[int, Field(ge=0)] = 0
+    target_skip_ratio: Fraction = 0.25
+    surrogate_budget: Fraction = 0.05
+    rank: PositiveInt | None = None
+    sweeps: Annotated[int, Field(ge=0)] = 1
+    damage: Literal["fisher", "relative-error"] = "fisher"
+    damage_prompts: PositiveInt = 3
+    closed_loop_prompts: PositiveInt = 4
+    output: str | None = None
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _enough_text(self) -> Self:
+        if self.damage_prompts > self.windows():
+            raise ValueError(
+                f"damage_prompts {self.damage_prompts} are more than the {self.windows()} windows of a "
+                "corpus; raise --prompts or lower --damage-prompts"
+            )
+        return self
+
+    def corpora(self) -> list[str]:
+        """Names of the corpora to use, with the defaults filled in."""
+        if self.corpus or self.data_files:
+            return self.corpus
+        return DEFAULT_CORPORA if self.model else ["embedded"]
+
+    def windows(self) -> int:
+        """Windows per corpus."""
+        short = self.corpora() == ["embedded"] and not self.data_files
+        return self.prompts or (12 if short else 28)
+
+    def recorded(self) -> dict[str, Any]:
+        """What a profile keeps of it: all that decides numbers, no places on this computer."""
+        kept = self.model_dump(mode="json", exclude={"output", "overwrite"})
+        kept["corpus"] = self.corpora()
+        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
+        for name in ("model", "profile"):
+            if kept[name] is not None and Path(kept[name]).exists():
+                kept[name] = Path(kept[name]).name
+        return kept
+
+
+def load_fit(path: Path | None, options: dict[str, Any]) -> FitConfig:
+    """The file's settings with `options` over them; see `configs.run.load_config`."""
+    settings = read_yaml(path) if path else {}
+    given = given_options(options)
+    return validated(FitConfig, {**settings, **given}, given, path)

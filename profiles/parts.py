@@ -1,0 +1,248 @@
+"""The parts of a profile: small frozen records of what was measured and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from skipcal.runtime.policy import SkipPolicy
+
+HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
+
+Count = Annotated[int, Field(ge=0)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Quantile = Literal["q05", "q25", "q50", "q75", "q95"]
+QUANTILES: dict[Quantile, float] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+
+
+class Part(BaseModel):
+    """Strict and frozen: an unknown key or a value of another type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelInfo(Part):
+    """Which model was measured. `revision` is the commit where the name is a hub id."""
+
+    name: str
+    revision: str | None
+    model_type: str
+    num_layers: Annotated[int, Field(ge=1)]
+    hidden_size: Annotated[int, Field(ge=1)]
+    intermediate_size: int | None
+    dtype: str
+    quantization: str | None
+    fingerprint: str
+    trust_remote_code: bool = False
+
+
+class CorpusInfo(Part):
+    """Where one corpus came from and how much of it was used.
+
+    format:          of a question set, how its records became text.
+    short_documents: passed over, for they have fewer than `prompt_tokens` tokens.
+    tokens:          over which the statistics are taken.
+    """
+
+    name: str
+    source: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    format: str | None = None
+    documents: Count
+    short_documents: Count
+    prompts: Count
+    tokens: Count
+
+    @model_serializer(mode="wrap")
+    def _without_absent_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Running text has no format, and profiles from before there were any stay as they are."""
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "format" or value is not None}
+
+
+class CalibrationInfo(Part):
+    """How the statistics were taken. Continuations are greedy and end at end-of-sequence.
+
+    closed_loop: how realised ratios were measured, None if they were not: teacher-forced over the
+                 calibration text, or by decoding its prompts.
+    """
+
+    mode: Literal["generate", "prefill"]
+    corpora: list[CorpusInfo]
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    new_tokens: Count
+    seed: int
+    chat_template: bool
+    closed_loop: Literal["teacher-forced", "decode"] | None
+
+
+class LayerStatistics(Part):
+    """Statistics of `cos_i` by layer: each list has L entries, `std` is the population's.
+
+    block_influence: of the whole layer, by which ShortGPT removes layers (arXiv 2403.03853); within
+                     [0, 2]. None in profiles of versions that did not measure it.
+    """
+
+    count: list[Count]
+    mean: list[Cosine]
+    std: list[Annotated[float, Field(ge=0)]]
+    min: list[Cosine]
+    q05: list[Cosine]
+    q25: list[Cosine]
+    q50: list[Cosine]
+    q75: list[Cosine]
+    q95: list[Cosine]
+    norm_ratio_mean: list[Annotated[float, Field(ge=0)]]
+    histogram: list[list[Count]]
+    block_influence: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _equal_lengths(self) -> Self:
+        lists = {name: getattr(self, name) for name in type(self).model_fields}
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"expected lists of one length, got {lengths}")
+        bins = {len(row) for row in self.histogram}
+        if bins - {HISTOGRAM_BINS}:
+            raise ValueError(f"expected {HISTOGRAM_BINS} bins a layer in histogram, got {sorted(bins)}")
+        return self
+
+
+class Regions(Part):
+    """The skippable region [cold_s, cold_e) and how well the curve supports it.
+
+    monotonicity: Spearman's rho of mean cosine and layer inside the region, None below 3 layers.
+    *_interval:   95 % bootstrap interval over prompts.
+    """
+
+    cold_s: Count
+    cold_e: Count
+    method: Literal["isotonic", "given"]
+    fit_r2: float | None
+    monotonicity: Cosine | None
+    cold_s_interval: tuple[Count, Count] | None
+    cold_e_interval: tuple[Count, Count] | None
+    warnings: list[str]
+
+
+class OperatingPoint(Part):
+    """A threshold and the skip ratio it brings, over tokens after the warm-up.
+
+    predicted_skip_ratio: by this threshold on the clean trace, which no skip has perturbed.
+    realised_skip_ratio:  measured with skipping on, as `calibration.closed_loop` says.
+    verified_skip_ratio:  measured by decoding held-out prompts; None unless asked for.
+    """
+
+    target_skip_ratio: Ratio
+    threshold: Annotated[float, Field(ge=-1, le=2)]
+    predicted_skip_ratio: Ratio
+    realised_skip_ratio: Ratio | None = None
+    verified_skip_ratio: Ratio | None = None
+
+
+class Environment(Part):
+    """What made the file."""
+
+    skipcal: str
+    python: str
+    torch: str
+    transformers: str
+    device: str
+    created_at: str
+
+
+TENSORS_SUFFIX = ".surrogates.safetensors"  # after the stem of the profile beside it
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$", max_length=200)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """The policy of a profile with a gate, as its JSON holds it: the tensors are in a file beside it.
+
+    threshold: predicted log damage below which an FFN is skipped.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    threshold: float
+    warm_up_tokens: Annotated[int, Field(ge=0)]
+    tensors: FileName
+    sha256: Sha256
+    rule: Literal["gate"] = "gate"
+
+
+class GatePoint(Part):
+    """A threshold of the gate and the skip ratio it brings, over tokens after the warm-up.
+
+    predicted_skip_ratio: over the last sweep's scores, where the stream was perturbed by the skips of
+                          the fitted ratio.
+    realised_skip_ratio:  measured teacher-forced over calibration text with this threshold.
+    verified_skip_ratio:  the same over held-out text.
+    """
+
+    target_skip_ratio: Ratio
+    threshold: float
+    predicted_skip_ratio: Ratio
+    realised_skip_ratio: Ratio
+    verified_skip_ratio: Ratio | None = None
+
+
+class GateFit(Part):
+    """How gate and surrogates were fitted.
+
+    sweeps:            skip ratio of each sweep over the text, the first with nothing skipped.
+    damage:            what the gates predict: rise of the loss by a Fisher metric from a backward pass, or
+                       relative error weighed by layer, measured without one.
+    surrogate_share:   bytes of a surrogate over those of the FFN it stands in for.
+    gate_r_squared:    variance of the log damage that each gate explains on the text it was fitted on.
+    surrogate_error:   share of the variance of f that each surrogate leaves, there too.
+    """
+
+    corpora: list[CorpusInfo]
+    windows: Count
+    window_tokens: Count
+    tokens: Count
+    seed: int
+    sweeps: list[Ratio]
+    damage: Literal["fisher", "relative-error"]
+    rank: Annotated[int, Field(ge=1)]
+    surrogate_share: float
+    gate_r_squared: list[float]
+    surrogate_error: list[float]
+    seconds: float
+    peak_memory_bytes: Count
+    config: dict[str, Any]
+
+
+class GateInfo(Part):
+    """A fitted gate: candidate layers, operating points, and the paper's rule that it stands beside."""
+
+    tensors: FileName
+    sha256: Sha256
+    layers: list[Count]
+    warm_up_tokens: Count
+    operating_points: list[GatePoint]
+    fit: GateFit
+    cosine_policy: SkipPolicy
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: list[int]) -> list[int]:
+        if layers != sorted(set(layers)):
+            raise ValueError("expected ascending layers, each once")
+        return layers

@@ -1,0 +1,157 @@
+"""The rule `gate`: before an FFN runs, a linear probe of the stream predicts what skipping it would harm.
+
+For the stream h that enters FFN i, with u = sqrt(hidden) * h / ||h|| its direction,
+
+    score_i = weight_i . u + log_norm_weight_i * log ||h|| + bias_i
+
+predicts the logarithm of the damage done when the surrogate stands in for the FFN (ours). The FFN is
+skipped where the score lies below one threshold, the same for all layers: damages are comparable.
+Any layer may be a candidate; there is no region and nothing is armed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from skipcal.errors import ConfigError, ProfileMismatch
+from skipcal.runtime.engines.choice import ffn_engine
+from skipcal.runtime.surrogates import Surrogates, tensors_digest
+
+if TYPE_CHECKING:
+    from skipcal.arch.locate import Architecture, Block
+    from skipcal.runtime.engines.base import Engine, PassTokens
+
+_TINY = torch.finfo(torch.float32).tiny
+NEVER = -math.inf  # no score lies below it
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The probes of all candidate layers, float32.
+
+    layers: ascending; weight: [candidates, hidden]; log_norm_weight and bias: [candidates].
+    """
+
+    layers: tuple[int, ...]
+    weight: Tensor
+    log_norm_weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatePolicy:
+    """Skip FFN i for a token where its gate's score lies below `threshold`; the surrogate stands in.
+
+    threshold:      predicted log damage; -inf is the full model.
+    warm_up_tokens: decode steps of each row that always run the full model.
+    Raises ConfigError for a threshold that is no number.
+    """
+
+    gates: Gates
+    surrogates: Surrogates
+    threshold: float
+    warm_up_tokens: int
+    unit: Literal["ffn"] = "ffn"
+
+    def __post_init__(self) -> None:
+        """Refuse what no score can be compared with."""
+        if math.isnan(self.threshold):
+            raise ConfigError("threshold nan is no number; a gate's threshold is a log damage")
+        if self.warm_up_tokens < 0:
+            raise ConfigError(f"warm_up_tokens {self.warm_up_tokens} is negative; expected 0 or more")
+
+    @property
+    def method(self) -> str:
+        """`gate`, or `full` where nothing can be skipped."""
+        return "full" if self.threshold == NEVER or not self.gates.layers else "gate"
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ProfileMismatch when a gate is for a layer that does not exist."""
+        if self.gates.layers and self.gates.layers[-1] >= num_layers:
+            raise ProfileMismatch(
+                f"gate: layer {self.gates.layers[-1]} lies beyond the model's {num_layers} layers"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides what is skipped, as plain values; tensors by a digest."""
+        gates = (self.gates.weight, self.gates.log_norm_weight, self.gates.bias)
+        return {
+            "rule": "gate",
+            "threshold": self.threshold if math.isfinite(self.threshold) else None,
+            "warm_up_tokens": self.warm_up_tokens,
+            "layers": list(self.gates.layers),
+            "gates": tensors_digest(gates),
+            "surrogates": self.surrogates.digest(),
+        }
+
+    def saved_bytes(self, block: Block) -> int:
+        """Those of the FFN block, less the surrogate's."""
+        return block.weight_bytes - self.surrogates.weight_bytes(block.index)
+
+    def make_rule(self) -> GateRule:
+        """The gates, as engines ask them."""
+        return GateRule(self.gates, self.threshold)
+
+    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
+        """A fresh engine under the rule `gate`; gates and surrogates go where their layers are."""
+        return ffn_engine(
+            architecture, self.make_rule(), asked, surrogates=self.surrogates.for_model(architecture)
+        )
+
+
+@dataclass(frozen=True)
+class Stateless:
+    """A gate remembers nothing from layer to layer."""
+
+    def to(self, device: torch.device) -> Stateless:
+        """Itself."""
+        return self
+
+
+class GateRule:
+    """The rule of `GatePolicy`."""
+
+    def __init__(self, gates: Gates, threshold: float) -> None:
+        """Take the probes apart by layer."""
+        self.layers: Collection[int] = frozenset(gates.layers)
+        self._threshold = threshold
+        # What multiplies h: sqrt(hidden) * weight. The scalars stay on the host, for a single token.
+        scale = math.sqrt(gates.weight.shape[-1])
+        self._weight = {layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)}
+        self._rest = {
+            layer: (float(slope), float(bias))
+            for layer, slope, bias in zip(gates.layers, gates.log_norm_weight, gates.bias, strict=True)
+        }
+
+    def start(self, tokens: PassTokens, device: torch.device) -> Stateless:
+        """Nothing."""
+        return Stateless()
+
+    def before(self, layer: int, state: Stateless, h: Tensor) -> tuple[Tensor | bool, Stateless]:
+        """Tokens whose score lies below the threshold."""
+        scores = self.scores(layer, h)
+        return scores < self._threshold, state
+
+    def scores(self, layer: int, h: Tensor) -> Tensor | float:
+        """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
+        weight = self._weight[layer]
+        if weight.device != h.device:
+            weight = self._weight[layer] = weight.to(h.device)
+        slope, bias = self._rest[layer]
+        stream = h.float()
+        if len(h) == 1 and h.device.type == "cpu":  # two small operations, the rest is Python's
+            norm = max(float(torch.linalg.vector_norm(stream)), _TINY)
+            return float(torch.dot(stream[0], weight)) / norm + slope * math.log(norm) + bias
+        norms = torch.linalg.vector_norm(stream, dim=-1).clamp_min(_TINY)
+        scores: Tensor = stream @ weight / norms + slope * norms.log() + bias
+        return scores
+
+    def after(self, layer: int, state: Stateless, h: Tensor, f: Tensor, ran: Tensor | bool) -> Stateless:
+        """Nothing is learnt from the FFN."""
+        return state
