@@ -125,7 +125,7 @@ def _up(
             norm = tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), TINY)
             places = (b * CHUNKS + c)[:, None] * RANK + r[None, :]
             dots = tl.sum(tl.load(dots_ptr + places, mask=parts, other=0.0), axis=0)
-            # By the norm first: its inverse overflows where the norm was clamped.
+            # By the norm first: sqrt(hidden) over it overflows where it was clamped.
             down_u = dots / norm * tl.sqrt(HIDDEN * 1.0)
             s = tl.sum(up * down_u[None, :], axis=1) + bias
             h_block = h_ptr + b * h_stride + n

@@ -68,8 +68,8 @@ def test_agrees_with_float64(
     model = weights(rank, hidden, weight_dtype)
     op(h, *model, flags(1, 0, 1))
     want = exact(before, *model)
-    # s is rounded to h's dtype, the sum once more; float32's own sums are of order 10: seen 1e-5.
-    bound = rounding(want - before.double(), dtype) + rounding(want, dtype) + 2e-5
+    # s is rounded to h's dtype, the sum once more. float32's own error, seen: 1e-6.
+    bound = rounding(want - before.double(), dtype) + rounding(want, dtype) + 4e-6
     assert ((h.double() - want).abs() <= bound)[[0, 2]].all()
     assert torch.equal(h[1], before[1])
 
@@ -91,7 +91,7 @@ def test_each_row_goes_by_its_own_flag(skip: list[int], kind: torch.dtype) -> No
     model = weights(3, 50)
     low_rank(h, *model, flags(*skip).to(kind))
     want = torch.where(flags(*skip)[:, None] > 0, exact(before, *model).float(), before)
-    torch.testing.assert_close(h, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(h, want, atol=4e-6, rtol=0)
     ran = flags(*skip) == 0
     assert torch.equal(h[ran], before[ran])
 
@@ -153,8 +153,8 @@ def test_adds_what_the_eager_engine_adds(op: Any, dtype: torch.dtype) -> None:
     want = h + s
     op(h, model.down, model.up, model.bias, flags(1, 1))
     # The engine rounds u, down u and s to the weights' dtype, the op only s: each by up to a unit of
-    # terms of order 1, of which there are four. Seen: 2.2 units.
-    torch.testing.assert_close(h, want, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    # terms of order 1, of which there are four. Seen: 8 units.
+    torch.testing.assert_close(h, want, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_a_row_may_lie_in_a_wider_buffer() -> None:
