@@ -27,9 +27,16 @@ if importlib.util.find_spec("skipcal") is None:  # a clone that was never instal
 
 sys.path.insert(0, str(ROOT / "tests"))  # for `import oracle`
 
+import torch  # noqa: E402
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
+    from interpreted import mend_loop_bounds
+
+    mend_loop_bounds()
+
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from skipcal.arch.check import tiny_model  # noqa: E402
