@@ -78,10 +78,10 @@ def test_a_profile_without_block_influence_says_so() -> None:
         )
 
 
-@pytest.mark.slow
 WITHOUT_GATE = [m for m in METHODS if m not in ("full", "ffn-skip", "gate") and SURROGATES not in m]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WITHOUT_GATE)
 def test_every_baseline_skips_what_it_was_asked_for(smollm: LoadedModel, method: str) -> None:
     model: Any = smollm.model
