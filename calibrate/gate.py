@@ -9,6 +9,10 @@ from skipcal.calibrate.moments import Linear, Moments, ridge
 from skipcal.runtime.surrogates import direction
 
 PENALTY = 1e-3
+# Exponent of the sensitivity. At 1 the skips crowd on few tokens, whose damages then no longer just add up.
+# SmolLM2, excess on C4 against none: 0.5 saves half of it at a ratio of 0.05 and a quarter at 0.14, but costs
+# 6 % at 0.25 and more beyond; 0.25 saves a quarter at 0.15 and costs nothing at 0.4.
+SENSITIVITY = 0.25
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -26,6 +30,16 @@ def fit_gate(moments: Moments, penalty: float = PENALTY) -> Linear:
     """
     found = ridge(moments, penalty)
     return Linear(found.coefficients, found.intercept + 0.5 * residual_variance(moments, found))
+
+
+def sharpened(gate: Linear, sensitivity: Linear | None) -> Linear:
+    """The gate's score with the log sensitivity of the token added, at a quarter of its weight."""
+    if sensitivity is None:
+        return gate
+    return Linear(
+        gate.coefficients + SENSITIVITY * sensitivity.coefficients,
+        gate.intercept + SENSITIVITY * sensitivity.intercept,
+    )
 
 
 def residual_variance(moments: Moments, found: Linear) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.locate import Architecture, Block, input_device
 from skipcal.calibrate.damage import Damage
-from skipcal.calibrate.gate import fit_gate, gate_inputs, residual_variance
+from skipcal.calibrate.gate import fit_gate, gate_inputs, residual_variance, sharpened
 from skipcal.calibrate.layer_sweep import LayerRunner, StreamStore
 from skipcal.calibrate.moments import Linear, Moments
 from skipcal.calibrate.surrogate import fit_low_rank, unexplained
@@ -165,8 +165,9 @@ class Sweep:
             damage = self._damage(block.index, missed, tokens)
             probed.add(gate_inputs(tokens), damage.log()[:, None])
         gate = fit_gate(probed)
+        sharp = sharpened(gate, self._damage.sensitivity(block.index))
         explained = 1 - float(residual_variance(probed, gate)[0] / probed.variance()[0].clamp_min(1e-30))
-        return LayerFit(surrogate, gate, explained, unexplained(moments, surrogate))
+        return LayerFit(surrogate, sharp, explained, unexplained(moments, surrogate))
 
     def _apply(
         self, layer: int, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram

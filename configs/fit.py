@@ -56,7 +56,7 @@ class FitConfig(BaseModel):
     rank: PositiveInt | None = None
     sweeps: Annotated[int, Field(ge=0)] = 1
     damage: Literal["fisher", "relative-error"] = "fisher"
-    damage_prompts: PositiveInt = 3
+    damage_prompts: PositiveInt = 8
     closed_loop_prompts: PositiveInt = 4
     output: str | None = None
     overwrite: bool = False

@@ -169,7 +169,7 @@ DamageKind = Annotated[
     _option("--damage", help="fisher (default; one backward pass) or relative-error (none)."),
 ]
 DamageWindows = Annotated[
-    int | None, _option("--damage-prompts", help="Windows per corpus to measure damage on. Default: 3.")
+    int | None, _option("--damage-prompts", help="Windows per corpus to measure damage on. Default: 8.")
 ]
 LoopWindows = Annotated[
     int | None,

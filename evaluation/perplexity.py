@@ -107,11 +107,15 @@ class Perplexity:
         }
 
     def metrics(self, record: Record, full: Record) -> Metrics:
-        """Perplexity, and over the steps past the warm-up KL in nats per token and top-1 agreement."""
+        """Perplexity, and over the steps past the warm-up what a token loses, in nats.
+
+        excess_nll: negative log-likelihood over the full model's. kl: divergence of the predictions.
+        """
         after = record["tokens_after_warm_up"]
         shares = {
             "perplexity": Share(record["nll"], record["tokens"]),
             "perplexity_after_warm_up": Share(record["nll_after_warm_up"], after),
+            "excess_nll": Share(record["nll_after_warm_up"] - full["nll_after_warm_up"], after),
             "kl": Share(record["kl"], after),
             "top1_agreement": Share(record["top1"], after),
         }

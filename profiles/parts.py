@@ -191,15 +191,15 @@ class GatePoint(Part):
 
     predicted_skip_ratio: over the last sweep's scores, where the stream was perturbed by the skips of
                           the fitted ratio.
-    realised_skip_ratio:  measured teacher-forced over calibration text with this threshold.
-    verified_skip_ratio:  the same over held-out text.
+    realised_skip_ratio:  measured teacher-forced with this threshold, over windows not fitted on.
+    by_corpus:            the same of each corpus alone: texts differ in how much they let skip.
     """
 
     target_skip_ratio: Ratio
     threshold: float
     predicted_skip_ratio: Ratio
     realised_skip_ratio: Ratio
-    verified_skip_ratio: Ratio | None = None
+    by_corpus: dict[str, Ratio]
 
 
 class GateFit(Part):
