@@ -29,13 +29,14 @@ def residual_cosine(h: Tensor, f: Tensor) -> Tensor:
 def residual_cosine_of_one(h: Tensor, f: Tensor) -> float:
     """`residual_cosine` of a single token, as a number: h, f [1, hidden] on a CPU.
 
-    The same sum in float32, and five operations where the other takes nine: on a CPU the price of a
-    decision is the number of operations, not their size.
+    The same sum in float32 and half as many operations: on a CPU the price of a decision is their
+    number, not their size.
     """
-    before = h.float().reshape(-1)
-    after = before + f.float().reshape(-1)
-    norms = math.sqrt(torch.dot(before, before).item() * torch.dot(after, after).item())
-    cosine = torch.dot(before, after).item() / max(norms, _TINY)
+    before = h.float()
+    pair = torch.cat((before, before + f.float()))
+    (square_before, dot), (_, square_after) = torch.mm(pair, pair.t()).tolist()
+    norms = max(math.sqrt(square_before * square_after), _TINY)
+    cosine: float = dot / norms
     return min(max(cosine, -1.0), 1.0)
 
 
