@@ -14,8 +14,9 @@ import typer
 from skipcal import __version__
 from skipcal.calibrate.commands import fit
 from skipcal.configs import options as opt
-from skipcal.console import Console, command
+from skipcal.console import Console, command, command_line, listed, numbers, quiet_loading
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.speed.command import bench
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
@@ -117,21 +118,28 @@ def show(source: opt.ProfileArgument, as_json: opt.Json = False, debug: opt.Debu
 
 @app.command()
 def plot(
-    source: opt.ProfileArgument,
+    source: opt.PlotArgument,
     output: opt.Figure,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Draw a profile's saturation curve with its regions and threshold.
+    """Draw a profile's saturation curve, or the speed-up that `skipcal bench` measured.
 
     Example: skipcal plot smollm2-135m-instruct -o curve.png
     """
     with command(as_json, debug) as console:
-        from skipcal.plots.saturation import save_figure
-        from skipcal.profiles.schema import SkipProfile
+        from skipcal.speed.files import is_result, load_result
 
-        save_figure(SkipProfile.load(source), output, overwrite=overwrite)
+        if is_result(Path(source)):
+            from skipcal.plots.speed import save_speed_figure
+
+            save_speed_figure(load_result(Path(source)), output, overwrite=overwrite)
+        else:
+            from skipcal.plots.saturation import save_figure
+            from skipcal.profiles.schema import SkipProfile
+
+            save_figure(SkipProfile.load(source), output, overwrite=overwrite)
         console.result({"output": str(output)}, f"wrote {output}")
 
 
@@ -293,10 +301,13 @@ def sweep(
         from skipcal.configs.sweep import load_sweep
 
         options = _evaluation_options(ctx)
-        options["task"] = _listed("--tasks", options.pop("tasks"))
-        options["methods"] = _listed("--methods", methods)
-        options["ratios"] = _numbers("--ratios", ratios)
+        options["task"] = listed("--tasks", options.pop("tasks"))
+        options["methods"] = listed("--methods", methods)
+        options["ratios"] = numbers("--ratios", ratios)
         _sweep(console, load_sweep(config, options), output, overwrite)
+
+
+app.command()(bench)
 
 
 @app.command()
@@ -419,22 +430,6 @@ def _evaluation_options(ctx: typer.Context) -> dict[str, Any]:
     return options
 
 
-def _listed(option: str, text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ConfigError(f"{option} {text!r}: expected names or numbers separated by commas")
-    return parts
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in _listed(option, text) or []]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, as 0.1,0.25") from None
-
-
 _FOR_LM_EVAL = (
     "profile", "methods", "ratios", "model", "revision", "dtype", "device", "device_map",
     "attn_implementation", "trust_remote_code", "warm_up_tokens", "batch_size", "chat_template", "seed",
@@ -479,7 +474,7 @@ def _lm_eval(
     frame = run_lm_eval(
         loaded,
         policies,
-        _listed("--lm-eval-tasks", names) or [],
+        listed("--lm-eval-tasks", names) or [],
         limit=limit,
         batch_size=options["batch_size"] or 8,
         chat_template=options["chat_template"] is not False,
@@ -509,7 +504,7 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     begin_folder(place, recorded, overwrite=overwrite)
     console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
     result = run_sweep(loaded, found, settings, place)
-    written = write_results(result, loaded, recorded, command=_command_line())
+    written = write_results(result, loaded, recorded, command=command_line())
     console.result(_rows(result.frame), tables(result.frame))
     for path in written:
         console.say(f"wrote {path}")
@@ -521,15 +516,6 @@ def _rows(frame: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _command_line() -> str:
-    """The command that was given, with the names of files but not their places."""
-    words = []
-    for word in sys.argv[1:]:
-        label, separator, path = word.rpartition("=")
-        words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
-    return " ".join(["skipcal", *words])
-
-
 def _digest(value: Any) -> str:
     from skipcal.evaluation.records import digest
 
@@ -537,12 +523,9 @@ def _digest(value: Any) -> str:
 
 
 def _load(options: dict[str, Any]) -> LoadedModel:
-    from transformers.utils.logging import disable_progress_bar
-
     from skipcal.arch.loading import load_model
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    quiet_loading()
     return load_model(
         options["model"],
         revision=options["revision"],

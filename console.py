@@ -1,4 +1,4 @@
-"""Where a command's result and its errors go: one place for stdout, stderr and exit codes."""
+"""Between a command and its user: options as values, stdout, stderr and exit codes in one place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from skipcal.errors import SkipcalError, first_words
+from skipcal.errors import ConfigError, SkipcalError, first_words
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
@@ -101,3 +102,38 @@ def _quieten() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def listed(option: str, text: str | None) -> list[str] | None:
+    """The parts of an option's text between commas. Raises ConfigError for an empty part."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"{option} {text!r}: expected names or numbers separated by commas")
+    return parts
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """The same as numbers."""
+    try:
+        return None if text is None else [float(part) for part in listed(option, text) or []]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, as 0.1,0.25") from None
+
+
+def command_line() -> str:
+    """The command that was given, with the names of files but not their places."""
+    words = []
+    for word in sys.argv[1:]:
+        label, separator, path = word.rpartition("=")
+        words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
+    return " ".join(["skipcal", *words])
+
+
+def quiet_loading() -> None:
+    """No bar of transformers unless stderr is a terminal."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,20 @@ def residual_cosine(h: Tensor, f: Tensor) -> Tensor:
     dot: Tensor = torch.linalg.vecdot(before, after)
     cosine: Tensor = dot / norms.clamp_min(_TINY)
     return cosine.clamp(-1.0, 1.0)
+
+
+def residual_cosine_of_one(h: Tensor, f: Tensor) -> float:
+    """`residual_cosine` of a single token, as a number: h, f [1, hidden] on a CPU.
+
+    The same sum in float32 and half as many operations: on a CPU the price of a decision is their
+    number, not their size.
+    """
+    before = h.float()
+    pair = torch.cat((before, before + f.float()))
+    (square_before, dot), (_, square_after) = torch.mm(pair, pair.t()).tolist()
+    norms = max(math.sqrt(square_before * square_after), _TINY)
+    cosine: float = dot / norms
+    return min(max(cosine, -1.0), 1.0)
 
 
 def norm_ratio(h: Tensor, f: Tensor) -> Tensor:

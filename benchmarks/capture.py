@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleave, ratios, rounds_option, save
+from common import ratios, rounds_option, save
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
+from skipcal.speed.timing import interleave
 
 BATCH, LENGTH = 8, 192  # a prompt of 64 tokens and 128 generated ones
 MEMORY_PASSES = 2000

@@ -79,6 +79,10 @@ ConfigFile = Annotated[Path | None, _option("--config", help="YAML file; options
 ProfileOption = Annotated[
     str, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
 ]
+PlotArgument = Annotated[
+    str,
+    typer.Argument(metavar="PROFILE", help="Profile, name of a shipped one, or result of skipcal bench."),
+]
 ProfileArgument = Annotated[
     str,
     typer.Argument(metavar="PROFILE", help="Profile file, or the name of a shipped one."),
@@ -134,6 +138,30 @@ Profiles = Annotated[
 TextTokens = Annotated[
     int | None, _option("--text-tokens", help="Tokens of a text a profile is tried on. Default: 256.")
 ]
+Shape = Annotated[
+    str | None,
+    _option("--shape", help="Random weights in the shape of llama-2-7b, llama-2-13b, mistral-7b, tiny, ..."),
+]
+Engine = Annotated[str | None, _option("--engine", help="auto (default), or the engine to measure.")]
+ForcedRatios = Annotated[
+    str | None,
+    _option("--ratios", help="Skip ratios to force, separated by commas. Default: 0.05,0.1,0.25,0.5."),
+]
+BatchSizes = Annotated[
+    list[int] | None, _option("--batch-size", help="Rows decoded together; repeatable. Default: 1.")
+]
+ContextTokens = Annotated[
+    list[int] | None,
+    _option("--context-tokens", help="Tokens in the cache at the start; repeatable. Default: 128."),
+]
+TimedTokens = Annotated[
+    int | None, _option("--new-tokens", help="Tokens decoded in each round. Default: 32.")
+]
+Rounds = Annotated[int | None, _option("--rounds", help="Counted rounds of every arm. Default: 5.")]
+Peers = Annotated[
+    bool, _option("--peers", help="Also the full model with a static cache, compiled (on a GPU).")
+]
+ResultFile = Annotated[Path | None, _option("--output", "-o", help="JSON file for the result.")]
 Prompt = Annotated[str | None, _option("--prompt", help="Text to answer or go on from.")]
 PromptFile = Annotated[Path | None, _option("--prompt-file", help="UTF-8 file with the prompt.")]
 ChatTemplate = Annotated[

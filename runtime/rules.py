@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from skipcal.arch.residual import residual_cosine
+from skipcal.arch.residual import residual_cosine, residual_cosine_of_one
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.policy import SkipPolicy
 
@@ -98,6 +98,8 @@ class CosineRule:
         """Arm the tokens that ran and whose cosine reaches the threshold."""
         if state.armed is True:  # a single token, and nothing left to find out
             return state
+        if state.armed is False and h.device.type == "cpu":
+            return state._replace(armed=residual_cosine_of_one(h, f) >= self._threshold)
         saturated = residual_cosine(h, f) >= self._threshold
         armed = state.armed | (ran & saturated)
         return state._replace(armed=bool(armed) if state.armed is False else armed)

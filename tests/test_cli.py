@@ -84,7 +84,7 @@ def quick(tiny_folder: Path, text_file: Path) -> list[str]:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"skipcal {__version__}\n"
-    for command in ("profile", "show", "plot", "generate", "models"):
+    for command in ("profile", "show", "plot", "generate", "bench", "models"):
         assert command in run("--help").stdout
         assert f"Example: skipcal {command}" in run(command, "--help").stdout
 

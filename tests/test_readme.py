@@ -26,6 +26,7 @@ def test_there_are_commands() -> None:
         "evaluate",
         "sweep",
         "compare",
+        "bench",
         "models",
     }
 

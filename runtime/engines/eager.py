@@ -8,6 +8,9 @@ Skipping needs more than hooks, for a hook cannot keep a module from running. So
 modules in each chain is set on the instance, and taken off again by `detach`. A token's way
 through a chain: its first module gathers the tokens that run, its last scatters what they return
 into zeros. Modules in between, and the layer's own code, see fewer tokens and need not know.
+
+A single token, the usual decode step, has a shorter way: it runs or it skips, so there is nothing
+to gather or to scatter, and on a CPU each small tensor operation left out counts.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ class EagerEngine:
         """Announce a forward pass."""
         self._tokens = tokens
         self._active = tokens.active
+        self._single = tokens.active is not None and len(tokens.active) == 1
         self._state: RuleState | None = None
 
     def _wrapped(
@@ -82,55 +86,69 @@ class EagerEngine:
                     self._extras[block.index] = len(y) - 1
                 return y
             name = None if args else next(iter(kwargs))  # of the hidden states, if passed by name
-            x = args[0] if name is None else kwargs.pop(name)
+            x = args[0] if name is None else kwargs[name]
             if first:
-                x = self._enter(block, x)
+                x = self._enter_single(block, x) if self._single else self._enter(block, x)
             if self._rows is None:
-                y = x
+                return self._all_skipped(block) if last else x
+            if self._rows is _ALL:
+                y = inner(*args, **kwargs)
             elif name is None:
                 y = inner(x, *args[1:], **kwargs)
             else:
-                y = inner(**{name: x}, **kwargs)
+                y = inner(**{**kwargs, name: x})
             return self._leave(block, y) if last else y
 
         return forward
+
+    def _enter_single(self, block: Block, x: Tensor) -> Tensor:
+        """Decide whether the only token skips."""
+        self._shape = x.shape
+        self._h = x.reshape(1, -1)
+        self._ran: Tensor | bool = True
+        self._rows: Tensor | slice | None = _ALL
+        skip, self._state = self._rule.before(block.index, self._state_on(x.device), self._h)
+        if skip:  # a rule may answer with a tensor; it is read here
+            self._count(block, skip, 1)
+            self._rows = None
+        return x
 
     def _enter(self, block: Block, x: Tensor) -> Tensor:
         """Decide who skips; return the input of those who run (of all, if nobody does)."""
         self._shape = x.shape  # [batch, seq, hidden], or [batch * seq, hidden]
         self._h = x.reshape(-1, x.shape[-1])
-        tokens = len(self._h)
-        if self._state is None:
-            self._state = self._rule.start(self._tokens, x.device)
-        skip, self._state = self._rule.before(block.index, self._state.to(x.device), self._h)
-        if isinstance(skip, Tensor):
-            assert self._active is not None
-            self._active = self._active.to(x.device)
-            skip = skip & self._active
-            self._ran: Tensor | bool = ~skip
-            skipping = int(skip.sum())
-        else:  # a single token, and it is active: the pass would not have been announced otherwise
-            self._ran, skipping = not skip, int(skip)
-        self._rows: Tensor | slice | None = _ALL
+        skip, self._state = self._rule.before(block.index, self._state_on(x.device), self._h)
+        assert self._active is not None and isinstance(skip, Tensor)
+        self._active = self._active.to(x.device)
+        skip = skip & self._active
+        self._ran = ~skip
+        self._rows = _ALL
+        skipping = int(skip.sum())
         if skipping == 0:
             return x
         self._count(block, skip, skipping)
-        self.weight_bytes_saved -= self._surrogates.weight_bytes(block.index)
-        if skipping == tokens:
+        if skipping == len(self._h):
             self._rows = None
-            self.weight_bytes_saved += block.weight_bytes
             return x
-        assert isinstance(self._ran, Tensor)
         self._rows = self._ran.nonzero().squeeze(-1)
         running = self._h[self._rows]
         return running if x.dim() == 2 else running[None]  # FFNs with a router want three axes
 
+    def _state_on(self, device: torch.device) -> RuleState:
+        """The rule's state, made at the first layer of a pass."""
+        if self._state is None:
+            self._state = self._rule.start(self._tokens, device)
+        return self._state.to(device)
+
+    def _all_skipped(self, block: Block) -> Any:
+        """Return what the layer adds when the FFN did not run at all."""
+        self.weight_bytes_saved += block.weight_bytes
+        stand_in = self._stand_in(block).reshape(self._shape)
+        extras = self._extras.get(block.index, 0)
+        return (stand_in, *[None] * extras) if extras else stand_in
+
     def _leave(self, block: Block, y: Any) -> Any:
         """Return what the layer adds: the FFN's output for tokens that ran, its stand-in for the rest."""
-        if self._rows is None:
-            stand_in = self._stand_in(block).reshape(self._shape)
-            extras = self._extras.get(block.index, 0)
-            return (stand_in, *[None] * extras) if extras else stand_in
         output, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         f = output.reshape(-1, output.shape[-1])
         if isinstance(self._rows, Tensor):
@@ -152,3 +170,4 @@ class EagerEngine:
         if self._tokens.counted is not None:
             skipping = int((self._tokens.counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping
+        self.weight_bytes_saved -= self._surrogates.weight_bytes(block.index)

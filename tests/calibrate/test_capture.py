@@ -11,7 +11,7 @@ from conftest import left_padded, lively
 
 from skipcal.arch.families import FAMILIES
 from skipcal.arch.loading import LoadedModel
-from skipcal.arch.residual import norm_ratio, residual_cosine
+from skipcal.arch.residual import norm_ratio, residual_cosine, residual_cosine_of_one
 from skipcal.calibrate.capture import capture
 from skipcal.errors import SessionError
 
@@ -111,10 +111,22 @@ def test_the_cosine_is_formed_in_float32_from_half_precision() -> None:
     assert (got - exact).abs().max() < (rounded - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cosine_of_one_token_is_the_cosine(dtype: torch.dtype) -> None:
+    for scale in (1e-3, 1.0, 30.0):
+        h = torch.randn(1, 577).to(dtype)
+        f = (torch.randn(1, 577) * scale).to(dtype)
+        got, known = residual_cosine_of_one(h, f), residual_cosine(h, f).item()
+        assert got == pytest.approx(known, abs=4 * torch.finfo(torch.float32).eps)
+
+
 def test_zero_vectors_give_zero_and_no_nan() -> None:
     zero, one = torch.zeros(1, 4), torch.ones(1, 4)
     assert residual_cosine(zero, zero).item() == 0.0
     assert residual_cosine(one, -one).item() == 0.0
+    assert residual_cosine_of_one(zero, zero) == 0.0
+    assert residual_cosine_of_one(one, -one) == 0.0
+    assert residual_cosine_of_one(one * 1e3, one) <= 1.0
     assert norm_ratio(one, zero).item() == 0.0
     assert torch.isfinite(norm_ratio(zero, one)).all()
     assert residual_cosine(one * 1e3, one).item() <= 1.0

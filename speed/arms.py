@@ -1,0 +1,129 @@
+"""The arms of a measurement: ways to decode the same tokens, each timed by plain `generate()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from skipcal.arch.locate import Architecture, input_device
+from skipcal.runtime.patch import InstancePatches
+from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+from skipcal.speed.cost import region
+from skipcal.speed.timing import StepClock, Timing
+
+PLAIN = "plain"  # transformers' generate(), no session
+FULL = "full"  # the twin: the same session and engine, no layer in the region
+WATCHING = "watching"  # every cosine of the region taken, nothing skipped
+STATIC_COMPILED = "hf-static-compiled"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one arm. report: None outside a session."""
+
+    timing: Timing
+    report: SkipReport | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and a prompt to decode from. ids: [batch, seq]."""
+
+    model: Any
+    architecture: Architecture
+    ids: Tensor
+    new_tokens: int
+    engine: str
+
+    def arms(self, skips: list[int], *, peers: bool) -> dict[str, Callable[[], Run]]:
+        """What to measure, by name: the plain and the full model, watching, so many skips a token."""
+        cold_s, cold_e = region(self.architecture.num_layers)
+
+        def policy(threshold: float, end: int = cold_e, most: int | None = None) -> SkipPolicy:
+            return SkipPolicy(
+                cold_s=cold_s, cold_e=end, threshold=threshold, max_skips=most, warm_up_tokens=0
+            )
+
+        found = {
+            PLAIN: self._plain,
+            FULL: self._skipping(policy(FULL_MODEL_THRESHOLD, end=cold_s)),
+            WATCHING: self._skipping(policy(FULL_MODEL_THRESHOLD)),
+        }
+        found |= {skip_arm(count): self._skipping(policy(-1.0, most=count)) for count in skips}
+        if peers and self.ids.device.type == "cuda":
+            found[STATIC_COMPILED] = lambda: self._plain(cache_implementation="static")
+        return found
+
+    def _skipping(self, policy: SkipPolicy) -> Callable[[], Run]:
+        def run() -> Run:
+            with skipping(
+                self.model, policy=policy, engine=self.engine, architecture=self.architecture
+            ) as session:
+                if self.ids.device.type == "cuda":
+                    self._generate()  # captures graphs, which are the session's own
+                before = session.report
+                timing = self._generate()
+                return Run(timing, _difference(session.report, before))
+
+        return run
+
+    def _plain(self, **options: Any) -> Run:
+        return Run(self._generate(**options), None)
+
+    def _generate(self, **options: Any) -> Timing:
+        clock = StepClock(self.ids.device)
+        output = self.model.generate(
+            input_ids=self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            max_new_tokens=self.new_tokens,
+            logits_processor=LogitsProcessorList([clock]),
+            **options,
+        )
+        assert output.shape[1] == self.ids.shape[1] + self.new_tokens  # nothing ends a row
+        return clock.timing()
+
+
+def skip_arm(count: int) -> str:
+    """Name of the arm that skips `count` FFN blocks of every token."""
+    return f"skip-{count}"
+
+
+@contextmanager
+def endless_greedy(model: Any) -> Iterator[None]:
+    """Inside, `generate()` is greedy and goes on to its last token, whatever the model would do."""
+    patches = InstancePatches()
+    plain = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
+    patches.set(model, "generation_config", plain)
+    try:
+        yield
+    finally:
+        patches.restore()
+
+
+def random_prompt(model: Any, *, batch_size: int, tokens: int, seed: int) -> Tensor:
+    """Token ids [batch, seq], the same for the same seed on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (batch_size, tokens), generator=generator)
+    return ids.to(input_device(model))
+
+
+def _difference(after: SkipReport, before: SkipReport) -> SkipReport:
+    """Counts of what ran in between."""
+    return replace(
+        after,
+        decode_steps=after.decode_steps - before.decode_steps,
+        decode_steps_after_warm_up=after.decode_steps_after_warm_up - before.decode_steps_after_warm_up,
+        skipped_per_layer=tuple(
+            a - b for a, b in zip(after.skipped_per_layer, before.skipped_per_layer, strict=True)
+        ),
+        weight_bytes_saved=after.weight_bytes_saved - before.weight_bytes_saved,
+    )

@@ -1,0 +1,293 @@
+"""`skipcal bench`: the full model against skipping at forced ratios.
+
+With a threshold of -1 the first FFN of the region arms every token, and `max_skips` FFNs after it are
+skipped. So each step does the same work, and the whole decision path runs. A ratio between two whole
+numbers of layers is the mean of both. Each arm is set against two bases: its own full twin (the same
+session and engine with an empty region), which tells what skipping gains, and plain `generate()`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from skipcal.arch.loading import LoadedModel, load_model
+from skipcal.arch.locate import Architecture, input_device, locate
+from skipcal.configs.bench import BenchConfig
+from skipcal.errors import ConfigError, SkipcalError
+from skipcal.speed.arms import (
+    FULL,
+    PLAIN,
+    WATCHING,
+    Bench,
+    Run,
+    endless_greedy,
+    random_prompt,
+    skip_arm,
+)
+from skipcal.speed.cost import ForcedRatio, StepBytes, break_even, forced_ratio, step_bytes
+from skipcal.speed.files import BENCH_FORMAT
+from skipcal.speed.hardware import copy_bandwidth, environment, peak_memory, told_of_memory
+from skipcal.speed.shapes import random_model, shape_config
+from skipcal.speed.timing import Spread, interleave, spread
+
+RANDOM_WEIGHTS = "random weights: speed only, no quality"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured. random_weights: it is a shape."""
+
+    model: Any
+    name: str
+    random_weights: bool
+
+
+def load_subject(config: BenchConfig) -> Subject:
+    """The model of the configuration, or its shape filled with random weights."""
+    if config.shape is None:
+        loaded: LoadedModel = load_model(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+        name = Path(loaded.name).name if Path(loaded.name).exists() else loaded.name
+        return Subject(loaded.model, name, random_weights=False)
+    device = pick_device(config.device)
+    by_device = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with told_of_memory(f"weights of shape {config.shape!r}"):
+        model = random_model(
+            config.shape,
+            device=device,
+            dtype=by_device if config.dtype == "auto" else getattr(torch, config.dtype),
+            seed=config.seed,
+            attn_implementation=config.attn_implementation,
+        )
+    return Subject(model, config.shape, random_weights=True)
+
+
+def check_shape(config: BenchConfig) -> None:
+    """Raise before a model is made: for an unknown shape, a ratio or a context it cannot have."""
+    if config.shape is not None:
+        known = shape_config(config.shape)
+        _check_fits(config, known, known.num_hidden_layers)
+
+
+@torch.no_grad()
+def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | None = None) -> dict[str, Any]:
+    """Measure every batch size with every context length: a document of format skipcal.bench/1.
+
+    time_limit_s: fewer rounds than asked for where they would take longer; each case has at least one.
+    Raises TargetOutOfReach for a ratio the model cannot have, SkipcalError when memory runs out.
+    """
+    model = subject.model
+    architecture = locate(model)
+    _check_fits(config, model.config.get_text_config(), architecture.num_layers)
+    device = input_device(model)
+    bandwidth = copy_bandwidth(device, rounds=config.rounds)
+    sizes = [(batch, context) for batch in config.batch_size for context in config.context_tokens]
+    share = None if time_limit_s is None else time_limit_s / len(sizes)
+    with endless_greedy(model):
+        cases = [
+            _case(config, model, architecture, bandwidth, batch, context, share) for batch, context in sizes
+        ]
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "format": BENCH_FORMAT,
+        "model": {
+            "name": subject.name,
+            "random_weights": subject.random_weights,
+            "model_type": architecture.model_type,
+            "num_layers": architecture.num_layers,
+            "hidden_size": architecture.hidden_size,
+            "intermediate_size": architecture.intermediate_size,
+            "parameters": parameters,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "note": RANDOM_WEIGHTS if subject.random_weights else None,
+        "settings": config.recorded(),
+        "copy_gb_per_s": bandwidth.to_dict(),
+        "cases": cases,
+        "peers": _peers_said(config, device),
+        "peak_memory": peak_memory(device),
+        "environment": environment(device),
+    }
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, else the accelerator or the CPU. Raises ConfigError."""
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def _case(
+    config: BenchConfig,
+    model: Any,
+    architecture: Architecture,
+    bandwidth: Spread,
+    batch_size: int,
+    context_tokens: int,
+    time_limit_s: float | None,
+) -> dict[str, Any]:
+    """One batch size with one context length."""
+    forced = [forced_ratio(ratio, architecture.num_layers) for ratio in config.ratios]
+    ids = random_prompt(model, batch_size=batch_size, tokens=context_tokens, seed=config.seed)
+    bench = Bench(model, architecture, ids, config.new_tokens, config.engine)
+    skips = sorted({count for ratio in forced for count, _ in ratio.counts})
+    arms = bench.arms(skips, peers=config.peers)
+    with (
+        told_of_memory(f"{batch_size} rows of {context_tokens + config.new_tokens} tokens"),
+        tqdm(
+            total=len(arms) * (config.rounds + 1), desc=f"batch {batch_size}, context {context_tokens}"
+        ) as bar,
+    ):
+        runs = interleave(_counted(arms, bar), config.rounds, time_limit_s=time_limit_s)
+    # Step s reads the prompt, s tokens before it and its own.
+    mean_tokens = context_tokens + config.new_tokens / 2
+    read = step_bytes(model, architecture, batch_size=batch_size, tokens=mean_tokens)
+    compared = _Compared(runs, read, bandwidth, batch_size)
+    rows = [compared.row(name, ((name, 1.0),)) for name in arms if not name.startswith("skip-")]
+    rows += [compared.skipping_row(ratio) for ratio in forced]
+    points = [
+        (row["skip_ratio"], row["speed_up_over_full"]["median"]) for row in rows if row["arm"] == "skipping"
+    ]
+    watching = next(row for row in rows if row["arm"] == WATCHING)
+    ratio, reason = break_even([(0.0, watching["speed_up_over_full"]["median"]), *points])
+    return {
+        "batch_size": batch_size,
+        "context_tokens": context_tokens,
+        "new_tokens": config.new_tokens,
+        "rounds": len(runs[FULL]),
+        "weight_bytes_per_step": read.weights,
+        "kv_cache_bytes_per_step": read.kv_cache,
+        "arms": rows,
+        "break_even": {"skip_ratio": ratio, "reason": reason},
+    }
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Runs of every arm by round, and what they are set against."""
+
+    runs: dict[str, list[Run]]
+    read: StepBytes
+    bandwidth: Spread
+    batch_size: int
+
+    def skipping_row(self, forced: ForcedRatio) -> dict[str, Any]:
+        """The arms on either side of a forced ratio, as one."""
+        mix = tuple((skip_arm(count), share) for count, share in forced.counts)
+        row = self.row("skipping", mix)
+        if abs(row["skip_ratio"] - forced.ratio) > 1e-9:
+            raise SkipcalError(
+                f"a skip ratio of {forced.ratio:g} was to be forced, {row['skip_ratio']:g} was counted; "
+                "this engine does not follow the rule"
+            )
+        row["skips"] = {str(count): share for count, share in forced.counts}
+        return row
+
+    def row(self, arm: str, mix: tuple[tuple[str, float], ...]) -> dict[str, Any]:
+        """Time, bytes and speed-up of a mean of arms."""
+        reports = [(self.runs[name][0].report, share) for name, share in mix]
+        steps = len(self.runs[FULL][0].timing.step_s)
+        saved = sum(share * r.weight_bytes_saved / steps for r, share in reports if r is not None)
+        ratio = sum(share * r.skip_ratio for r, share in reports if r is not None)
+        step = self._spread(mix, _steps)
+        total = self.read.total - saved
+        ideal = self.read.ideal_speed_up(saved)
+        over_full, over_plain = self._speed_up(FULL, mix), self._speed_up(PLAIN, mix)
+        report = reports[0][0]
+        return {
+            "arm": arm,
+            "skip_ratio": ratio,
+            "engine": None if report is None else report.engine,
+            "engine_reason": None if report is None else report.engine_reason,
+            "prefill_s": self._spread(mix, lambda run: (run.timing.prefill_s,)).to_dict(),
+            "step_ms": _scaled(step, 1e3).to_dict(),
+            "tok_per_s": self.batch_size / step.median,
+            "bytes_per_step": total,
+            "share_of_copy_bandwidth": total / step.median / 1e9 / self.bandwidth.median,
+            "ideal_speed_up": ideal,
+            "speed_up_over_full": over_full.to_dict(),
+            "speed_up_over_plain": over_plain.to_dict(),
+            "realised_over_ideal": over_full.median / ideal,
+            "realised_over_ideal_from_plain": over_plain.median / ideal,
+        }
+
+    def _speed_up(self, base: str, mix: tuple[tuple[str, float], ...]) -> Spread:
+        """Ratio of the medians over all steps, and its range round by round."""
+        above, below = self._medians(((base, 1.0),), _steps), self._medians(mix, _steps)
+        each = [a / b for a, b in zip(above, below, strict=True)]
+        whole = self._spread(((base, 1.0),), _steps).median / self._spread(mix, _steps).median
+        return Spread(whole, min(each), max(each), len(each))
+
+    def _spread(self, mix: tuple[tuple[str, float], ...], values: _Values) -> Spread:
+        medians = self._medians(mix, values)
+        parts = [(spread([values(run) for run in self.runs[name]]).median, share) for name, share in mix]
+        whole = sum(median * share for median, share in parts)
+        return Spread(whole, min(medians), max(medians), len(medians))
+
+    def _medians(self, mix: tuple[tuple[str, float], ...], values: _Values) -> list[float]:
+        """Median of each round, of a mean of arms."""
+        columns = [[share * statistics.median(values(run)) for run in self.runs[name]] for name, share in mix]
+        return [sum(column) for column in zip(*columns, strict=True)]
+
+
+_Values = Callable[[Run], tuple[float, ...]]
+
+
+def _steps(run: Run) -> tuple[float, ...]:
+    return run.timing.step_s
+
+
+def _scaled(values: Spread, factor: float) -> Spread:
+    return Spread(values.median * factor, values.min * factor, values.max * factor, values.rounds)
+
+
+def _counted(arms: dict[str, Callable[[], Run]], bar: Any) -> dict[str, Callable[[], Run]]:
+    def counted(run: Callable[[], Run]) -> Callable[[], Run]:
+        def timed() -> Run:
+            done = run()
+            bar.update()
+            return done
+
+        return timed
+
+    return {name: counted(run) for name, run in arms.items()}
+
+
+def _check_fits(config: BenchConfig, model_config: Any, num_layers: int) -> None:
+    for ratio in config.ratios:
+        forced_ratio(ratio, num_layers)
+    longest = max(config.context_tokens) + config.new_tokens
+    room = getattr(model_config, "max_position_embeddings", None)
+    if room is not None and longest > room:
+        raise ConfigError(
+            f"--context-tokens {max(config.context_tokens)} and {config.new_tokens} new tokens do not fit "
+            f"the model's context of {room}; give at most --context-tokens {room - config.new_tokens}"
+        )
+
+
+def _peers_said(config: BenchConfig, device: torch.device) -> str | None:
+    """Which peers were measured or left out, and why."""
+    if not config.peers:
+        return None
+    if device.type == "cuda":
+        return "hf-static-compiled: generate(cache_implementation='static'), which transformers compiles"
+    return f"left out: transformers compiles the static cache's step on a GPU, not on a {device.type}"

@@ -1,0 +1,61 @@
+"""`skipcal bench`, which cli.py registers. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import typer
+
+from skipcal.configs import options as opt
+from skipcal.console import command, command_line, numbers, quiet_loading
+
+
+def bench(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    shape: opt.Shape = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    engine: opt.Engine = None,
+    ratios: opt.ForcedRatios = None,
+    batch_size: opt.BatchSizes = None,
+    context_tokens: opt.ContextTokens = None,
+    new_tokens: opt.TimedTokens = None,
+    rounds: opt.Rounds = None,
+    seed: opt.Seed = None,
+    peers: opt.Peers = False,
+    output: opt.ResultFile = None,
+    overwrite: opt.Overwrite = False,
+    config: opt.ConfigFile = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Time decoding with FFN blocks skipped at given ratios against the full model, arms interleaved.
+
+    The skip ratio is forced, and the whole decision is made. Peers: a compiled step of one's own, as in
+    gpt-fast, is not among them.
+
+    Example: skipcal bench --shape llama-2-7b --dtype bfloat16 --ratios 0.1,0.25 -o bench.json
+    """
+    with command(as_json, debug) as console:
+        from skipcal.configs.bench import load_bench
+        from skipcal.profiles.files import check_output, dump_json, write_text_atomic
+
+        apart = ("ratios", "output", "overwrite", "config", "as_json", "debug")
+        options = {k: None if v is False else v for k, v in ctx.params.items() if k not in apart}
+        settings = load_bench(config, {**options, "ratios": numbers("--ratios", ratios)})
+        if output is not None:
+            check_output(output, overwrite=overwrite)
+
+        from skipcal.speed.bench import check_shape, load_subject, run_bench
+        from skipcal.speed.table import to_text
+
+        check_shape(settings)
+        quiet_loading()
+        result = {**run_bench(settings, load_subject(settings)), "command": command_line()}
+        if output is not None:
+            write_text_atomic(output, dump_json(result), overwrite=overwrite)
+        console.result(result, to_text(result))
+        if output is not None:
+            console.say(f"\nwrote {output}; next: skipcal plot {output} -o speed.png")

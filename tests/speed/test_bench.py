@@ -1,0 +1,156 @@
+"""A whole measurement of the tiny shape: what is forced, what is read, what is compared with what."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from skipcal.configs.bench import BenchConfig, load_bench
+from skipcal.errors import ConfigError, SkipcalError, TargetOutOfReach
+from skipcal.profiles.files import dump_json
+from skipcal.runtime.session import skipping
+from skipcal.speed import bench, shapes
+from skipcal.speed.bench import check_shape, load_subject, run_bench
+
+FFN_BYTES = 4 * (3 * 32 * 48 + 32)  # of a tiny layer, with its norm
+
+
+def arms(case: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [arm for arm in case["arms"] if arm["arm"] == name]
+
+
+def test_the_document_has_its_fields(result: dict[str, Any]) -> None:
+    assert json.loads(dump_json(result)) == result
+    assert result["format"] == "skipcal.bench/1"
+    assert result["note"] == "random weights: speed only, no quality"
+    assert result["model"]["name"] == "tiny" and result["model"]["num_layers"] == 8
+    assert result["settings"]["ratios"] == [0.1, 0.25, 0.5]
+    assert result["copy_gb_per_s"]["median"] > 0
+    assert result["peak_memory"]["of"] == "process" and result["peak_memory"]["bytes"] > 2**20
+    assert {"cpu", "torch", "transformers", "skipcal", "made_at"} <= set(result["environment"])
+    assert [(c["batch_size"], c["context_tokens"]) for c in result["cases"]] == [(1, 8), (2, 8)]
+    assert "left out" in result["peers"]
+
+
+def test_the_ratio_is_forced_exactly(result: dict[str, Any]) -> None:
+    for case in result["cases"]:
+        assert [arm["skip_ratio"] for arm in arms(case, "skipping")] == pytest.approx([0.1, 0.25, 0.5])
+        assert arms(case, "watching")[0]["skip_ratio"] == 0.0
+        assert arms(case, "full")[0]["skip_ratio"] == 0.0
+    assert arms(result["cases"][0], "skipping")[0]["skips"] == pytest.approx({"0": 0.2, "1": 0.8})
+
+
+def test_bytes_and_the_ideal_follow_from_what_was_skipped(result: dict[str, Any]) -> None:
+    for case in result["cases"]:
+        total = case["weight_bytes_per_step"] + case["kv_cache_bytes_per_step"]
+        # Four steps read 9 to 12 tokens of 8 layers: 2 heads of 8 numbers, keys and values.
+        assert case["kv_cache_bytes_per_step"] == case["batch_size"] * 10.5 * 8 * 2 * 16 * 4
+        for arm, skips in zip(arms(case, "skipping"), (0.8, 2, 4), strict=True):
+            assert arm["bytes_per_step"] == pytest.approx(total - skips * FFN_BYTES)
+            assert arm["ideal_speed_up"] == pytest.approx(total / (total - skips * FFN_BYTES))
+        assert arms(case, "plain")[0]["bytes_per_step"] == total
+
+
+def test_every_number_follows_from_the_times(result: dict[str, Any]) -> None:
+    for case in result["cases"]:
+        full, plain = (arms(case, name)[0]["step_ms"]["median"] for name in ("full", "plain"))
+        for arm in case["arms"]:
+            step = arm["step_ms"]["median"]
+            own = arm["speed_up_over_full"]["median"]
+            assert own == pytest.approx(full / step)
+            assert arm["speed_up_over_plain"]["median"] == pytest.approx(plain / step)
+            assert arm["realised_over_ideal"] == pytest.approx(own / arm["ideal_speed_up"])
+            assert arm["tok_per_s"] == pytest.approx(case["batch_size"] * 1e3 / step)
+            gb_per_s = arm["bytes_per_step"] / step / 1e6
+            assert arm["share_of_copy_bandwidth"] == pytest.approx(
+                gb_per_s / result["copy_gb_per_s"]["median"]
+            )
+            assert arm["step_ms"]["rounds"] == 2
+            assert arm["prefill_s"]["min"] <= arm["prefill_s"]["median"] <= arm["prefill_s"]["max"]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    config = BenchConfig(
+        shape="tiny", device="cpu", ratios=[0.25], new_tokens=3, rounds=1, context_tokens=[4]
+    )
+    subject = load_subject(config)
+    before = dict(vars(subject.model))
+    run_bench(config, subject)
+    assert vars(subject.model) == before
+
+
+def test_an_engine_that_skips_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from skipcal.speed import arms as module
+
+    def one_less(model: Any, *, policy: Any, **options: Any) -> Any:
+        fewer = max((policy.max_skips or 0) - 1, 0)
+        return skipping(model, policy=replace(policy, max_skips=fewer), **options)
+
+    monkeypatch.setattr(module, "skipping", one_less)
+    config = BenchConfig(
+        shape="tiny", device="cpu", ratios=[0.25], new_tokens=3, rounds=1, context_tokens=[4]
+    )
+    with pytest.raises(SkipcalError, match=r"a skip ratio of 0.25 was to be forced, 0.125 was counted"):
+        run_bench(config, load_subject(config))
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    config = BenchConfig(
+        shape="tiny", device="cpu", ratios=[0.25], new_tokens=3, rounds=1, context_tokens=[4]
+    )
+    subject = load_subject(config)
+    monkeypatch.setattr(bench, "interleave", fail)
+    with pytest.raises(
+        SkipcalError, match=r"1 rows of 7 tokens do not fit the memory; give fewer --batch-size"
+    ):
+        run_bench(config, subject)
+
+
+def test_a_shape_larger_than_the_memory_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 10_000_000)
+    config = BenchConfig(shape="llama-2-7b", device="cpu", dtype="bfloat16")
+    with pytest.raises(SkipcalError, match=r"takes 13\.5 GB of weights in bfloat16, 0\.0 GB of cpu memory"):
+        load_subject(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("mistral-7b", 7_248_023_552),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_a_shape_has_the_parameters_of_its_model(name: str, parameters: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes.shape_config(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shape 'llama-7b' is not known; did you mean 'llama-2-7b'"):
+        check_shape(BenchConfig(shape="llama-7b"))
+    with pytest.raises(TargetOutOfReach, match=r"up to 0\.625"):
+        check_shape(BenchConfig(shape="tiny", ratios=[0.7]))
+    with pytest.raises(ConfigError, match=r"do not fit the model's context of 512; .* --context-tokens 480"):
+        check_shape(BenchConfig(shape="tiny", ratios=[0.5], context_tokens=[500]))
+    with pytest.raises(ConfigError, match=r"--shape for random ones"):
+        load_bench(None, {"shape": "tiny", "model": "org/name"})
+    with pytest.raises(ConfigError, match=r"batch_size 2 is asked for twice"):
+        load_bench(None, {"batch_size": [2, 2]})
+    with pytest.raises(ConfigError, match=r"--ratios"):
+        load_bench(None, {"ratios": [1.5]})
+    with pytest.raises(ConfigError, match=r"engine 'warp' is not one of auto"):
+        load_bench(None, {"engine": "warp"})
