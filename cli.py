@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from skipcal import __version__
-from skipcal.calibrate.commands import fit
+from skipcal.calibrate.commands import fit, tune
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, listed, numbers, quiet_loading
 from skipcal.errors import ConfigError, Unavailable
@@ -100,6 +100,7 @@ def profile(
 
 
 app.command()(fit)
+app.command()(tune)
 
 
 @app.command()

@@ -74,12 +74,9 @@ def command(as_json: bool, debug: bool) -> Iterator[Console]:
 
 def load_for(settings: Any) -> LoadedModel:
     """The model that a configuration names, without bars unless stderr is a terminal."""
-    from transformers.utils.logging import disable_progress_bar
-
     from skipcal.arch.loading import load_model
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    quiet_loading()
     return load_model(
         settings.model,
         revision=settings.revision,

@@ -17,7 +17,7 @@ import numpy as np
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
-from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint
+from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.runtime.substituted import Substituted
@@ -113,12 +113,15 @@ def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
 
 def recommended_ratio(profile: SkipProfile) -> float:
     """Target skip ratio of the operating point that the profile's policy is at."""
+    if isinstance(profile.policy, StaticSettings):
+        return len(profile.policy.layers) / profile.model.num_layers
+    at = profile.policy.threshold
     points: Sequence[OperatingPoint | GatePoint] = profile.operating_points
     if isinstance(profile.policy, GateSettings) and profile.gate is not None:
         points = profile.gate.operating_points
     if not points:
         raise TargetOutOfReach("the profile has no operating point; give --target-skip-ratio")
-    return min(points, key=lambda point: abs(point.threshold - profile.policy.threshold)).target_skip_ratio
+    return min(points, key=lambda point: abs(point.threshold - at)).target_skip_ratio
 
 
 def block_influence(profile: SkipProfile) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, load_for
+from skipcal.console import command, listed, load_for
 
 if TYPE_CHECKING:
     from skipcal.profiles.schema import SkipProfile
@@ -58,8 +58,7 @@ def fit(
 
         given = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
         settings = load_fit(config, {k: v for k, v in given.items() if v is not False})
-        own = Path(f"profiles/{model_slug(settings.model)}.json")
-        found = SkipProfile.load(settings.profile or (own if own.is_file() else model_slug(settings.model)))
+        found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
         for path in (target, beside(target)):
             check_output(path, overwrite=settings.overwrite)
@@ -73,6 +72,75 @@ def fit(
         fitted.save(target, overwrite=settings.overwrite)
         console.document(fitted.to_json(), summarize(fitted))
         console.say(f"\nwrote {target} and {beside(target)}; next: {_next(fitted, target)}")
+
+
+def tune(
+    ctx: typer.Context,
+    profile: opt.OptionalProfile = None,
+    max_kl: opt.MaxKl = None,
+    max_perplexity_increase: opt.MaxPerplexityIncrease = None,
+    min_speedup: opt.MinSpeedup = None,
+    rules: opt.Rules = None,
+    max_skips: opt.MaxSkipsTried = None,
+    warm_up_tokens: opt.WarmUpsTried = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.DataFiles = None,
+    text_column: opt.TextColumn = None,
+    prompts: opt.TuneWindows = None,
+    prompt_tokens: opt.FitTokens = None,
+    batch_size: opt.TuneBatch = None,
+    seed: opt.TuneSeed = None,
+    output: opt.TunedOutput = None,
+    figure: opt.TuneFigure = None,
+    overwrite: opt.Overwrite = False,
+    config: opt.ConfigFile = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Find the policy that skips most within a quality budget, over rules, thresholds and warm-ups.
+
+    Example: skipcal tune --profile smollm2-135m-instruct --max-kl 0.05 -o tuned.json
+    """
+    with command(as_json, debug) as console:
+        from skipcal.configs.tune import load_tune
+        from skipcal.profiles.files import check_output
+        from skipcal.profiles.schema import SkipProfile, model_slug
+
+        given = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug", "rules")}
+        options = {**{k: v for k, v in given.items() if v is not False}, "rules": listed("--rules", rules)}
+        settings = load_tune(config, options)
+        found = SkipProfile.load(settings.profile or _own_profile(settings.model))
+        target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
+        figures = [Path(settings.figure)] if settings.figure else []
+        for path in (target, *figures):
+            check_output(path, overwrite=settings.overwrite)
+
+        from skipcal.calibrate.tune import tune_profile
+        from skipcal.plots.pareto import save_pareto
+        from skipcal.profiles.summary import tuning_table
+
+        tuned = tune_profile(load_for(settings), found, settings)
+        tuned.save(target, overwrite=settings.overwrite)
+        for path in figures:
+            save_pareto(tuned, path, overwrite=settings.overwrite)
+        console.document(tuned.to_json(), tuning_table(tuned))
+        written = " and ".join(str(path) for path in (target, *figures))
+        console.say(f"\nwrote {written}; next: skipcal generate --profile {target} --prompt TEXT")
+
+
+def _own_profile(model: str | None) -> str | Path:
+    """Where `skipcal profile` puts a model's profile, or its name among the shipped ones."""
+    from skipcal.profiles.schema import model_slug
+
+    own = Path(f"profiles/{model_slug(model)}.json")
+    return own if own.is_file() else model_slug(model)
 
 
 def beside(target: Path) -> Path:

@@ -65,7 +65,6 @@ def fit_gate_profile(
         warm_up_tokens=run.warm_up_tokens,
         operating_points=points,
         fit=run.provenance(fitted, tensors, ratios, time.perf_counter() - started),
-        cosine_policy=profile.cosine_policy,
     )
     policy = GateSettings(
         threshold=threshold, warm_up_tokens=run.warm_up_tokens, tensors=name, sha256=tensors.sha256

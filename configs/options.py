@@ -203,3 +203,35 @@ LoopWindows = Annotated[
     int | None,
     _option("--closed-loop-prompts", help="Windows per corpus to measure skip ratios on. Default: 4."),
 ]
+
+MaxKl = Annotated[
+    float | None, _option("--max-kl", help="Budget: KL to the full model, nats per decoded token.")
+]
+MaxPerplexityIncrease = Annotated[
+    float | None,
+    _option("--max-perplexity-increase", help="Budget: perplexity over the full model's, less 1."),
+]
+MinSpeedup = Annotated[
+    float | None, _option("--min-speedup", help="Least speed-up, if time were bytes read at batch 1.")
+]
+Rules = Annotated[
+    str | None,
+    _option("--rules", help="Of gate, cosine, static, static+surrogates, by commas. Default: all there are."),
+]
+MaxSkipsTried = Annotated[
+    list[int] | None,
+    _option("--max-skips", help="Bounds of the rule cosine, besides its own; repeatable. Default: 3."),
+]
+WarmUpsTried = Annotated[
+    list[int] | None,
+    _option("--warm-up-tokens", help="Warm-ups to try; repeatable. Default: the profile's."),
+]
+TuneWindows = Annotated[int | None, _option("--prompts", help="Windows of text per corpus. Default: 6.")]
+TuneBatch = Annotated[int | None, _option("--batch-size", help="Windows run together. Default: 2.")]
+TuneSeed = Annotated[
+    int | None, _option("--seed", help="Draws windows, random skips and bootstraps. Default: 1.")
+]
+TunedOutput = Annotated[str | None, _option("--output", "-o", help="Default: profiles/<model>-tuned.json.")]
+TuneFigure = Annotated[
+    str | None, _option("--figure", help="Draw divergence against skip ratio there (.png, .svg, .pdf).")
+]

@@ -95,11 +95,13 @@ class Perplexity:
         theirs = full[first:-1].float().log_softmax(-1)
         targets = row[first + 1 :, None]
         nll = -mine.gather(-1, targets)[:, 0].double()
+        full_nll = -theirs.gather(-1, targets).double().sum()
         mine, theirs = mine[past:], theirs[past:]
         divergence = (theirs.exp() * (theirs - mine)).sum(-1).double()
         return {
             "tokens": len(nll),
             "nll": float(nll.sum()),
+            "full_nll": float(full_nll),
             "tokens_after_warm_up": len(divergence),
             "nll_after_warm_up": float(nll[past:].sum()),
             "kl": float(divergence.sum()),

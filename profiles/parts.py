@@ -15,8 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from skipcal.runtime.policy import SkipPolicy
-
 HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
 
 Count = Annotated[int, Field(ge=0)]
@@ -171,6 +169,21 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StaticSettings:
+    """A fixed set of FFNs that every token past the warm-up skips, as `skipcal tune` may choose it.
+
+    surrogates: whether those of the profile's gate stand in for them.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    layers: list[Count]
+    warm_up_tokens: Annotated[int, Field(ge=0)]
+    surrogates: bool = False
+    rule: Literal["static"] = "static"
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateSettings:
     """The policy of a profile with a gate, as its JSON holds it: the tensors are in a file beside it.
 
@@ -230,7 +243,7 @@ class GateFit(Part):
 
 
 class GateInfo(Part):
-    """A fitted gate: candidate layers, operating points, and the paper's rule that it stands beside."""
+    """A fitted gate: candidate layers, operating points, and how it was made."""
 
     tensors: FileName
     sha256: Sha256
@@ -238,7 +251,6 @@ class GateInfo(Part):
     warm_up_tokens: Count
     operating_points: list[GatePoint]
     fit: GateFit
-    cosine_policy: SkipPolicy
 
     @field_validator("layers")
     @classmethod
@@ -246,3 +258,57 @@ class GateInfo(Part):
         if layers != sorted(set(layers)):
             raise ValueError("expected ascending layers, each once")
         return layers
+
+
+class Budget(Part):
+    """What was allowed; None: anything."""
+
+    max_kl: float | None
+    max_perplexity_increase: float | None
+    min_speedup: float | None
+
+
+class TunedPoint(Part):
+    """A policy measured teacher-forced over windows of text.
+
+    line:        whose curve it is on. rule: gate, cosine, static, static+surrogates or random.
+    kl:          to the full model, nats per decoded token, those of the warm-up included.
+    excess_nll:  loss over the full model's, the same. *_low, *_high: 95 % bootstrap interval over windows.
+    ideal_speed_up: over the full model if time were bytes read, batch 1; surrogates are counted.
+    on_front:    nothing that was measured skips as much with less divergence.
+    loses_to_random: random skipping of as many FFNs diverges less.
+    """
+
+    line: str
+    rule: str
+    threshold: float | None
+    max_skips: int | None
+    warm_up_tokens: Count
+    skip_ratio: Ratio
+    skip_ratio_all: Ratio
+    kl: float
+    kl_low: float
+    kl_high: float
+    excess_nll: float
+    excess_nll_low: float
+    excess_nll_high: float
+    ideal_speed_up: float
+    on_front: bool
+    loses_to_random: bool
+
+
+class Tuning(Part):
+    """A search for the point that skips most within a budget, and all it measured."""
+
+    budget: Budget
+    text: dict[str, Any]
+    windows: Count
+    points: list[TunedPoint]
+    chosen: Count
+    config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.chosen >= len(self.points):
+            raise ValueError(f"expected chosen below the {len(self.points)} points, got {self.chosen}")
+        return self

@@ -38,6 +38,8 @@ from skipcal.profiles.parts import (
     ModelInfo,
     OperatingPoint,
     Regions,
+    StaticSettings,
+    Tuning,
 )
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 
@@ -64,8 +66,10 @@ class SkipProfile(BaseModel, PushToHubMixin):
     """A saved calibration: model, text, statistics by layer, regions, policy, operating points.
 
     operating_points: of the rule `cosine`.
-    gate:             a fitted gate with operating points of its own; the policy is then of the rule
-                      `gate`, and its tensors are in a file beside this one.
+    gate:             a fitted gate with operating points of its own; its tensors are in a file beside
+                      this one.
+    tuning:           a search for the policy within a budget, and all it measured.
+    paper_policy:     the policy of the rule `cosine`, where `policy` is of another.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
@@ -75,17 +79,21 @@ class SkipProfile(BaseModel, PushToHubMixin):
     layers: dict[str, LayerStatistics]
     regions: Regions
     policy: Annotated[
-        Annotated[SkipPolicy, Tag("cosine")] | Annotated[GateSettings, Tag("gate")],
+        Annotated[SkipPolicy, Tag("cosine")]
+        | Annotated[GateSettings, Tag("gate")]
+        | Annotated[StaticSettings, Tag("static")],
         Discriminator(
             _rule,
             custom_error_type="unknown_rule",
-            custom_error_message="rule is not known, expected 'cosine' or 'gate'",
+            custom_error_message="rule is not known, expected 'cosine', 'gate' or 'static'",
         ),
     ]
     operating_points: list[OperatingPoint]
     environment: Environment
     config: dict[str, Any]
     gate: GateInfo | None = None
+    tuning: Tuning | None = None
+    paper_policy: SkipPolicy | None = None
     _tensors: GateTensors | None = PrivateAttr(default=None)
     _folder: Path | None = PrivateAttr(default=None)
 
@@ -111,6 +119,8 @@ class SkipProfile(BaseModel, PushToHubMixin):
                 raise ValueError("expected an entry 'gate' beside a policy of the rule 'gate'")
             if (self.policy.tensors, self.policy.sha256) != (self.gate.tensors, self.gate.sha256):
                 raise ValueError("expected one file of tensors, policy and gate name two")
+        if self.paper_policy is None and not isinstance(self.policy, SkipPolicy):
+            raise ValueError("expected an entry 'paper_policy' beside a policy of another rule than 'cosine'")
         if self.gate is not None and self.gate.layers and self.gate.layers[-1] >= count:
             raise ValueError(f"expected gates of layers below {count}, got {self.gate.layers[-1]}")
         if self.cosine_policy.cold_e > count or not self.regions.cold_s <= self.regions.cold_e <= count:
@@ -155,8 +165,9 @@ class SkipProfile(BaseModel, PushToHubMixin):
     def to_json(self) -> str:
         """The text of the file."""
         fields = self.model_dump(mode="json")
-        if self.gate is None:  # so that profiles from before there were gates stay as they are
-            del fields["gate"]
+        for name in ("gate", "tuning", "paper_policy"):
+            if fields[name] is None:  # so that profiles from before there were any stay as they are
+                del fields[name]
         return dump_json(fields)
 
     @classmethod
@@ -223,9 +234,15 @@ class SkipProfile(BaseModel, PushToHubMixin):
 
     def with_gate(self, gate: GateInfo, policy: GateSettings, tensors: GateTensors) -> Self:
         """This profile with a gate, whose rule is then its policy."""
-        found = self.model_copy(update={"gate": gate, "policy": policy})
+        update = {"gate": gate, "policy": policy, "tuning": None, "paper_policy": self.cosine_policy}
+        found = self.model_copy(update=update)
         found._tensors = tensors
         return found
+
+    def with_tuning(self, tuning: Tuning, policy: SkipPolicy | GateSettings | StaticSettings) -> Self:
+        """This profile with the policy that a search has chosen."""
+        paper = None if isinstance(policy, SkipPolicy) else self.cosine_policy
+        return self.model_copy(update={"tuning": tuning, "policy": policy, "paper_policy": paper})
 
     # Use
 
@@ -238,6 +255,13 @@ class SkipProfile(BaseModel, PushToHubMixin):
         """
         if isinstance(self.policy, GateSettings):
             return self.gate_policy(target_skip_ratio)
+        if isinstance(self.policy, StaticSettings):
+            if target_skip_ratio is not None:
+                raise TargetOutOfReach(
+                    f"target skip ratio {target_skip_ratio:g}: this profile's policy is a fixed set of "
+                    f"{len(self.policy.layers)} FFNs; leave the ratio out, or tune again with another budget"
+                )
+            return self.static_policy(self.policy)
         return self.cosine_policy_for(target_skip_ratio)
 
     @property
@@ -245,8 +269,8 @@ class SkipProfile(BaseModel, PushToHubMixin):
         """The paper's rule: the policy, or what it was before a gate was fitted."""
         if isinstance(self.policy, SkipPolicy):
             return self.policy
-        assert self.gate is not None
-        return self.gate.cosine_policy
+        assert self.paper_policy is not None
+        return self.paper_policy
 
     def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
         """The paper's rule at a skip ratio; see `policy_for`."""
@@ -275,6 +299,19 @@ class SkipProfile(BaseModel, PushToHubMixin):
             threshold=threshold,
             warm_up_tokens=self.gate.warm_up_tokens,
         )
+
+    def static_policy(self, settings: StaticSettings) -> Policy:
+        """A fixed set of FFNs, with surrogates for them or without; see `gate_policy` for errors."""
+        from skipcal.baselines.chosen_ffns import ChosenFFNs
+        from skipcal.runtime.substituted import Substituted
+
+        policy = ChosenFFNs(
+            method="static",
+            layers=tuple(settings.layers),
+            probability=1.0,
+            warm_up_tokens=settings.warm_up_tokens,
+        )
+        return Substituted(policy, self.tensors().surrogates) if settings.surrogates else policy
 
     def tensors(self) -> GateTensors:
         """Gate and surrogates, read once. Raises as `gate_policy` says."""
@@ -326,7 +363,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
         if revision and self.model.revision and revision != self.model.revision:
             logger.warning("the profile was made on revision %s, this is %s", self.model.revision, revision)
         if comparable and fingerprint(model) != self.model.fingerprint:
-            if isinstance(self.policy, GateSettings) if same_weights is None else same_weights:
+            if self._holds_tensors() if same_weights is None else same_weights:
                 raise ProfileMismatch(
                     f"the profile was made on other weights of {self.model.name}, and a gate holds for the "
                     "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
@@ -335,6 +372,10 @@ class SkipProfile(BaseModel, PushToHubMixin):
                 "the profile was made on other weights of %s: thresholds may not hold",
                 self.model.name,
             )
+
+    def _holds_tensors(self) -> bool:
+        """Whether the policy needs tensors that were fitted to the model's weights."""
+        return isinstance(self.policy, GateSettings) or getattr(self.policy, "surrogates", False)
 
     def to_frame(self) -> pd.DataFrame:
         """Statistics in long form: corpus, layer, part (generated or prefill), stat, value, n."""

@@ -76,6 +76,26 @@ def _points(profile: SkipProfile) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(profile: SkipProfile) -> str:
+    """What a search measured, the chosen point, and the rules that lose to random skipping."""
+    tuning = profile.tuning
+    if tuning is None:
+        return "this profile was not tuned"
+    lines = [f"{'rule':<18}{'warm-up':>8}{'ratio':>7}{'KL':>9}{'95 %':>16}{'ideal x':>9}"]
+    for n, point in enumerate(tuning.points):
+        mark = "  <- chosen" if n == tuning.chosen else "  front" if point.on_front else ""
+        interval = f"{point.kl_low:.4f}-{point.kl_high:.4f}"
+        lines.append(
+            f"{point.line:<18}{point.warm_up_tokens:>8}{point.skip_ratio_all:>7.3f}{point.kl:>9.4f}"
+            f"{interval:>16}{point.ideal_speed_up:>9.3f}{mark}"
+        )
+    note = "ratio: of all FFNs and decoded tokens; KL: nats per decoded token; ideal x: if time were bytes"
+    lines.append(textwrap.fill(note, WIDTH))
+    losers = dict.fromkeys(point.line for point in tuning.points if point.loses_to_random)
+    warnings = [_warning(f"{name} diverges more than skipping as many FFNs at random") for name in losers]
+    return "\n\n".join(["\n".join(lines), *warnings])
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 

@@ -151,7 +151,7 @@ def test_without_a_target_each_profiles_own_policy_applies_and_no_skips_cost_not
 ) -> None:
     texts = {"t": rows(3, 20, 20)}
     own = transfer(loaded, profiles, texts, target_skip_ratio=None, prompt_tokens=PROMPT)
-    assert own["threshold"].tolist() == [profile.policy.threshold for profile in profiles.values()]
+    assert own["threshold"].tolist() == [profile.cosine_policy.threshold for profile in profiles.values()]
     assert own["target_skip_ratio"].isna().all()
     full = transfer(loaded, profiles, texts, target_skip_ratio=0.0, prompt_tokens=PROMPT)
     assert full["realised_skip_ratio"].tolist() == [0, 0]

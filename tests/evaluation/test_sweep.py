@@ -315,7 +315,7 @@ def test_a_subset_carries_its_own_ratio(
 def test_without_a_ratio_the_profiles_own_policy_is_evaluated(
     loaded: LoadedModel, profile: SkipProfile, text_file: Path, questions: Path, tmp_path: Path
 ) -> None:
-    own = replace(profile.policy, threshold=0.7, warm_up_tokens=1)
+    own = replace(profile.cosine_policy, threshold=0.7, warm_up_tokens=1)
     edited = profile.model_copy(update={"policy": own})
     config = settings(
         text_file, questions, methods=["ffn-skip"], ratios=None,

@@ -66,7 +66,7 @@ def test_the_zoom_shows_the_region_and_the_threshold(profile: SkipProfile) -> No
     plot_saturation(profile, ax=ax, zoom=True)
     low, high = ax.get_ylim()
     assert low > 0.8
-    assert low < profile.policy.threshold < high <= 1
+    assert low < profile.cosine_policy.threshold < high <= 1
     plt.close("all")
 
 
