@@ -4,7 +4,8 @@ A rule is asked at two places of the loop over layers: *before* FFN i (which tok
 *after* it ran (what does the token's state become?). Tokens are flattened: [tokens].
 
 A single token, the usual decode step, is kept as Python's own bool and int: the operators are the
-same, and on a CPU a tensor operation costs more than the whole decision.
+same, and on a CPU a tensor operation costs more than the whole decision. Not so in a captured pass
+(`PassTokens.on_device`), where all is tensors.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ class CosineRule:
     def __init__(self, policy: SkipPolicy) -> None:
         """Take the region, the threshold and `max_skips` from `policy`."""
         self.layers = range(policy.cold_s, policy.cold_e)
-        self._threshold = policy.threshold
-        self._max_skips = policy.max_skips
+        self.threshold = policy.threshold
+        self.max_skips = policy.max_skips
 
     def start(self, tokens: PassTokens, device: torch.device) -> CosineState:
         """No token is armed, none has skipped."""
         assert tokens.active is not None
         count = len(tokens.active)
-        if count == 1:
+        if count == 1 and not tokens.on_device:
             return CosineState(armed=False, skipped=0)
         return CosineState(
             armed=torch.zeros(count, dtype=torch.bool, device=device),
@@ -89,15 +90,15 @@ class CosineRule:
 
     def before(self, layer: int, state: CosineState, h: Tensor) -> tuple[Tensor | bool, CosineState]:
         """Armed tokens skip, while they have skips left."""
-        if self._max_skips is None:
+        if self.max_skips is None:
             return state.armed, state
-        skip = state.armed & (state.skipped < self._max_skips)
+        skip = state.armed & (state.skipped < self.max_skips)
         return skip, state._replace(skipped=state.skipped + skip)
 
     def after(self, layer: int, state: CosineState, h: Tensor, f: Tensor, ran: Tensor | bool) -> CosineState:
         """Arm the tokens that ran and whose cosine reaches the threshold."""
         if state.armed is True:  # a single token, and nothing left to find out
             return state
-        saturated = residual_cosine(h, f) >= self._threshold
+        saturated = residual_cosine(h, f) >= self.threshold
         armed = state.armed | (ran & saturated)
         return state._replace(armed=bool(armed) if state.armed is False else armed)
