@@ -27,9 +27,13 @@ if importlib.util.find_spec("skipcal") is None:  # a clone that was never instal
 
 sys.path.insert(0, str(ROOT / "tests"))  # for `import oracle`
 
+import torch  # noqa: E402
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
+
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from skipcal.arch.check import tiny_model  # noqa: E402
@@ -64,6 +68,12 @@ def lively(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
     model.generation_config.eos_token_id = None  # rows of random tokens should not end by chance
     model.generation_config.pad_token_id = 0
     return model
+
+
+@pytest.fixture
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops run as their torch references: the interpreter takes a millisecond for each block."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -72,5 +73,5 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         *project["dependencies"],
         *(d for extra in project["optional-dependencies"].values() for d in extra),
     ]
-    names = {d.split(">")[0].split("<")[0].split("=")[0].lower() for d in wanted}
+    names = {re.split("[<>=;]", d)[0].lower() for d in wanted}
     assert names <= pinned

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from skipcal.arch.locate import Block
 from skipcal.runtime.engines.graph_rules import StepRule
 from skipcal.runtime.engines.if_node import IfNode
-from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, ffn_reference
+from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.surrogates import Surrogates
 
@@ -171,7 +171,7 @@ def _agrees(block: Block, weights: FFNWeights) -> bool:
     for module in block.chain:
         x = module(x)
     runs = torch.zeros(_PROOF_ROWS, dtype=torch.bool, device=h.device)
-    mine, _ = ffn_reference(h, runs, weights)
+    mine, _ = reference(h, runs, weights)
     error = F.mse_loss(mine.float(), x[:, 0].float()).sqrt()
     # The norm's output, a and f are each rounded once more or less than by the modules: some eps.
     return bool(error <= 8 * torch.finfo(dtype).eps * x.float().square().mean().sqrt())

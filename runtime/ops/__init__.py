@@ -1,1 +1,1 @@
-"""Ops of a decode step that skips: each a torch reference, Triton kernels and a launcher of one name."""
+"""Device ops of the graph engine: each a torch reference, a Triton kernel and a launcher."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.launch import jit, kernels_run_on, next_power_of_2, tl
+from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 WATCHING, SPENT = 0, -1
 UNLIMITED = 2**30  # `max_skips=None`, and more than any model has layers
@@ -38,8 +38,8 @@ def arm(
     batch_rule: "rows": each row by its cosine; "all": when those of all live rows reach the
                threshold; "mean": when their mean does.
     """
-    if not kernels_run_on(sums.device):
-        arm_reference(
+    if not runs_kernels(sums):
+        reference(
             sums, left, skip, skip_next, live=live, threshold=threshold, limit=limit, batch_rule=batch_rule
         )
         return
@@ -47,12 +47,12 @@ def arm(
     _arm[(1,)](
         sums, left, skip.view(torch.int8), skip_next.view(torch.int8), live.view(torch.int8),
         threshold, limit,
-        PARTS=parts, PARTS_PADDED=next_power_of_2(parts), ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
+        PARTS=parts, PARTS_PADDED=padded(parts), ROWS=rows, ROWS_PADDED=padded(rows),
         BATCH_RULE=BATCH_RULES.index(batch_rule), TINY=_TINY, num_warps=4,
     )  # fmt: skip
 
 
-def arm_reference(
+def reference(
     sums: Tensor,
     left: Tensor,
     skip: Tensor,
@@ -66,23 +66,21 @@ def arm_reference(
     """The same in torch."""
     hh, ho, oo = sums.sum(0)
     cosine = (ho / (hh.sqrt() * oo.sqrt()).clamp_min(_TINY)).clamp(-1.0, 1.0)
-    saturated = together(cosine, cosine >= threshold, live, batch_rule, threshold)
-    arming = (left == WATCHING) & saturated
+    arming = (left == WATCHING) & (together(cosine, live, batch_rule) >= threshold)
     counted = torch.where(skip, left - 1, torch.where(arming, limit, left))
     left.copy_(torch.where(skip & (counted == 0), SPENT, counted))
     skip_next.copy_(left > 0)
 
 
-def together(
-    cosine: Tensor, saturated: Tensor, live: Tensor, batch_rule: str, threshold: Tensor | float
-) -> Tensor:
-    """Rows [rows] bool that count as saturated under `batch_rule`; see `arm`."""
+def together(cosine: Tensor, live: Tensor | None, batch_rule: str) -> Tensor:
+    """The cosine [rows] by which each row is judged under `batch_rule`; see `arm`. live: None, all rows."""
     if batch_rule == "rows":
-        return saturated
+        return cosine
+    if live is None:
+        live = torch.ones_like(cosine, dtype=torch.bool)
     if batch_rule == "all":
-        return (saturated | ~live).all().expand_as(saturated)
-    mean = cosine.masked_fill(~live, 0.0).sum() / live.sum()
-    return (mean >= threshold).expand_as(saturated)
+        return cosine.masked_fill(~live, 1.0).min().expand_as(cosine)
+    return (cosine.masked_fill(~live, 0.0).sum() / live.sum()).expand_as(cosine)
 
 
 @jit
@@ -101,16 +99,15 @@ def _arm(
     oo = tl.sum(tl.load(where + 2 * ROWS, mask=inside, other=0.0), axis=0)
     cosine = ho / tl.maximum(tl.sqrt(hh) * tl.sqrt(oo), TINY)
     cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
-    threshold = tl.load(threshold_ptr)
-    saturated = cosine >= threshold
+    left = tl.load(left_ptr + r, mask=there, other=-1)
+    cosine = tl.where(left == 0, cosine, 1.0)  # the sums of other rows mean nothing
     live = (tl.load(live_ptr + r, mask=there, other=0) != 0) & there
-    if BATCH_RULE == 1:
-        unsaturated = tl.sum((live & (saturated == 0)).to(tl.int32), axis=0)
-        saturated = (unsaturated == 0) & there
+    if BATCH_RULE == 1:  # all reach the threshold where the smallest does
+        cosine = tl.where(there, tl.min(tl.where(live, cosine, 1.0), axis=0), -1.0)
     if BATCH_RULE == 2:
         mean = tl.sum(tl.where(live, cosine, 0.0), axis=0) / tl.sum(live.to(tl.float32), axis=0)
-        saturated = (mean >= threshold) & there
-    left = tl.load(left_ptr + r, mask=there, other=0)
+        cosine = tl.where(there, mean, -1.0)
+    saturated = cosine >= tl.load(threshold_ptr)
     skipped = tl.load(skip_ptr + r, mask=there, other=0) != 0
     arming = (left == 0) & saturated
     new = tl.where(skipped, left - 1, tl.where(arming, tl.load(limit_ptr), left))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.runtime.ops.launch import cdiv, jit, kernels_run_on, next_power_of_2, tl
+from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
 # Rows of W and columns of W that a block takes at a time, warps, pipeline stages. Not tuned yet.
@@ -44,14 +44,14 @@ def ffn(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
 
     h: [rows, hidden], contiguous. skip: [rows] bool. The sums of a row that skips mean nothing.
     """
-    if not kernels_run_on(h.device):
-        return ffn_reference(h, skip, weights)
+    if not runs_kernels(h):
+        return reference(h, skip, weights)
     if len(h) == 1:
         return _one_row(h, skip, weights)
     return _some_rows(h, skip, weights)
 
 
-def ffn_reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
     """The same in torch, rounded where the kernels round: a and f."""
     x = h.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()
@@ -214,12 +214,12 @@ def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tens
     flag = skip.view(torch.int8)
     a = h.new_empty(1, width)
     n, k, warps, stages = ONE_ROW["gate_up"]
-    _gate_up_one[(cdiv(width, n),)](
+    _gate_up_one[(-(-width // n),)](
         h, weights.norm, weights.gate, weights.up, a, flag, weights.eps,
         HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     n, k, warps, stages = ONE_ROW["down"]
-    parts = cdiv(hidden, n)
+    parts = -(-hidden // n)
     f, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
     _down_one[(parts,)](
         a, weights.down, h, f, sums, flag,
@@ -231,24 +231,24 @@ def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tens
 def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
-    padded = max(_DOT_ROWS, next_power_of_2(rows))
+    width_p = max(_DOT_ROWS, padded(rows))
     flags = skip.view(torch.int8)
     x, a = torch.empty_like(h), h.new_empty(rows, width)
     _norm_some[(rows,)](
-        h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=next_power_of_2(hidden), num_warps=4
+        h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
     )
     n, k, warps, stages = SOME_ROWS["gate_up"]
-    _gate_up_some[(cdiv(width, n),)](
+    _gate_up_some[(-(-width // n),)](
         x, weights.gate, weights.up, a, flags,
-        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=padded,
+        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     n, k, warps, stages = SOME_ROWS["down"]
-    parts = cdiv(hidden, n)
+    parts = -(-hidden // n)
     f, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](
         a, weights.down, h, f, sums, flags,
-        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=padded,
+        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return f, sums

@@ -1,0 +1,41 @@
+"""Triton where it is installed.
+
+A CPU build of torch brings no Triton. Then kernels stay plain functions that nobody calls, and the
+launchers run their references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+__all__ = ["jit", "padded", "runs_kernels", "tl", "triton"]
+
+_HAS_TRITON = find_spec("triton") is not None
+if TYPE_CHECKING or _HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = None
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`; without Triton the function itself.
+
+    Of a kernel's annotations Triton reads `tl.constexpr`, int and float, as text. No other name may
+    stand in one that the compiler does not know, though its interpreter would not mind.
+    """
+    return triton.jit(kernel) if _HAS_TRITON else kernel
+
+
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether a launcher can give `tensor` to its kernel: on CUDA, or in Triton's interpreter."""
+    return _HAS_TRITON and (tensor.is_cuda or bool(triton.knobs.runtime.interpret))
+
+
+def padded(size: int) -> int:
+    """The next power of two, for Triton's blocks have no other sizes."""
+    return 1 << (size - 1).bit_length()
