@@ -24,6 +24,7 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.engines.base import Engine
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.engines.graph_loop import with_decode_ahead
 from skipcal.runtime.engines.graph_seam import GenerateSeam
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
@@ -228,6 +229,8 @@ class SkipSession:
             cache = given.get("past_key_values")
             self._tokens.refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
             self._tokens.clock = TokenClock()
+            if isinstance(self._engine, GraphEngine):
+                options = with_decode_ahead(options, self._engine.takes)
             try:
                 return original(**options)
             finally:

@@ -151,8 +151,9 @@ class StepCounts:
         skips = skips[:-1]
         live = inputs.counted_static
         self._skipped.add_((skips & live).sum(1))
-        self._by_all.add_(skips.all(1))
-        self._by_some.add_(skips.any(1))
+        somebody = live.any()  # else the pass was launched before the host knew that all is over
+        self._by_all.add_(skips.all(1) & somebody)
+        self._by_some.add_(skips.any(1) & somebody)
         alike = (skips | ~live).all(1) | ~(skips & live).any(1)
         tells = inputs.active_static.any() & (live.sum() > 1)  # one row always agrees with itself
         self._agreement[0].add_((alike & self._ruled & tells).sum())

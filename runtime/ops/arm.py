@@ -92,24 +92,24 @@ def _arm(
     r = tl.arange(0, ROWS_PADDED)
     there = r < ROWS
     p = tl.arange(0, PARTS_PADDED)
-    inside = (p[:, None] < PARTS) & there[None, :]
+    left = tl.load(left_ptr + r, mask=there, other=-1)
+    watched = left == 0  # the sums of other rows mean nothing
+    inside = (p[:, None] < PARTS) & watched[None, :]
     where = sums_ptr + p[:, None] * (3 * ROWS) + r[None, :]
     hh = tl.sum(tl.load(where, mask=inside, other=0.0), axis=0)
     ho = tl.sum(tl.load(where + ROWS, mask=inside, other=0.0), axis=0)
     oo = tl.sum(tl.load(where + 2 * ROWS, mask=inside, other=0.0), axis=0)
     cosine = ho / tl.maximum(tl.sqrt(hh) * tl.sqrt(oo), TINY)
     cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
-    left = tl.load(left_ptr + r, mask=there, other=-1)
-    cosine = tl.where(left == 0, cosine, 1.0)  # the sums of other rows mean nothing
     live = (tl.load(live_ptr + r, mask=there, other=0) != 0) & there
     if BATCH_RULE == 1:  # all reach the threshold where the smallest does
-        cosine = tl.where(there, tl.min(tl.where(live, cosine, 1.0), axis=0), -1.0)
+        cosine = tl.where(there, tl.min(tl.where(live & watched, cosine, 1.0), axis=0), -1.0)
     if BATCH_RULE == 2:
         mean = tl.sum(tl.where(live, cosine, 0.0), axis=0) / tl.sum(live.to(tl.float32), axis=0)
         cosine = tl.where(there, mean, -1.0)
     saturated = cosine >= tl.load(threshold_ptr)
     skipped = tl.load(skip_ptr + r, mask=there, other=0) != 0
-    arming = (left == 0) & saturated
+    arming = watched & saturated
     new = tl.where(skipped, left - 1, tl.where(arming, tl.load(limit_ptr), left))
     new = tl.where(skipped & (new == 0), -1, new)
     tl.store(left_ptr + r, new, mask=there)
