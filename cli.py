@@ -15,6 +15,7 @@ from skipcal import __version__
 from skipcal.configs import options as opt
 from skipcal.console import Console, command
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.runtime.engines.choice import check_engine
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
@@ -149,6 +150,7 @@ def generate(
     chat_template: opt.ChatTemplate = True,
     do_sample: opt.DoSample = False,
     seed: opt.Seed = None,
+    engine: opt.Engine = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -167,6 +169,7 @@ def generate(
             raise ConfigError(f"--seed {seed} cannot be used: expected 0 or more")
         if seed is not None and not do_sample:
             raise ConfigError(f"--seed {seed} has no effect on greedy decoding; add --do-sample")
+        check_engine(engine or "auto")
         found = SkipProfile.load(source)
         policy = found.policy_for(target_skip_ratio)
 
@@ -181,6 +184,7 @@ def generate(
             new_tokens=limit,
             chat_template=chat_template,
             seed=(seed or 0) if do_sample else None,
+            engine=engine or "auto",
             stream=None if as_json else sys.stdout,
         )
         console.result(done.to_dict(), _generated(done))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from skipcal.runtime.engines.choice import ENGINES
+
 
 def _option(*names: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, **settings)
@@ -145,6 +147,10 @@ ChatTemplate = Annotated[
 ]
 DoSample = Annotated[
     bool, _option("--do-sample", help="Sample with the model's settings; else greedy decoding.")
+]
+Engine = Annotated[
+    str | None,
+    _option("--engine", help=f"How blocks are skipped: {', '.join(ENGINES)} (CUDA graphs). Default: auto."),
 ]
 Check = Annotated[bool, _option("--check", help="Build a tiny model of each family and prove its blocks.")]
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout, all else on stderr.")]

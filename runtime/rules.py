@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.residual import residual_cosine
+from skipcal.runtime.batch_rule import judged_together
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.policy import SkipPolicy
 
@@ -33,6 +34,7 @@ class CosineState(NamedTuple):
 
     armed: Tensor | bool  # [tokens] bool: the cosine has passed the threshold
     skipped: Tensor | int  # [tokens] int32: FFNs skipped so far
+    live: Tensor | None = None  # [tokens] bool: rows whose text goes on; None: all
 
     def to(self, device: torch.device) -> CosineState:
         """The state on `device`."""
@@ -40,7 +42,8 @@ class CosineState(NamedTuple):
             return self
         if self.armed.device == device:
             return self
-        return CosineState(self.armed.to(device), self.skipped.to(device))
+        live = None if self.live is None else self.live.to(device)
+        return CosineState(self.armed.to(device), self.skipped.to(device), live)
 
 
 class Rule(Protocol):
@@ -71,8 +74,9 @@ class CosineRule:
     Nothing re-arms, for `skipped` only grows.
     """
 
-    def __init__(self, policy: SkipPolicy) -> None:
-        """Take the region, the threshold and `max_skips` from `policy`."""
+    def __init__(self, policy: SkipPolicy, *, batch_rule: str = "rows") -> None:
+        """Take the region, the threshold and `max_skips` from `policy`; see runtime.batch_rule."""
+        self.batch_rule = batch_rule
         self.layers = range(policy.cold_s, policy.cold_e)
         self.threshold = policy.threshold
         self.max_skips = policy.max_skips
@@ -86,6 +90,7 @@ class CosineRule:
         return CosineState(
             armed=torch.zeros(count, dtype=torch.bool, device=device),
             skipped=torch.zeros(count, dtype=torch.int32, device=device),
+            live=tokens.counted,
         )
 
     def before(self, layer: int, state: CosineState, h: Tensor) -> tuple[Tensor | bool, CosineState]:
@@ -99,6 +104,7 @@ class CosineRule:
         """Arm the tokens that ran and whose cosine reaches the threshold."""
         if state.armed is True:  # a single token, and nothing left to find out
             return state
-        saturated = residual_cosine(h, f) >= self.threshold
+        cosine = judged_together(residual_cosine(h, f), state.live, self.batch_rule)
+        saturated = cosine >= self.threshold
         armed = state.armed | (ran & saturated)
         return state._replace(armed=bool(armed) if state.armed is False else armed)

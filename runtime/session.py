@@ -21,6 +21,7 @@ from torch import nn
 from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.batch_rule import BATCH_RULES
 from skipcal.runtime.engines.base import Engine
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.engines.graph import GraphEngine
@@ -35,7 +36,7 @@ from skipcal.runtime.generate_call import (
     refuse_continuous_batching,
 )
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import Policy
+from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.tokens import DecodeTokens
 
@@ -53,6 +54,7 @@ def skipping(
     teacher_forced: bool = False,
     prompt_tokens: int | Sequence[int] = 1,
     engine: str = "auto",
+    batch_rule: str = "rows",
     architecture: Architecture | None = None,
 ) -> SkipSession:
     """Return a context manager inside which `model` skips FFN blocks (or layers, by some baselines).
@@ -66,6 +68,8 @@ def skipping(
                        logits equal those of decoding the same text token by token.
     engine:            "auto", "eager" or "graph" (decode steps of generate() in CUDA graphs; what it
                        cannot run, the eager engine runs, with a warning).
+    batch_rule:        "rows": each row by its own cosine; "all" or "mean": the rows of a batch arm
+                       together, where all their cosines or their mean reach the threshold.
     architecture:      what `locate(model)` returned, to save proving the model again.
 
         with skipcal.skipping(model, profile) as run:
@@ -90,7 +94,14 @@ def skipping(
         profile.check_fits(unwrap(model))
         policy = profile.policy_for(target_skip_ratio)
     assert policy is not None
-    return SkipSession(model, policy, teacher_forced, prompts, engine, architecture)
+    if batch_rule not in BATCH_RULES:
+        raise ConfigError(f"batch_rule {batch_rule!r} is not one of {', '.join(BATCH_RULES)}")
+    if batch_rule != "rows" and (teacher_forced or not isinstance(policy, SkipPolicy)):
+        raise ConfigError(
+            f"batch_rule {batch_rule!r} joins the rows of a decode step under the rule cosine; "
+            "it has no meaning for teacher_forced=True, nor for other methods"
+        )
+    return SkipSession(model, policy, teacher_forced, prompts, engine, architecture, batch_rule)
 
 
 class SkipSession:
@@ -104,12 +115,14 @@ class SkipSession:
         prompt_tokens: list[int],
         engine: str,
         architecture: Architecture | None,
+        batch_rule: str,
     ) -> None:
         """Use `skipping`, which checks the arguments."""
         self.policy = policy
         self._outer = model
         self._model = unwrap(model)
         self._requested_engine = engine
+        self._batch_rule = batch_rule
         self._architecture = architecture
         self._engine: Engine | None = None
         self._seam: GenerateSeam | None = None
@@ -126,7 +139,7 @@ class SkipSession:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
-        self._engine = self.policy.engine(architecture, self._requested_engine)
+        self._engine = self._new_engine(architecture)
         if self._requested_engine == "graph" and not isinstance(self._engine, GraphEngine):
             logger.warning("engine graph is not used: %s", self._engine.reason)
         self._idle = idle_report(architecture, self.policy)
@@ -170,6 +183,11 @@ class SkipSession:
             row_decisions=decisions,
             row_decisions_alike=alike,
         )
+
+    def _new_engine(self, architecture: Architecture) -> Engine:
+        if isinstance(self.policy, SkipPolicy):
+            return self.policy.engine(architecture, self._requested_engine, batch_rule=self._batch_rule)
+        return self.policy.engine(architecture, self._requested_engine)
 
     # What is set on the model, and how it goes away
 

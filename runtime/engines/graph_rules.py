@@ -105,6 +105,7 @@ class FusedCosine:
         """Take region, threshold and `max_skips` from `rule`; write into `skips`."""
         device = skips.device
         self._layers, self._inputs, self._skips = rule.layers, inputs, skips
+        self._batch_rule = rule.batch_rule
         self._left = torch.zeros(skips.shape[1], dtype=torch.int32, device=device)
         limit = UNLIMITED if rule.max_skips is None else rule.max_skips
         self._limit = torch.tensor([limit], dtype=torch.int32, device=device)
@@ -130,6 +131,7 @@ class FusedCosine:
             live=self._inputs.counted_static,
             threshold=self._threshold,
             limit=self._limit,
+            batch_rule=self._batch_rule,
         )
 
 

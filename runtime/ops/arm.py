@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skipcal.runtime.batch_rule import BATCH_RULES, judged_together
 from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 WATCHING, SPENT = 0, -1
 UNLIMITED = 2**30  # `max_skips=None`, and more than any model has layers
-BATCH_RULES = ("rows", "all", "mean")
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -66,21 +66,10 @@ def reference(
     """The same in torch."""
     hh, ho, oo = sums.sum(0)
     cosine = (ho / (hh.sqrt() * oo.sqrt()).clamp_min(_TINY)).clamp(-1.0, 1.0)
-    arming = (left == WATCHING) & (together(cosine, live, batch_rule) >= threshold)
+    arming = (left == WATCHING) & (judged_together(cosine, live, batch_rule) >= threshold)
     counted = torch.where(skip, left - 1, torch.where(arming, limit, left))
     left.copy_(torch.where(skip & (counted == 0), SPENT, counted))
     skip_next.copy_(left > 0)
-
-
-def together(cosine: Tensor, live: Tensor | None, batch_rule: str) -> Tensor:
-    """The cosine [rows] by which each row is judged under `batch_rule`; see `arm`. live: None, all rows."""
-    if batch_rule == "rows":
-        return cosine
-    if live is None:
-        live = torch.ones_like(cosine, dtype=torch.bool)
-    if batch_rule == "all":
-        return cosine.masked_fill(~live, 1.0).min().expand_as(cosine)
-    return (cosine.masked_fill(~live, 0.0).sum() / live.sum()).expand_as(cosine)
 
 
 @jit

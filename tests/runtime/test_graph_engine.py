@@ -16,6 +16,7 @@ from skipcal.arch.check import tiny_model
 from skipcal.arch.families import FAMILIES
 from skipcal.arch.locate import locate
 from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_step
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.policy import Policy, SkipPolicy
@@ -147,6 +148,28 @@ def test_how_far_rows_agree_is_measured(tiny: Any) -> None:
     assert 0 < unlike.row_agreement < 1
     _, single = generated(tiny, ALWAYS, "graph", ROWS[:1])
     assert single.to_dict()["row_agreement"] is None
+
+
+@pytest.mark.parametrize("batch_rule", ["all", "mean"])
+def test_rows_may_arm_together(tiny: Any, batch_rule: str) -> None:
+    policy = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, warm_up_tokens=0)
+    free, rows = generated(tiny, policy, "eager")
+    end = int(free[0, -8])
+    results = []
+    for engine in ("eager", "graph"):
+        with skipping(tiny, policy=policy, engine=engine, batch_rule=batch_rule) as run:
+            output = tiny.generate(**left_padded(ROWS), max_new_tokens=12, do_sample=False, eos_token_id=end)
+        results.append((output.tolist(), counts(run.report)))
+    assert results[0] == results[1]
+    assert run.report.row_agreement == 1.0
+    assert run.report.skipped_per_layer != rows.skipped_per_layer
+
+
+def test_rows_that_cannot_arm_together_are_refused(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match="not one of rows, all, mean"):
+        skipping(tiny, policy=SOME, batch_rule="most")
+    with pytest.raises(ConfigError, match="joins the rows of a decode step"):
+        skipping(tiny, policy=SOME, batch_rule="all", teacher_forced=True)
 
 
 # Under generate()
