@@ -70,5 +70,5 @@ def direction(h: Tensor) -> Tensor:
     """sqrt(hidden) * h / ||h||, in float32: [..., hidden]. A zero vector stays zero."""
     stream = h.float()
     norm = torch.linalg.vector_norm(stream, dim=-1, keepdim=True).clamp_min(_TINY)
-    u: Tensor = stream * (math.sqrt(h.shape[-1]) / norm)
+    u: Tensor = stream / norm * math.sqrt(h.shape[-1])  # the other order overflows at a zero vector
     return u

@@ -1,0 +1,96 @@
+"""gate: the learned gate's decision, before an FFN runs, for each row of a decode step.
+
+    score = weight . u + log_norm_weight * log ||h|| + bias,   u = sqrt(hidden) * h / ||h||
+    skip  = score < threshold                                                         (ours)
+
+One launch, one read of h. The decision stays on the device: what follows reads it as a flag.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.runtime.surrogates import direction
+
+_TINY = torch.finfo(torch.float32).tiny
+_WARPS = 8  # a row of 4096 is then 16 values a thread; not yet tuned on a device
+
+
+class GateDecision(NamedTuple):
+    """What the gate says of each row."""
+
+    skip: Tensor  # [batch] int32: 1 where the FFN is skipped, else 0
+    score: Tensor  # [batch] float32: the predicted damage
+
+
+def gate(
+    h: Tensor, weight: Tensor, *, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor
+) -> GateDecision:
+    """Decide for each row whether it skips the FFN. A score that is not a number does not skip.
+
+    h: [batch, hidden], the stream before the FFN block. weight: [hidden], log_norm_weight, bias: 0-d,
+    float32. threshold: float32, 0-d or one a row [batch] (rows that are still warming up have -inf).
+    All on h's device; no host sync, so that the launch can be captured. ValueError: shapes or dtypes
+    other than these.
+    """
+    _check(h, weight, log_norm_weight, bias, threshold)
+    if not runs_kernels(h):
+        return reference(h, weight, log_norm_weight=log_norm_weight, bias=bias, threshold=threshold)
+    batch, hidden = h.shape
+    decision = GateDecision(
+        skip=torch.empty(batch, dtype=torch.int32, device=h.device),
+        score=torch.empty(batch, dtype=torch.float32, device=h.device),
+    )
+    limits = threshold.expand(batch)
+    _gate[(batch,)](
+        h, weight, log_norm_weight, bias, limits, decision.skip, decision.score,
+        h.stride(0), limits.stride(0), HIDDEN=hidden, BLOCK=padded(hidden), TINY=_TINY, num_warps=_WARPS,
+    )  # fmt: skip
+    return decision
+
+
+def reference(
+    h: Tensor, weight: Tensor, *, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor
+) -> GateDecision:
+    """The same in torch."""
+    norm = torch.linalg.vector_norm(h.float(), dim=-1).clamp_min(_TINY)  # [batch]
+    score = direction(h) @ weight + log_norm_weight * norm.log() + bias
+    return GateDecision((score < threshold).int(), score)
+
+
+def _check(h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor) -> None:
+    batch, hidden = h.shape
+    if h.stride(1) != 1:
+        raise ValueError(f"gate: h must be contiguous along hidden, not of strides {h.stride()}")
+    if weight.shape != (hidden,) or not weight.is_contiguous():
+        raise ValueError(f"gate: weight must be contiguous [{hidden}], not {list(weight.shape)}")
+    if log_norm_weight.dim() or bias.dim() or threshold.shape not in {(), (batch,)}:
+        raise ValueError(
+            "gate: log_norm_weight and bias must be 0-d and threshold 0-d or "
+            f"[{batch}], not {[list(t.shape) for t in (log_norm_weight, bias, threshold)]}"
+        )
+    if {t.dtype for t in (weight, log_norm_weight, bias, threshold)} != {torch.float32}:
+        raise ValueError("gate: weight, log_norm_weight, bias and threshold must be float32")
+
+
+@jit
+def _gate(
+    h_ptr: tl.tensor, weight_ptr: tl.tensor, log_norm_weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+    threshold_ptr: tl.tensor, skip_ptr: tl.tensor, score_ptr: tl.tensor, h_stride: int, threshold_stride: int,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program a row, which fits into its registers."""
+    row = tl.program_id(0)
+    n = tl.arange(0, BLOCK)
+    h = tl.load(h_ptr + row * h_stride + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + n, mask=n < HIDDEN, other=0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(h * h, axis=0)), TINY)
+    # By the norm first: sqrt(hidden) over it overflows where it was clamped.
+    u = h / norm * tl.sqrt(HIDDEN * 1.0)
+    score = tl.sum(weight * u, axis=0) + tl.load(log_norm_weight_ptr) * tl.log(norm) + tl.load(bias_ptr)
+    tl.store(score_ptr + row, score)
+    tl.store(skip_ptr + row, (score < tl.load(threshold_ptr + row * threshold_stride)).to(tl.int32))
