@@ -20,6 +20,7 @@ from skipcal.arch.locate import Block
 from skipcal.runtime.engines.graph_rules import StepRule
 from skipcal.runtime.engines.if_node import IfNode
 from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
+from skipcal.runtime.ops.low_rank import low_rank
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.surrogates import Surrogates
 
@@ -53,12 +54,13 @@ class FusedFFN:
         """Nothing is open."""
 
     def _forward(self, stream: Tensor) -> Tensor:
-        h = stream.reshape(-1, stream.shape[-1])
+        h = stream.view(-1, stream.shape[-1])
         index = self._block.index
         skip = self._rule.before(index, h)
         f, sums = ffn(h, skip, self._weights)
         self._rule.after(index, h, f, sums)
-        return stand_in(self._surrogates, index, h, f, skip).view_as(stream)
+        add_surrogate(self._surrogates, index, h, skip)
+        return f.view_as(stream)
 
 
 class ModuleFFN:
@@ -100,7 +102,7 @@ class ModuleFFN:
 
     def _enter(self, stream: Tensor) -> None:
         self._stream = stream  # [batch, 1, hidden], or [batch, hidden]
-        self._h = stream.reshape(-1, stream.shape[-1])
+        self._h = stream.view(-1, stream.shape[-1])
         self._skip = self._rule.before(self._block.index, self._h)
         if self._f_static is None or self._f_static.shape != self._h.shape:
             self._f_static = torch.zeros_like(self._h)
@@ -117,20 +119,20 @@ class ModuleFFN:
         # where, not a product: what another step left there may be anything
         f = self._f_static.masked_fill(self._skip[:, None], 0.0)
         self._rule.after(index, self._h, f if scale == 1.0 else f * scale, None)
-        output = stand_in(self._surrogates, index, self._h, f, self._skip, scale=scale)
+        add_surrogate(self._surrogates, index, self._h, self._skip)
         extras = self._extras(index)
-        shaped = output.view_as(self._stream)
+        shaped = f.view_as(self._stream)
         return (shaped, *[None] * extras) if extras else shaped
 
 
-def stand_in(
-    surrogates: Surrogates, layer: int, h: Tensor, f: Tensor, skip: Tensor, *, scale: float = 1.0
-) -> Tensor:
-    """f, and in rows that skip the layer's surrogate; the layer multiplies all by `scale`."""
-    s = surrogates(layer, h)
-    if s is None:
-        return f
-    return torch.where(skip[:, None], s if scale == 1.0 else s / scale, f)
+def add_surrogate(surrogates: Surrogates, layer: int, h: Tensor, skip: Tensor) -> None:
+    """Add the layer's surrogate to the stream h [batch, hidden], in place, in rows that skip.
+
+    The layer adds f to that stream, which is 0 in these rows, so no scale of the layer's meets it.
+    """
+    found = surrogates.maps.get(layer)
+    if found is not None:
+        low_rank(h, found.down, found.up, found.bias, skip)
 
 
 def fused_weights(block: Block, rows: int) -> FFNWeights | str:

@@ -2,8 +2,9 @@
 
 The step is what the model's `forward` does with one token a row, a cache that stays in place and
 FFN blocks that decide on the device. Captured, all of it is one launch; the host says which tokens,
-where they stand and whether the warm-up is over, and does not wait for the answer. Attention
-reads a window of the cache, a power of two that holds the text: one capture for each window.
+where they stand and whether the warm-up is over, and does not wait for the answer. Where
+torch's attention is asked for, runtime.ops.decode_attention reads the places in use; any other reads a
+window of the cache, a power of two that holds the text: one capture for each window.
 
 On a CPU nothing is captured: the same function runs anew each time.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from skipcal.arch.locate import Architecture
 from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.engines.graph_attention import step_attention
 from skipcal.runtime.engines.graph_cache import StepCache
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_rules import AnyRule, FusedCosine, StepCounts, StepInputs, StepRule
@@ -54,7 +57,10 @@ class DecodeStep:
         self.cache = StepCache(architecture.num_layers, min(room, FIRST_SLOTS))
         self._forward = forward
         self._parameters = inspect.signature(forward).parameters
-        self._boolean_mask = architecture.stack.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+        stack: Any = architecture.stack
+        self._config = stack.config
+        # Other attention functions mean something else by their arguments, so they stay, with windows.
+        self._reads_used = self._config._attn_implementation == "sdpa"
         self.dtype = next(architecture.stack.parameters()).dtype
         self.inference = torch.is_inference_mode_enabled()  # tensors made there are of no use outside
         self.proven = False  # somebody has compared its logits with `model_logits`
@@ -146,6 +152,8 @@ class DecodeStep:
         return (self._window(), self.cache.version)
 
     def _window(self) -> int:
+        if self._reads_used:  # the op finds out by itself how much is there
+            return self.cache.slots
         window = MIN_WINDOW
         while window <= self.cache.get_seq_length():
             window *= 2
@@ -156,20 +164,22 @@ class DecodeStep:
         inputs, window = self.inputs, self._window()
         self._skips.zero_()
         self._rule.start()
-        seen = (self._places[:window] <= inputs.place_static) & inputs.valid_static[:, :window]
+        valid = inputs.valid_static[:, :window]
+        seen = (self._places[:window] <= inputs.place_static) & valid
         patches = InstancePatches()
         self.cache.enter_step(inputs.place_static, window)
         try:
             for ffn in self._ffns:
                 ffn.set_on(patches)
-            output = self._forward(
-                input_ids=inputs.ids_static,
-                attention_mask=self._mask(seen),
-                position_ids=inputs.positions_static,
-                past_key_values=self.cache,
-                use_cache=True,
-                **({"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}),
-            )
+            with self._attention(inputs.place_static[0] + 1, valid):
+                output = self._forward(
+                    input_ids=inputs.ids_static,
+                    attention_mask=self._mask(seen),
+                    position_ids=inputs.positions_static,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **({"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}),
+                )
         except BaseException:
             for ffn in self._ffns:
                 ffn.abandon()
@@ -183,10 +193,13 @@ class DecodeStep:
             self._logits_static = torch.empty_like(logits)
         self._logits_static.copy_(logits)
 
+    def _attention(self, length: Tensor, valid: Tensor) -> AbstractContextManager[None]:
+        return step_attention(self._config, length, valid) if self._reads_used else nullcontext()
+
     def _mask(self, seen: Tensor) -> Tensor:
         """[batch, 1, 1, window], as the attention wants it."""
         mask = seen[:, None, None]
-        if self._boolean_mask:
+        if self._reads_used:
             return mask
         zeros = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
         return zeros.masked_fill(~mask, torch.finfo(self.dtype).min)

@@ -22,6 +22,11 @@ SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, warm_up_tokens=1)
 FEW = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=2, max_skips=1)
 
 
+def on_gpu(model_type: str) -> Any:
+    model: Any = lively(model_type)
+    return model.cuda()
+
+
 def generated(model: Any, policy: SkipPolicy, engine: str, rows: list[list[int]]) -> tuple[Any, SkipReport]:
     inputs = {name: tensor.cuda() for name, tensor in left_padded(rows).items()}
     with skipping(model, policy=policy, engine=engine) as run:
@@ -45,30 +50,30 @@ def assert_captured_equals_eager(model: Any, policy: SkipPolicy, rows: list[list
 @pytest.mark.parametrize("policy", [SOME, FEW])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_predicated_kernels_in_a_graph(policy: SkipPolicy, rows: int) -> None:
-    assert_captured_equals_eager(lively("llama").cuda(), policy, ROWS[:rows], "in predicated kernels")
+    assert_captured_equals_eager(on_gpu("llama"), policy, ROWS[:rows], "in predicated kernels")
 
 
 @pytest.mark.parametrize("policy", [SOME, FEW])
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma", "opt", "phi3"])
 def test_modules_in_if_nodes_of_a_graph(policy: SkipPolicy, model_type: str) -> None:
-    assert_captured_equals_eager(lively(model_type).cuda(), policy, ROWS, "as modules in IF nodes")
+    assert_captured_equals_eager(on_gpu(model_type), policy, ROWS, "as modules in IF nodes")
 
 
 def test_windows_are_captured_as_the_text_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_step, "MIN_WINDOW", 8)
     monkeypatch.setattr(graph_step, "FIRST_SLOTS", 16)
-    assert_captured_equals_eager(lively("llama").cuda(), SOME, ROWS, "in predicated kernels")
+    assert_captured_equals_eager(on_gpu("llama"), SOME, ROWS, "in predicated kernels")
 
 
 def test_half_precision_captures_and_skips() -> None:
     """Decisions near the threshold may differ from the eager engine's: the kernels round less."""
-    model = lively("llama").to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+    model = on_gpu("llama").to(torch.bfloat16)
     _, report = generated(model, FEW, "graph", ROWS)
     assert report.engine == "graph", report.engine_reason
     assert report.skipped_blocks > 0
 
 
 def test_auto_is_the_graph() -> None:
-    _, report = generated(lively("llama").cuda(), SOME, "auto", ROWS[:1])
+    _, report = generated(on_gpu("llama"), SOME, "auto", ROWS[:1])
     assert report.engine == "graph"
     assert "on a GPU" in report.engine_reason

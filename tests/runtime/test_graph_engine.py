@@ -18,12 +18,22 @@ from skipcal.arch.locate import locate
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_step
+from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.ops import ffn
 from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import LowRank, Surrogates
 
 pytestmark = pytest.mark.usefixtures("references")
+
+
+@pytest.fixture(autouse=True)
+def _small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of the attention op reads the whole cache, and a thousand places take time."""
+    monkeypatch.setattr(graph_step, "FIRST_SLOTS", 32)
+
 
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
 SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)
@@ -114,18 +124,45 @@ def test_rules_that_choose_ffns_are_captured_as_they_are(tiny: Any) -> None:
         assert report.skipped_blocks > 0
 
 
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gemma2", "opt"])
+def test_surrogates_stand_in_for_skipped_ffns(model_type: str) -> None:
+    model: Any = lively(model_type)
+    found = locate(model)
+    maps = {i: LowRank(torch.randn(3, 32), 0.1 * torch.randn(32, 3), torch.randn(32)) for i in (1, 2)}
+    policy = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, max_skips=2, warm_up_tokens=1)
+    results = []
+    for kind in (EagerEngine, GraphEngine):
+
+        class Chosen(SkipPolicy):
+            def engine(self, architecture: Any, asked: str = "auto", **options: Any) -> Any:
+                why: Any = {"why": "asked for"} if kind is GraphEngine else {}  # noqa: B023
+                return kind(found, self.make_rule(), surrogates=Surrogates(maps), **why)  # noqa: B023
+
+        with skipping(model, policy=Chosen(**vars(policy))) as run:
+            output = model.generate(**left_padded(ROWS), max_new_tokens=12, do_sample=False)
+        results.append((output.tolist(), counts(run.report)))
+    assert run.report.engine == "graph"
+    assert results[0] == results[1]
+
+
 def test_windows_of_the_cache_grow_with_the_text(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_step, "MIN_WINDOW", 4)
     monkeypatch.setattr(graph_step, "FIRST_SLOTS", 8)
     assert_engines_agree(tiny, SOME, max_new_tokens=40)
+    tiny.set_attn_implementation("eager")
+    assert_engines_agree(tiny, SOME, max_new_tokens=40)
 
 
-def test_the_kernels_decode_the_same(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="a CPU build of torch brings no Triton")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert_engines_agree(tiny, SOME, ROWS[:1], max_new_tokens=6)
-    assert_engines_agree(tiny, SOME, max_new_tokens=5)
+    monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
+    model = lively("llama", num_hidden_layers=2)
+    few = SkipPolicy(cold_s=0, cold_e=2, threshold=-1.0, warm_up_tokens=0)
+    for rows in (ROWS[:1], ROWS[:2]):
+        report = assert_engines_agree(model, few, rows, max_new_tokens=3)
+        assert report.skipped_per_layer == (0, 2 * len(rows))
 
 
 def test_calls_one_after_the_other_use_one_step(tiny: Any) -> None:
@@ -216,7 +253,7 @@ def test_a_streamer_gets_every_token_and_the_end(tiny: Any) -> None:
 
 
 def test_logits_are_the_eager_ones(tiny: Any) -> None:
-    options = {"output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
     expected, _ = generated(tiny, SOME, "eager", **options)
     output, report = generated(tiny, SOME, "graph", **options)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
@@ -295,13 +332,14 @@ def test_a_model_that_no_step_can_run_is_decoded_eagerly(tiny: Any, caplog: pyte
 
 
 def test_a_step_that_fails_or_lies_is_given_up(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.set_attn_implementation("eager")  # which is given the mask of `_mask`
     expected, eager = generated(tiny, SOME, "eager")
 
     def out_of_memory(self: Any, mask: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def wrong(self: Any, seen: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(seen)[:, None, None]  # padding and the future in sight
+        return torch.zeros(seen.shape)[:, None, None]  # padding in sight, and what is yet to come
 
     for name, broken, reason in (
         ("prepare", out_of_memory, "could not be captured (CUDA out of memory)"),

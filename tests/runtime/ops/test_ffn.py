@@ -37,7 +37,8 @@ def flags(*skip: int) -> torch.Tensor:
 
 def cosine(sums: torch.Tensor) -> torch.Tensor:
     hh, ho, oo = sums.sum(0)
-    return ho / (hh * oo).sqrt()
+    found: torch.Tensor = ho / (hh * oo).sqrt()
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
