@@ -16,6 +16,7 @@ from skipcal.calibrate.commands import fit, tune
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, listed, numbers, quiet_loading
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.runtime.engines.choice import check_engine
 from skipcal.speed.command import bench
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def generate(
     chat_template: opt.ChatTemplate = True,
     do_sample: opt.DoSample = False,
     seed: opt.Seed = None,
+    engine: opt.Engine = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -180,6 +182,7 @@ def generate(
             raise ConfigError(f"--seed {seed} cannot be used: expected 0 or more")
         if seed is not None and not do_sample:
             raise ConfigError(f"--seed {seed} has no effect on greedy decoding; add --do-sample")
+        check_engine(engine or "auto")
         found = SkipProfile.load(source)
         policy = found.policy_for(target_skip_ratio)
 
@@ -194,6 +197,7 @@ def generate(
             new_tokens=limit,
             chat_template=chat_template,
             seed=(seed or 0) if do_sample else None,
+            engine=engine or "auto",
             stream=None if as_json else sys.stdout,
         )
         console.result(done.to_dict(), _generated(done))

@@ -22,7 +22,6 @@ from skipcal.calibrate.damage import Damage, fisher_damage
 from skipcal.calibrate.layer_damage import relative_damage
 from skipcal.calibrate.on_policy import Fitted, Sweep
 from skipcal.calibrate.provenance import sample_info
-from skipcal.calibrate.recommend import TARGET_STEP
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.fit import FitConfig
 from skipcal.errors import ConfigError, TargetOutOfReach
@@ -35,7 +34,7 @@ from skipcal.runtime.session import skipping
 
 logger = logging.getLogger(__name__)
 
-LARGEST_TARGET = 0.5  # operating points beyond it lie far from any sweep
+TARGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # beyond them lies no sweep
 TOKENS_PER_INPUT = 10  # fewer calibration tokens than this a hidden dimension: worth a warning
 
 
@@ -139,7 +138,7 @@ class _Fitter:
                 prompts=config.windows(),
                 prompt_tokens=config.prompt_tokens,
                 seed=config.seed,
-                held_out=config.closed_loop_prompts,
+                held_out=config.loop_windows(),
             )
             for corpus in resolve_corpora(config.corpora(), config.data_files, text_column=config.text_column)
         ]
@@ -178,10 +177,9 @@ class _Fitter:
         return fisher_damage(self._model, self._architecture, ids, first=self._first, seed=self._config.seed)
 
     def operating_points(self, fitted: Fitted, tensors: GateTensors) -> list[GatePoint]:
-        """Thresholds for 0.05, 0.10, ..., by the ratio they realise on windows that were not fitted on."""
+        """Thresholds for TARGETS and the ratio fitted for, by what windows that were not fitted on realise."""
         candidates = len(self._layers) / self._architecture.num_layers
-        largest = min(LARGEST_TARGET, candidates)
-        targets = {round(n * TARGET_STEP, 10) for n in range(1, int(largest / TARGET_STEP + 1e-9) + 1)}
+        targets = {ratio for ratio in TARGETS if ratio <= candidates}
         policy = GatePolicy(
             gates=tensors.gates,
             surrogates=tensors.surrogates,

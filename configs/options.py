@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from skipcal.runtime.engines.choice import ENGINES
+
 
 def _option(*names: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, **settings)
@@ -142,7 +144,6 @@ Shape = Annotated[
     str | None,
     _option("--shape", help="Random weights in the shape of llama-2-7b, llama-2-13b, mistral-7b, tiny, ..."),
 ]
-Engine = Annotated[str | None, _option("--engine", help="auto (default), or the engine to measure.")]
 ForcedRatios = Annotated[
     str | None,
     _option("--ratios", help="Skip ratios to force, separated by commas. Default: 0.05,0.1,0.25,0.5."),
@@ -174,6 +175,10 @@ ChatTemplate = Annotated[
 DoSample = Annotated[
     bool, _option("--do-sample", help="Sample with the model's settings; else greedy decoding.")
 ]
+Engine = Annotated[
+    str | None,
+    _option("--engine", help=f"How blocks are skipped: {', '.join(ENGINES)} (CUDA graphs). Default: auto."),
+]
 Check = Annotated[bool, _option("--check", help="Build a tiny model of each family and prove its blocks.")]
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.")]
@@ -201,7 +206,7 @@ DamageWindows = Annotated[
 ]
 LoopWindows = Annotated[
     int | None,
-    _option("--closed-loop-prompts", help="Windows per corpus to measure skip ratios on. Default: 4."),
+    _option("--closed-loop-prompts", help="Windows per corpus to measure skip ratios on. Default: 10."),
 ]
 
 MaxKl = Annotated[

@@ -106,10 +106,12 @@ class GatePolicy:
 
 
 @dataclass(frozen=True)
-class Stateless:
-    """A gate remembers nothing from layer to layer."""
+class GateState:
+    """A gate remembers nothing from layer to layer. on_device: the answer has to stay there."""
 
-    def to(self, device: torch.device) -> Stateless:
+    on_device: bool
+
+    def to(self, device: torch.device) -> GateState:
         """Itself."""
         return self
 
@@ -120,7 +122,9 @@ class GateRule:
     def __init__(self, gates: Gates, threshold: float) -> None:
         """Take the probes apart by layer."""
         self.layers: Collection[int] = frozenset(gates.layers)
+        self._gates = gates
         self._threshold = threshold
+        self._placed: _Placed | None = None
         # What multiplies h: sqrt(hidden) * weight. The scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
         self._weight = {layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)}
@@ -129,14 +133,18 @@ class GateRule:
             for layer, slope, bias in zip(gates.layers, gates.log_norm_weight, gates.bias, strict=True)
         }
 
-    def start(self, tokens: PassTokens, device: torch.device) -> Stateless:
-        """Nothing."""
-        return Stateless()
+    def start(self, tokens: PassTokens, device: torch.device) -> GateState:
+        """Nothing to remember; a captured step gets tensors that stay in place."""
+        if tokens.on_device and self._placed is None:
+            self._placed = _Placed(self._gates, self._threshold, device)
+        return GateState(tokens.on_device)
 
-    def before(self, layer: int, state: Stateless, h: Tensor) -> tuple[Tensor | bool, Stateless]:
+    def before(self, layer: int, state: GateState, h: Tensor) -> tuple[Tensor | bool, GateState]:
         """Tokens whose score lies below the threshold."""
-        scores = self.scores(layer, h)
-        return scores < self._threshold, state
+        if state.on_device:
+            assert self._placed is not None
+            return self._placed.skip_no_sync(layer, h), state
+        return self.scores(layer, h) < self._threshold, state
 
     def scores(self, layer: int, h: Tensor) -> Tensor | float:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
@@ -152,6 +160,31 @@ class GateRule:
         scores: Tensor = stream @ weight / norms + slope * norms.log() + bias
         return scores
 
-    def after(self, layer: int, state: Stateless, h: Tensor, f: Tensor, ran: Tensor | bool) -> Stateless:
+    def after(self, layer: int, state: GateState, h: Tensor, f: Tensor, ran: Tensor | bool) -> GateState:
         """Nothing is learnt from the FFN."""
         return state
+
+
+class _Placed:
+    """Gates on the device of a captured step, asked there in one launch a layer."""
+
+    def __init__(self, gates: Gates, threshold: float, device: torch.device) -> None:
+        self._place = {layer: n for n, layer in enumerate(gates.layers)}
+        self._weight_static = gates.weight.to(device)
+        self._log_norm_static = gates.log_norm_weight.to(device)
+        self._bias_static = gates.bias.to(device)
+        self._threshold_static = torch.tensor(threshold, dtype=torch.float32, device=device)
+
+    def skip_no_sync(self, layer: int, h: Tensor) -> Tensor:
+        """Rows [batch] bool that skip."""
+        from skipcal.runtime.ops.gate import gate
+
+        n = self._place[layer]
+        decision = gate(
+            h,
+            self._weight_static[n],
+            log_norm_weight=self._log_norm_static[n],
+            bias=self._bias_static[n],
+            threshold=self._threshold_static,
+        )
+        return decision.skip.bool()

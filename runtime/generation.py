@@ -58,12 +58,14 @@ def generate_text(
     new_tokens: int,
     chat_template: bool = True,
     seed: int | None = None,
+    engine: str = "auto",
     stream: TextIO | None = None,
 ) -> Generation:
     """Generate at most `new_tokens` tokens after `prompt`.
 
     chat_template: wrap the prompt by the tokenizer's template, where it has one.
     seed:          sample with the model's own settings and this seed; None is greedy decoding.
+    engine:        as `skipping` takes it.
     stream:        where the text goes as it is made.
     """
     tokenizer: Any = loaded.tokenizer
@@ -85,7 +87,7 @@ def generate_text(
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     else:
         set_seed(seed)
-    with skipping(model, policy=policy) as run:
+    with skipping(model, policy=policy, engine=engine) as run:
         start = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock, **sampling)
     length = inputs["input_ids"].shape[1]

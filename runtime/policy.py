@@ -106,15 +106,15 @@ class SkipPolicy:
         """Those of the FFN block."""
         return block.weight_bytes
 
-    def make_rule(self) -> Rule:
-        """The rule `cosine`."""
+    def make_rule(self, *, batch_rule: str = "rows") -> Rule:
+        """The rule `cosine`; batch_rule: as `skipping` takes it."""
         from skipcal.runtime.rules import CosineRule
 
-        return CosineRule(self)
+        return CosineRule(self, batch_rule=batch_rule)
 
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
+    def engine(self, architecture: Architecture, asked: str = "auto", *, batch_rule: str = "rows") -> Engine:
         """A fresh engine under the rule `cosine`."""
-        return ffn_engine(architecture, self.make_rule(), asked)
+        return ffn_engine(architecture, self.make_rule(batch_rule=batch_rule), asked)
 
     def most_skips(self) -> int:
         """The largest number of FFNs this policy can skip for one token, whatever the threshold.

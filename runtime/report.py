@@ -20,6 +20,9 @@ class SkipReport:
     skipped_per_layer:          skipped FFN blocks by layer, L entries.
     weight_bytes_saved:         bytes of weights that were not read: a block's weights count
                                 once for each forward pass in which every row skipped it.
+    row_decisions:              (step, layer) decisions taken for two live rows or more, where the
+                                engine measures it; 0: it does not.
+    row_decisions_alike:        those of them on which all live rows agreed.
     method, unit:               what was run, and whether its skips are FFN blocks or whole layers.
     byte_shares:                share of the decoder layers' weight bytes that one skip in each layer
                                 leaves out: its FFN's, or the whole layer's.
@@ -34,6 +37,8 @@ class SkipReport:
     method: str
     unit: Literal["ffn", "layer"]
     byte_shares: tuple[float, ...]
+    row_decisions: int = 0
+    row_decisions_alike: int = 0
 
     @property
     def skipped_blocks(self) -> int:
@@ -61,6 +66,14 @@ class SkipReport:
         saved = sum(n * share for n, share in zip(self.skipped_per_layer, self.byte_shares, strict=True))
         return saved / steps if steps else math.nan
 
+    @property
+    def row_agreement(self) -> float:
+        """Share of the decisions on which all live rows of a batch agreed; NaN: none was measured.
+
+        Weights are saved only where all rows skip, so this is what batches can hope for.
+        """
+        return self.row_decisions_alike / self.row_decisions if self.row_decisions else math.nan
+
     def counts(self) -> dict[str, Any]:
         """What was counted, as plain values; see `from_shares`."""
         return {
@@ -68,6 +81,8 @@ class SkipReport:
             "decode_steps_after_warm_up": self.decode_steps_after_warm_up,
             "skipped_per_layer": list(self.skipped_per_layer),
             "weight_bytes_saved": self.weight_bytes_saved,
+            "row_decisions": self.row_decisions,
+            "row_decisions_alike": self.row_decisions_alike,
         }
 
     @staticmethod
@@ -79,7 +94,7 @@ class SkipReport:
         """
 
         def total(name: str, layer: int | None = None) -> int:
-            values = ((counts[name], size) for counts, size in shares)
+            values = ((counts.get(name, 0), size) for counts, size in shares)
             return round(math.fsum((v if layer is None else v[layer]) / size for v, size in values))
 
         return replace(
@@ -90,6 +105,8 @@ class SkipReport:
                 total("skipped_per_layer", layer) for layer in range(len(like.skipped_per_layer))
             ),
             weight_bytes_saved=total("weight_bytes_saved"),
+            row_decisions=total("row_decisions"),
+            row_decisions_alike=total("row_decisions_alike"),
         )
 
     @staticmethod
@@ -103,6 +120,7 @@ class SkipReport:
             "skip_ratio": self.skip_ratio,
             "skip_ratio_all": self.skip_ratio_all,
             "skip_ratio_bytes": self.skip_ratio_bytes,
+            "row_agreement": self.row_agreement,
         }
         values = asdict(self)
         del values["byte_shares"]

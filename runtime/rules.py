@@ -4,7 +4,8 @@ A rule is asked at two places of the loop over layers: *before* FFN i (which tok
 *after* it ran (what does the token's state become?). Tokens are flattened: [tokens].
 
 A single token, the usual decode step, is kept as Python's own bool and int: the operators are the
-same, and on a CPU a tensor operation costs more than the whole decision.
+same, and on a CPU a tensor operation costs more than the whole decision. Not so in a captured pass
+(`PassTokens.on_device`), where all is tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.residual import residual_cosine, residual_cosine_of_one
+from skipcal.runtime.batch_rule import judged_together
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.policy import SkipPolicy
 
@@ -32,6 +34,7 @@ class CosineState(NamedTuple):
 
     armed: Tensor | bool  # [tokens] bool: the cosine has passed the threshold
     skipped: Tensor | int  # [tokens] int32: FFNs skipped so far
+    live: Tensor | None = None  # [tokens] bool: rows whose text goes on; None: all
 
     def to(self, device: torch.device) -> CosineState:
         """The state on `device`."""
@@ -39,7 +42,8 @@ class CosineState(NamedTuple):
             return self
         if self.armed.device == device:
             return self
-        return CosineState(self.armed.to(device), self.skipped.to(device))
+        live = None if self.live is None else self.live.to(device)
+        return CosineState(self.armed.to(device), self.skipped.to(device), live)
 
 
 class Rule(Protocol):
@@ -70,28 +74,30 @@ class CosineRule:
     Nothing re-arms, for `skipped` only grows.
     """
 
-    def __init__(self, policy: SkipPolicy) -> None:
-        """Take the region, the threshold and `max_skips` from `policy`."""
+    def __init__(self, policy: SkipPolicy, *, batch_rule: str = "rows") -> None:
+        """Take the region, the threshold and `max_skips` from `policy`; see runtime.batch_rule."""
+        self.batch_rule = batch_rule
         self.layers = range(policy.cold_s, policy.cold_e)
-        self._threshold = policy.threshold
-        self._max_skips = policy.max_skips
+        self.threshold = policy.threshold
+        self.max_skips = policy.max_skips
 
     def start(self, tokens: PassTokens, device: torch.device) -> CosineState:
         """No token is armed, none has skipped."""
         assert tokens.active is not None
         count = len(tokens.active)
-        if count == 1:
+        if count == 1 and not tokens.on_device:
             return CosineState(armed=False, skipped=0)
         return CosineState(
             armed=torch.zeros(count, dtype=torch.bool, device=device),
             skipped=torch.zeros(count, dtype=torch.int32, device=device),
+            live=tokens.counted,
         )
 
     def before(self, layer: int, state: CosineState, h: Tensor) -> tuple[Tensor | bool, CosineState]:
         """Armed tokens skip, while they have skips left."""
-        if self._max_skips is None:
+        if self.max_skips is None:
             return state.armed, state
-        skip = state.armed & (state.skipped < self._max_skips)
+        skip = state.armed & (state.skipped < self.max_skips)
         return skip, state._replace(skipped=state.skipped + skip)
 
     def after(self, layer: int, state: CosineState, h: Tensor, f: Tensor, ran: Tensor | bool) -> CosineState:
@@ -99,7 +105,8 @@ class CosineRule:
         if state.armed is True:  # a single token, and nothing left to find out
             return state
         if state.armed is False and h.device.type == "cpu":
-            return state._replace(armed=residual_cosine_of_one(h, f) >= self._threshold)
-        saturated = residual_cosine(h, f) >= self._threshold
+            return state._replace(armed=residual_cosine_of_one(h, f) >= self.threshold)
+        cosine = judged_together(residual_cosine(h, f), state.live, self.batch_rule)
+        saturated = cosine >= self.threshold
         armed = state.armed | (ran & saturated)
         return state._replace(armed=bool(armed) if state.armed is False else armed)

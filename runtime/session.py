@@ -16,14 +16,17 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.engines.base import FULL_PASS, Engine, PassTokens
+from skipcal.runtime.batch_rule import BATCH_RULES
+from skipcal.runtime.engines.base import Engine
 from skipcal.runtime.engines.choice import check_engine
+from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.engines.graph_loop import with_decode_ahead
+from skipcal.runtime.engines.graph_seam import GenerateSeam
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
     ClockedCriteria,
@@ -33,8 +36,9 @@ from skipcal.runtime.generate_call import (
     refuse_continuous_batching,
 )
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import Policy
+from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
+from skipcal.runtime.tokens import DecodeTokens
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ def skipping(
     teacher_forced: bool = False,
     prompt_tokens: int | Sequence[int] = 1,
     engine: str = "auto",
+    batch_rule: str = "rows",
     architecture: Architecture | None = None,
 ) -> SkipSession:
     """Return a context manager inside which `model` skips FFN blocks (or layers, by some baselines).
@@ -61,7 +66,10 @@ def skipping(
                        `prompt_tokens` (one number, or one for each row of the batches to come) are
                        the prefill; position p is decode step p - prompt_tokens. Decisions and
                        logits equal those of decoding the same text token by token.
-    engine:            "auto" or "eager".
+    engine:            "auto", "eager" or "graph" (decode steps of generate() in CUDA graphs; what it
+                       cannot run, the eager engine runs, with a warning).
+    batch_rule:        "rows": each row by its own cosine; "all" or "mean": the rows of a batch arm
+                       together, where all their cosines or their mean reach the threshold.
     architecture:      what `locate(model)` returned, to save proving the model again.
 
         with skipcal.skipping(model, profile) as run:
@@ -86,7 +94,14 @@ def skipping(
         profile.check_fits(unwrap(model))
         policy = profile.policy_for(target_skip_ratio)
     assert policy is not None
-    return SkipSession(model, policy, teacher_forced, prompts, engine, architecture)
+    if batch_rule not in BATCH_RULES:
+        raise ConfigError(f"batch_rule {batch_rule!r} is not one of {', '.join(BATCH_RULES)}")
+    if batch_rule != "rows" and (teacher_forced or not isinstance(policy, SkipPolicy)):
+        raise ConfigError(
+            f"batch_rule {batch_rule!r} joins the rows of a decode step under the rule cosine; "
+            "it has no meaning for teacher_forced=True, nor for other methods"
+        )
+    return SkipSession(model, policy, teacher_forced, prompts, engine, architecture, batch_rule)
 
 
 class SkipSession:
@@ -100,22 +115,20 @@ class SkipSession:
         prompt_tokens: list[int],
         engine: str,
         architecture: Architecture | None,
+        batch_rule: str,
     ) -> None:
         """Use `skipping`, which checks the arguments."""
         self.policy = policy
         self._outer = model
         self._model = unwrap(model)
-        self._teacher_forced = teacher_forced
-        self._prompt_tokens = prompt_tokens
         self._requested_engine = engine
+        self._batch_rule = batch_rule
         self._architecture = architecture
         self._engine: Engine | None = None
+        self._seam: GenerateSeam | None = None
+        self._tokens = DecodeTokens(policy, teacher_forced=teacher_forced, prompt_tokens=prompt_tokens)
         self._handles: list[Any] = []
         self._patches = InstancePatches()
-        self._steps = 0
-        self._ruled_steps = 0
-        self._prefill_end: int | None = None
-        self._clock: TokenClock | None = None
 
     def __enter__(self) -> Self:
         """Prepare the model; nothing is changed on it when this raises."""
@@ -126,7 +139,9 @@ class SkipSession:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
-        self._engine = self.policy.engine(architecture, self._requested_engine)
+        self._engine = self._new_engine(architecture)
+        if self._requested_engine == "graph" and not isinstance(self._engine, GraphEngine):
+            logger.warning("engine graph is not used: %s", self._engine.reason)
         self._idle = idle_report(architecture, self.policy)
         _sessions[self._model] = self
         try:
@@ -145,7 +160,7 @@ class SkipSession:
     ) -> None:
         """Leave the model as it was found."""
         self._detach()
-        if kind is None and self._steps == 0 and self.policy.unit == "ffn":
+        if kind is None and int(self._tokens.steps) == 0 and self.policy.unit == "ffn":
             logger.warning(
                 "no decode step ran inside skipping(...): only the full model was used. "
                 "For forward passes over a known text pass teacher_forced=True."
@@ -156,15 +171,23 @@ class SkipSession:
         """What was decoded and skipped so far."""
         if self._engine is None:
             raise SessionError("there is no report before the session is entered; use `with skipping(...)`")
+        alike, decisions = self._engine.row_decisions
         return replace(
             self._idle,
-            decode_steps=self._steps,
-            decode_steps_after_warm_up=self._ruled_steps,
+            decode_steps=int(self._tokens.steps),
+            decode_steps_after_warm_up=int(self._tokens.ruled_steps),
             skipped_per_layer=tuple(self._engine.skipped_per_layer),
             weight_bytes_saved=self._engine.weight_bytes_saved,
             engine=self._engine.name,
             engine_reason=self._engine.reason,
+            row_decisions=decisions,
+            row_decisions_alike=alike,
         )
+
+    def _new_engine(self, architecture: Architecture) -> Engine:
+        if isinstance(self.policy, SkipPolicy):
+            return self.policy.engine(architecture, self._requested_engine, batch_rule=self._batch_rule)
+        return self.policy.engine(architecture, self._requested_engine)
 
     # What is set on the model, and how it goes away
 
@@ -179,6 +202,9 @@ class SkipSession:
         # The one place where all criteria are together: the caller's, end of sequence, stop strings.
         criteria = model._get_stopping_criteria
         self._patches.set(model, "_get_stopping_criteria", self._clocked(criteria))
+        if isinstance(self._engine, GraphEngine) and not self._tokens.teacher_forced:
+            self._seam = GenerateSeam(model, self._engine, self._tokens)
+            self._seam.attach(self._patches)
         for name in CONTINUOUS_BATCHING:
             self._patches.set(model, name, refuse_continuous_batching)
 
@@ -189,108 +215,23 @@ class SkipSession:
             handle.remove()
         self._handles = []
         self._patches.restore()
+        self._seam = None
         _sessions.pop(self._model, None)
-
-    # Which tokens of a forward pass are decode steps
 
     def _before_model(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._model.training:
             raise SessionError("the model is in training mode; call model.eval() before skipping(...)")
-        if kwargs.get("labels") is not None and not self._teacher_forced:
+        if kwargs.get("labels") is not None and not self._tokens.teacher_forced:
             raise SessionError(
                 "a loss over labels would be the full model's, for nothing is skipped in a parallel "
                 "forward pass; pass teacher_forced=True"
             )
 
     def _before_stack(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = call_arguments(self._stack_signature, args, kwargs)
-        ids = given.get("input_ids")
-        tokens = given["inputs_embeds"] if ids is None else ids
-        ids = None if ids is None else ids.reshape(-1)
-        batch, length = tokens.shape[:2]
         assert self._engine is not None
-        if self._teacher_forced:
-            steps = self._known_text_steps(given, batch, length, tokens.device)
-            active = steps >= self.policy.warm_up_tokens
-            self._steps += int((steps >= 0).sum())
-            self._ruled_steps += int(active.sum())
-            ruled = PassTokens(active=active, step=steps, ids=ids)
-            self._engine.begin(ruled if bool(active.any()) else FULL_PASS)
-            return
-        cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        step = self._decode_step(past, length)
-        if step is None:
-            self._engine.begin(FULL_PASS)
-            return
-        live = self._clock.live(batch) if self._clock is not None else None
-        decoded = batch if live is None else int(live.sum())
-        self._steps += decoded
-        if step < self.policy.warm_up_tokens:
-            self._engine.begin(FULL_PASS)
-            return
-        self._ruled_steps += decoded
-        active = torch.ones(batch, dtype=torch.bool, device=tokens.device)
-        self._engine.begin(PassTokens(active=active, counted=live, step=step, ids=ids))
-
-    def _known_text_steps(
-        self, given: dict[str, Any], batch: int, length: int, device: torch.device
-    ) -> Tensor:
-        """Decode step of each position of a teacher-forced pass, [batch * seq]; negative: prefill or pad."""
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise SessionError(
-                "teacher forcing needs a 2-D attention mask, [batch, seq]: positions are counted by it"
-            )
-        if mask is None:
-            positions = torch.arange(past, past + length, device=device).expand(batch, -1)
-            real = None
-        else:
-            positions = (mask.long().cumsum(-1) - 1)[:, -length:]
-            real = mask[:, -length:].bool()
-        asked = given.get("position_ids")
-        if asked is not None:
-            different = asked.expand_as(positions) != positions
-            if bool((different if real is None else different & real).any()):
-                raise SessionError(
-                    "position_ids restart or jump within a row; teacher forcing takes a row for one "
-                    "text, so pass packed sequences as rows of their own"
-                )
-        if len(self._prompt_tokens) not in (1, batch):
-            raise SessionError(
-                f"prompt_tokens names {len(self._prompt_tokens)} rows, the pass has {batch}; open a session "
-                "for each batch"
-            )
-        steps = positions - torch.tensor(self._prompt_tokens, device=device)[:, None]
-        return (steps if real is None else steps.masked_fill(~real, -1)).reshape(-1)
-
-    def _decode_step(self, past: int, length: int) -> int | None:
-        """Index of the decode step that this pass is, None for a prefill."""
-        if self._clock is not None:  # inside generate()
-            if self._clock.emitted == 0:
-                return None
-            if length != 1:
-                raise SessionError(
-                    f"generate() decoded {length} tokens in one pass; skipping needs a cache and one "
-                    "token a pass (use_cache=True, no assisted decoding)"
-                )
-            return self._clock.emitted - 1
-        if past == 0 or length > 1:
-            self._refuse_foreign_cache(past)
-            self._prefill_end = past + length
-            return None
-        if self._prefill_end is None:  # the prefill ran before the session began
-            self._refuse_foreign_cache(past)
-            self._prefill_end = past
-        return past - self._prefill_end
-
-    def _refuse_foreign_cache(self, past: int) -> None:
-        if past and self.policy.unit == "layer":
-            raise SessionError(
-                f"{self.policy.method} leaves layers out, so it cannot go on from a cache that holds {past} "
-                "tokens; begin with the whole text and an empty cache"
-            )
+        if self._seam is None or not self._seam.stepping:
+            given = call_arguments(self._stack_signature, args, kwargs)
+            self._engine.begin(self._tokens.of_pass(given))
 
     # generate()
 
@@ -299,17 +240,21 @@ class SkipSession:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._teacher_forced:
+            if self._tokens.teacher_forced:
                 raise SessionError("a teacher_forced session does not generate; open one without it")
             given = call_arguments(signature, args, kwargs)
             options = prepare_options(given, self._model.generation_config)
             cache = given.get("past_key_values")
-            self._refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
-            self._clock = TokenClock()
+            self._tokens.refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
+            self._tokens.clock = TokenClock()
+            if isinstance(self._engine, GraphEngine):
+                options = with_decode_ahead(options, self._engine.takes)
             try:
                 return original(**options)
             finally:
-                self._clock = None
+                self._tokens.clock = None
+                if isinstance(self._engine, GraphEngine):
+                    self._engine.end_call()
 
         return generate
 
@@ -317,7 +262,8 @@ class SkipSession:
         @functools.wraps(original)
         def get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
             criteria = original(*args, **kwargs)
-            return criteria if self._clock is None else ClockedCriteria.around(criteria, self._clock)
+            clock = self._tokens.clock
+            return criteria if clock is None else ClockedCriteria.around(criteria, clock)
 
         return get_stopping_criteria
 

@@ -74,6 +74,12 @@ def lively(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
 
 
 @pytest.fixture
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops run as their torch references: the interpreter takes a millisecond for each block."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
 def tiny() -> PreTrainedModel:
     return lively("llama")
 

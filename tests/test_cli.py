@@ -298,6 +298,7 @@ def test_generate_refuses_what_it_could_only_ignore(here: Path) -> None:
     assert "add --do-sample" in refused(*base, "--prompt", "a", "--seed", "3", code=2)
     assert "--seed -1" in refused(*base, "--prompt", "a", "--seed", "-1", "--do-sample", code=2)
     assert "--new-tokens 0" in refused(*base, "--prompt", "a", "--new-tokens", "0", code=2)
+    assert "not one of auto, eager, graph" in refused(*base, "--prompt", "a", "--engine", "fast", code=2)
     assert "out of reach" in refused(*base, "--prompt", "a", "--target-skip-ratio", "0.97", code=2)
     assert "not a percentage" in refused(*base, "--prompt", "a", "--target-skip-ratio", "25", code=2)
 

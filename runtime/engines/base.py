@@ -17,12 +17,15 @@ class PassTokens:
     counted: [tokens] bool, those of the active ones that the report counts; None: all of them.
     step:    decode step; one number for a decode step, [tokens] for a teacher-forced pass.
     ids:     [tokens] input ids; None where the model was given embeddings.
+    on_device: the pass is captured once and repeated: `active` and `step` are tensors that change,
+             and no Python value may be made of what is on the device, for a single token either.
     """
 
     active: Tensor | None = None
     counted: Tensor | None = None
     step: Tensor | int = -1
     ids: Tensor | None = None
+    on_device: bool = False
 
 
 FULL_PASS = PassTokens()
@@ -31,10 +34,25 @@ FULL_PASS = PassTokens()
 class Engine(Protocol):
     """Runs the forward passes of a session, and counts what it skipped."""
 
-    name: str
-    reason: str  # why this engine, for the report
-    skipped_per_layer: list[int]
-    weight_bytes_saved: int
+    @property
+    def name(self) -> str:
+        """As `skipping(engine=...)` names it."""
+
+    @property
+    def reason(self) -> str:
+        """Why this engine, for the report."""
+
+    @property
+    def skipped_per_layer(self) -> list[int]:
+        """Skipped blocks of live rows, L entries."""
+
+    @property
+    def weight_bytes_saved(self) -> int:
+        """Bytes of weights that were not read; see SkipReport."""
+
+    @property
+    def row_decisions(self) -> tuple[int, int]:
+        """Decisions on which all live rows agreed, and decisions; (0, 0) where it is not measured."""
 
     def attach(self) -> None:
         """Set on the model what skipping needs."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from skipcal.runtime.rules import Rule
     from skipcal.runtime.surrogates import Surrogates
 
-ENGINES = ("auto", "eager")
+ENGINES = ("auto", "eager", "graph")
 
 
 def check_engine(name: str) -> None:
@@ -29,6 +29,17 @@ def ffn_engine(
     surrogates: what is added to the stream in place of a skipped FFN; None: nothing.
     """
     from skipcal.runtime.engines.eager import EagerEngine
+    from skipcal.runtime.engines.graph import GraphEngine, refusal
 
-    reason = "asked for" if asked == "eager" else "the only engine of this version"
-    return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)
+    def eager(reason: str) -> EagerEngine:
+        return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)
+
+    if asked == "eager":
+        return eager("asked for")
+    device = next(architecture.stack.parameters()).device.type
+    if asked == "auto" and device != "cuda":
+        return eager(f"a {device} gains nothing by graphs")
+    if reason := refusal(architecture):
+        return eager(f"graph is not possible: {reason}")
+    why = "asked for" if asked == "graph" else "chosen, for the model is on a GPU"
+    return GraphEngine(architecture, rule, surrogates=surrogates, why=why)

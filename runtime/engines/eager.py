@@ -34,6 +34,7 @@ class EagerEngine:
     """Runs each forward pass under `rule`, for the tokens that `begin` announces."""
 
     name = "eager"
+    row_decisions = (0, 0)
 
     def __init__(
         self,
@@ -68,6 +69,10 @@ class EagerEngine:
     def detach(self) -> None:
         """Put back what `attach` found. A second call does nothing."""
         self._patches.restore()
+
+    def extras(self, layer: int) -> int:
+        """How many outputs besides f the FFN module of a layer was seen to have."""
+        return self._extras.get(layer, 0)
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass."""
@@ -144,7 +149,7 @@ class EagerEngine:
         """Return what the layer adds when the FFN did not run at all."""
         self.weight_bytes_saved += block.weight_bytes
         stand_in = self._stand_in(block).reshape(self._shape)
-        extras = self._extras.get(block.index, 0)
+        extras = self.extras(block.index)
         return (stand_in, *[None] * extras) if extras else stand_in
 
     def _leave(self, block: Block, y: Any) -> Any:

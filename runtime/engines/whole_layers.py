@@ -27,6 +27,7 @@ class RemovedLayers:
     """
 
     name = "eager"
+    row_decisions = (0, 0)
     reason = "the layers are taken out of the model"
 
     def __init__(self, architecture: Architecture, removed: tuple[int, ...]) -> None:
@@ -79,6 +80,7 @@ class SkippedLayers:
     """
 
     name = "eager"
+    row_decisions = (0, 0)
     reason = "layers are skipped whole"
 
     def __init__(self, architecture: Architecture, rule: Rule) -> None:

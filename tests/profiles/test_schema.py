@@ -147,7 +147,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("policy.threshold", 98.0, r"policy: threshold 98\.0 is not within"),
         ("policy.threshold", None, r"policy\.threshold"),
         ("policy.treshold", 0.9, r"policy\.treshold: "),
-        ("policy.rule", "magic", r"policy: rule is not known, expected 'cosine', 'gate' or 'static', got .*magic"),
+        (
+            "policy.rule",
+            "magic",
+            r"policy: rule is not known, expected 'cosine', 'gate' or .*magic",
+        ),
         ("policy.cold_e", 0, "policy: cold_s 1 and cold_e 0 are no layer range"),
         ("policy.cold_e", 9, r"expected regions and policy within \[0, 4\]"),
         ("layers.pooled", ..., "expected an entry 'pooled'"),

@@ -1,0 +1,237 @@
+"""One decode step of a batch as a single CUDA graph: the model's own forward, its FFNs predicated.
+
+The step is what the model's `forward` does with one token a row, a cache that stays in place and
+FFN blocks that decide on the device. Captured, all of it is one launch; the host says which tokens,
+where they stand and whether the warm-up is over, and does not wait for the answer. Where
+torch's attention is asked for, runtime.ops.decode_attention reads the places in use; any other reads a
+window of the cache, a power of two that holds the text: one capture for each window.
+
+On a CPU nothing is captured: the same function runs anew each time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipcal.arch.locate import Architecture
+from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.engines.graph_attention import step_attention
+from skipcal.runtime.engines.graph_cache import StepCache
+from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
+from skipcal.runtime.engines.graph_rules import AnyRule, FusedCosine, StepCounts, StepInputs, StepRule
+from skipcal.runtime.engines.if_node import prepare_if_nodes
+from skipcal.runtime.ops.ffn import FFNWeights
+from skipcal.runtime.patch import InstancePatches
+from skipcal.runtime.rules import CosineRule, Rule
+from skipcal.runtime.surrogates import Surrogates
+
+MIN_WINDOW = 256
+FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need
+_WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
+
+
+class DecodeStep:
+    """One decode step of `batch` rows of at most `room` tokens."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        architecture: Architecture,
+        rule: Rule,
+        *,
+        batch: int,
+        room: int,
+        surrogates: Surrogates,
+        counts: StepCounts,
+        extras: Callable[[int], int],
+    ) -> None:
+        """forward: the causal language model's. extras: outputs besides f of a layer's FFN module."""
+        device = next(architecture.stack.parameters()).device
+        self.batch, self.room, self.device = batch, room, device
+        self.cache = StepCache(architecture.num_layers, min(room, FIRST_SLOTS))
+        self._forward = forward
+        self._parameters = inspect.signature(forward).parameters
+        stack: Any = architecture.stack
+        self._config = stack.config
+        # Other attention functions mean something else by their arguments, so they stay, with windows.
+        self._reads_used = self._config._attn_implementation == "sdpa"
+        self.dtype = next(architecture.stack.parameters()).dtype
+        self.inference = torch.is_inference_mode_enabled()  # tensors made there are of no use outside
+        self.proven = False  # somebody has compared its logits with `model_logits`
+        self.fresh = True
+        self._counts = counts
+        self.inputs = StepInputs(batch, room, device)
+        self._places = torch.arange(room, device=device)
+        # The last row is written by the region's last layer, and nobody reads it.
+        self._skips = torch.zeros(architecture.num_layers + 1, batch, dtype=torch.bool, device=device)
+        self._ffns, self._rule, self.how = self._blocks(architecture, rule, surrogates, extras)
+        self._logits_static: Tensor | None = None
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def start(self) -> StepCache:
+        """An empty cache, for a new text."""
+        self.cache.clear()
+        self.fresh = True
+        return self.cache
+
+    def prepare(self, attention_mask: Tensor | None) -> None:
+        """Make the next step possible: padding of a new text, room in the cache, a captured graph.
+
+        attention_mask: [batch, tokens so far], or None without padding. Raises RuntimeError when
+        the capture fails.
+        """
+        if self.fresh:
+            self.inputs.valid_static.fill_(True)
+            if attention_mask is not None:
+                self.inputs.valid_static[:, : attention_mask.shape[1]] = attention_mask.bool()
+            self.fresh = False
+        place = self.cache.get_seq_length()
+        if place >= self.cache.slots:
+            self.cache.reserve(min(2 * self.cache.slots, self.room))
+        if self.device.type == "cuda" and self._key() not in self._graphs:
+            self._capture()
+
+    def model_logits(self, given: dict[str, Any]) -> Tensor:
+        """Logits [batch, vocabulary] of the model's own pass over `given`; the cache is put back."""
+        logits: Tensor = self._forward(**given).logits[:, -1]
+        self.cache.rewind(1)
+        return logits
+
+    def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
+        """Logits [batch, vocabulary] of the next token; the next step overwrites them.
+
+        ids: [batch, 1]; positions: [batch, 1] or [1, 1]; None: those of rows without padding.
+        """
+        place = self.cache.get_seq_length()
+        self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=tokens)
+        graph = self._graphs.get(self._key())
+        if graph is None:
+            self._compute()
+        else:
+            graph.replay()
+        self.cache.advance()
+        assert self._logits_static is not None
+        return self._logits_static
+
+    def _blocks(
+        self,
+        architecture: Architecture,
+        rule: Rule,
+        surrogates: Surrogates,
+        extras: Callable[[int], int],
+    ) -> tuple[list[StepFFN], StepRule, str]:
+        """The FFN blocks of the rule's layers, the rule, and in words how they run."""
+        blocks = [block for block in architecture.blocks if block.index in rule.layers]
+        found = [fused_weights(block, self.batch) for block in blocks]
+        fused = [weights for weights in found if isinstance(weights, FFNWeights)]
+        step_rule: StepRule
+        if isinstance(rule, CosineRule) and len(fused) == len(blocks):
+            step_rule = FusedCosine(rule, self.inputs, self._skips)
+        else:
+            step_rule = AnyRule(rule, self.inputs, self._skips)
+        ffns: list[StepFFN] = []
+        for block, weights in zip(blocks, found, strict=True):
+            if isinstance(weights, FFNWeights):
+                ffns.append(FusedFFN(block, weights, step_rule, surrogates))
+            else:
+                ffns.append(ModuleFFN(block, step_rule, surrogates, extras))
+        words = [f"{len(fused)} FFNs in predicated kernels"] if fused else []
+        others = dict.fromkeys(why for why in found if isinstance(why, str))
+        if others:
+            words.append(f"{len(blocks) - len(fused)} as modules in IF nodes ({'; '.join(others)})")
+        return ffns, step_rule, ", ".join(words) or "no FFN to skip"
+
+    def _key(self) -> tuple[int, int]:
+        """What a captured graph is good for: a window, and the place of the storage."""
+        return (self._window(), self.cache.version)
+
+    def _window(self) -> int:
+        if self._reads_used:  # the op finds out by itself how much is there
+            return self.cache.slots
+        window = MIN_WINDOW
+        while window <= self.cache.get_seq_length():
+            window *= 2
+        return min(window, self.cache.slots)
+
+    def _compute(self) -> None:
+        """The step itself: all of it can be captured."""
+        inputs, window = self.inputs, self._window()
+        self._skips.zero_()
+        self._rule.start()
+        valid = inputs.valid_static[:, :window]
+        seen = (self._places[:window] <= inputs.place_static) & valid
+        patches = InstancePatches()
+        self.cache.enter_step(inputs.place_static, window)
+        try:
+            for ffn in self._ffns:
+                ffn.set_on(patches)
+            with self._attention(inputs.place_static[0] + 1, valid):
+                output = self._forward(
+                    input_ids=inputs.ids_static,
+                    attention_mask=self._mask(seen),
+                    position_ids=inputs.positions_static,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **({"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}),
+                )
+        except BaseException:
+            for ffn in self._ffns:
+                ffn.abandon()
+            raise
+        finally:
+            patches.restore()
+            self.cache.leave_step()
+        self._counts.add_no_sync(self._skips, inputs)
+        logits = output.logits[:, -1]
+        if self._logits_static is None:
+            self._logits_static = torch.empty_like(logits)
+        self._logits_static.copy_(logits)
+
+    def _attention(self, length: Tensor, valid: Tensor) -> AbstractContextManager[None]:
+        return step_attention(self._config, length, valid) if self._reads_used else nullcontext()
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """[batch, 1, 1, window], as the attention wants it."""
+        mask = seen[:, None, None]
+        if self._reads_used:
+            return mask
+        zeros = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+        return zeros.masked_fill(~mask, torch.finfo(self.dtype).min)
+
+    def _capture(self) -> None:
+        """Record the step for the present window."""
+        # A full step: it skips nothing, so that all that may run has run, and counts nothing. What it
+        # writes to the cache is overwritten by the step that is to come.
+        self.inputs.place_static.fill_(self.cache.get_seq_length())
+        self.inputs.active_static.fill_(False)
+        bodies = prepare_if_nodes()
+        stream = _capture_stream()
+        for warm in [stream] * _WARM_UPS + ([] if bodies is None else [bodies]):
+            warm.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm):
+                self._compute()
+            torch.cuda.current_stream().wait_stream(warm)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Graphs of one step never run at the same time and copy their results out: one pool will do.
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._compute()
+        self._graphs = {key: g for key, g in self._graphs.items() if key[1] == self.cache.version}
+        self._graphs[self._key()] = graph
+
+
+_streams: list[torch.cuda.Stream] = []
+
+
+def _capture_stream() -> torch.cuda.Stream:
+    """One stream for all captures: torch hands out a limited number in turn."""
+    if not _streams:
+        _streams.append(torch.cuda.Stream())
+    return _streams[0]

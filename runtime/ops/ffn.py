@@ -1,0 +1,254 @@
+"""A SwiGLU FFN block of one decode step, which reads no weight when every row skips it.
+
+    x = RMSNorm(h) * norm        a = silu(gate x) * (up x)        f = down a
+
+The kernels are always launched, so that a CUDA graph can hold them. They read the rows' flags
+first: where all rows skip they return at once, and f is 0. A row that skips while another runs
+gets f = 0 too; the weights are read once for all rows.
+
+A single row goes through plain multiply-adds, several through matrix products with the weights as
+the left operand. On the way out come the partial sums of <h, h>, <h, h + f> and <h + f, h + f>
+in float32, of which runtime.ops.arm makes the cosine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+
+MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
+# Rows of W and columns of W that a block takes at a time, warps, pipeline stages. Not tuned yet.
+ONE_ROW = {"gate_up": (4, 1024, 4, 1), "down": (4, 1024, 4, 1)}
+SOME_ROWS = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 3)}
+_DOT_ROWS = 16  # the smallest width of a matrix product
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """norm: [hidden]; gate, up: [ffn, hidden]; down: [hidden, ffn]; all contiguous and of one dtype."""
+
+    norm: Tensor
+    eps: float
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def ffn(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+    """f [rows, hidden] in h's dtype, and sums [parts, 3, rows] in float32.
+
+    h: [rows, hidden], contiguous. skip: [rows] bool. The sums of a row that skips mean nothing.
+    """
+    if not runs_kernels(h):
+        return reference(h, skip, weights)
+    if len(h) == 1:
+        return _one_row(h, skip, weights)
+    return _some_rows(h, skip, weights)
+
+
+def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+    """The same in torch, rounded where the kernels round: a and f."""
+    x = h.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()
+    a = F.silu(x @ weights.gate.float().T) * (x @ weights.up.float().T)
+    f = (a.to(h.dtype).float() @ weights.down.float().T).to(h.dtype)
+    f = f.masked_fill(skip[:, None], 0.0)
+    before, after = h.float(), h.float() + f.float()
+    sums = torch.stack([(before * before).sum(-1), (before * after).sum(-1), (after * after).sum(-1)])
+    return f, sums[None]
+
+
+@jit
+def _gate_up_one(
+    h_ptr, norm_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr, eps,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    if tl.load(skip_ptr) == 0:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside_n = n < FFN
+        row = n.to(tl.int64)[:, None] * HIDDEN
+        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_K], tl.float32)
+        for start in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside_k = k < HIDDEN
+            x = tl.load(h_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
+            squares += x * x
+            x = x * tl.load(norm_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
+            inside = inside_n[:, None] & inside_k[None, :]
+            w = tl.load(gate_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            v = tl.load(up_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            gate += w.to(tl.float32) * x[None, :]
+            up += v.to(tl.float32) * x[None, :]
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)  # one scalar, so it can come last
+        g = tl.sum(gate, axis=1) * scale
+        a = g / (1.0 + tl.exp(-g)) * (tl.sum(up, axis=1) * scale)
+        tl.store(a_ptr + n, a.to(a_ptr.dtype.element_ty), mask=inside_n)
+
+
+@jit
+def _down_one(
+    a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = n < HIDDEN
+    if tl.load(skip_ptr) == 0:
+        row = n.to(tl.int64)[:, None] * FFN
+        sum_ = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in tl.range(0, FFN, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside_k = k < FFN
+            x = tl.load(a_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
+            inside = inside_n[:, None] & inside_k[None, :]
+            w = tl.load(down_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            sum_ += w.to(tl.float32) * x[None, :]
+        f = tl.sum(sum_, axis=1).to(f_ptr.dtype.element_ty)
+        tl.store(f_ptr + n, f, mask=inside_n)
+        before = tl.load(h_ptr + n, mask=inside_n, other=0.0).to(tl.float32)
+        after = before + tl.where(inside_n, f.to(tl.float32), 0.0)
+        tl.store(sums_ptr + part * 3 + 0, tl.sum(before * before, axis=0))
+        tl.store(sums_ptr + part * 3 + 1, tl.sum(before * after, axis=0))
+        tl.store(sums_ptr + part * 3 + 2, tl.sum(after * after, axis=0))
+    else:
+        tl.store(f_ptr + n, tl.zeros([BLOCK_N], tl.float32).to(f_ptr.dtype.element_ty), mask=inside_n)
+
+
+@jit
+def _norm_some(
+    h_ptr, norm_ptr, x_ptr, skip_ptr, eps,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if tl.load(skip_ptr + row) == 0:
+        k = tl.arange(0, BLOCK)
+        inside = k < HIDDEN
+        h = tl.load(h_ptr + row * HIDDEN + k, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(h * h, axis=0) / HIDDEN + eps)
+        x = h * scale * tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * HIDDEN + k, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _gate_up_some(
+    x_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, PADDED)
+    runs = tl.load(skip_ptr + r, mask=r < ROWS, other=1) == 0
+    if tl.sum(runs.to(tl.int32), axis=0) > 0:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside_n = n < FFN
+        row = n.to(tl.int64)[:, None] * HIDDEN
+        gate = tl.zeros([BLOCK_N, PADDED], tl.float32)
+        up = tl.zeros([BLOCK_N, PADDED], tl.float32)
+        for start in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside_k = k < HIDDEN
+            # the input of a row that skips is whatever an earlier step left there: it is not read
+            x = tl.load(
+                x_ptr + r[None, :] * HIDDEN + k[:, None], mask=runs[None, :] & inside_k[:, None], other=0.0
+            )
+            inside = inside_n[:, None] & inside_k[None, :]
+            w = tl.load(gate_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            v = tl.load(up_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            gate = tl.dot(w, x, gate, input_precision="ieee")
+            up = tl.dot(v, x, up, input_precision="ieee")
+        a = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(
+            a_ptr + r[None, :] * FFN + n[:, None],
+            a.to(a_ptr.dtype.element_ty),
+            mask=runs[None, :] & inside_n[:, None],
+        )
+
+
+@jit
+def _down_some(
+    a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    r = tl.arange(0, PADDED)
+    there = r < ROWS
+    runs = tl.load(skip_ptr + r, mask=there, other=1) == 0
+    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = n < HIDDEN
+    where = r[None, :] * HIDDEN + n[:, None]
+    f = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    if tl.sum(runs.to(tl.int32), axis=0) > 0:
+        row = n.to(tl.int64)[:, None] * FFN
+        for start in tl.range(0, FFN, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside_k = k < FFN
+            x = tl.load(
+                a_ptr + r[None, :] * FFN + k[:, None], mask=runs[None, :] & inside_k[:, None], other=0.0
+            )
+            inside = inside_n[:, None] & inside_k[None, :]
+            w = tl.load(down_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            f = tl.dot(w, x, f, input_precision="ieee")
+        rounded = f.to(f_ptr.dtype.element_ty).to(tl.float32)
+        running = runs[None, :] & inside_n[:, None]
+        before = tl.load(h_ptr + where, mask=running, other=0.0).to(tl.float32)
+        after = before + tl.where(running, rounded, 0.0)
+        sums = sums_ptr + part * 3 * ROWS + r
+        tl.store(sums, tl.sum(before * before, axis=0), mask=there)
+        tl.store(sums + ROWS, tl.sum(before * after, axis=0), mask=there)
+        tl.store(sums + 2 * ROWS, tl.sum(after * after, axis=0), mask=there)
+    f = tl.where(runs[None, :], f, 0.0)
+    tl.store(f_ptr + where, f.to(f_ptr.dtype.element_ty), mask=there[None, :] & inside_n[:, None])
+
+
+def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+    width, hidden = weights.gate.shape
+    flag = skip.view(torch.int8)
+    a = h.new_empty(1, width)
+    n, k, warps, stages = ONE_ROW["gate_up"]
+    _gate_up_one[(-(-width // n),)](
+        h, weights.norm, weights.gate, weights.up, a, flag, weights.eps,
+        HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    n, k, warps, stages = ONE_ROW["down"]
+    parts = -(-hidden // n)
+    f, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
+    _down_one[(parts,)](
+        a, weights.down, h, f, sums, flag,
+        HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return f, sums
+
+
+def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+    width, hidden = weights.gate.shape
+    rows = len(h)
+    width_p = max(_DOT_ROWS, padded(rows))
+    flags = skip.view(torch.int8)
+    x, a = torch.empty_like(h), h.new_empty(rows, width)
+    _norm_some[(rows,)](
+        h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
+    )
+    n, k, warps, stages = SOME_ROWS["gate_up"]
+    _gate_up_some[(-(-width // n),)](
+        x, weights.gate, weights.up, a, flags,
+        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
+        BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    n, k, warps, stages = SOME_ROWS["down"]
+    parts = -(-hidden // n)
+    f, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
+    _down_some[(parts,)](
+        a, weights.down, h, f, sums, flags,
+        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
+        BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return f, sums

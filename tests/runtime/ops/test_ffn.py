@@ -1,0 +1,90 @@
+"""The FFN kernels against their reference, by Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipcal.runtime.ops import ffn as op
+from skipcal.runtime.ops.ffn import FFNWeights, ffn, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A norm of the error, relative to that of f: float32 sums in another order, or a and f rounded once.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks small enough for a tiny FFN to need several."""
+    monkeypatch.setattr(op, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
+    monkeypatch.setattr(op, "SOME_ROWS", {"gate_up": (16, 32, 4, 1), "down": (16, 32, 4, 1)})
+
+
+def made(rows: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, FFNWeights]:
+    def some(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+    h = some(rows, hidden)
+    norm = (1 + 0.1 * torch.randn(hidden)).to(DEVICE, dtype)
+    narrow, wide = hidden**-0.5, width**-0.5
+    gate, up = (some(width, hidden, scale=narrow) for _ in range(2))
+    return h, FFNWeights(norm, 1e-5, gate, up, some(hidden, width, scale=wide))
+
+
+def flags(*skip: int) -> torch.Tensor:
+    return torch.tensor(skip, dtype=torch.bool, device=DEVICE)
+
+
+def cosine(sums: torch.Tensor) -> torch.Tensor:
+    hh, ho, oo = sums.sum(0)
+    found: torch.Tensor = ho / (hh * oo).sqrt()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("skip", [[0], [1], [0, 0, 0], [0, 1, 0, 1, 1], [1, 1, 1]])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (72, 100)])  # 72 and 100: no block divides them
+def test_kernels_equal_the_reference(dtype: torch.dtype, skip: list[int], hidden: int, width: int) -> None:
+    if DEVICE == "cpu" and len(skip) > 1 and dtype == torch.bfloat16:
+        pytest.skip("Triton 3.6's interpreter multiplies bfloat16 matrices by their bit patterns")
+    h, weights = made(len(skip), hidden, width, dtype)
+    expected, sums = reference(h, flags(*skip), weights)
+    f, partial = ffn(h, flags(*skip), weights)
+    runs = ~flags(*skip)
+    error = (f - expected).float().norm() / expected.float().norm().clamp_min(1e-9)
+    assert error < TOLERANCE[dtype]
+    assert (f[~runs] == 0).all()
+    assert f.dtype == dtype
+    torch.testing.assert_close(cosine(partial)[runs], cosine(sums)[runs], atol=TOLERANCE[dtype], rtol=0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_weight_reaches_rows_that_all_skip(rows: int) -> None:
+    """Weights of NaN would show in whatever reads them."""
+    h, weights = made(rows, 64, 128, torch.float32)
+    for tensor in (weights.norm, weights.gate, weights.up, weights.down):
+        tensor.fill_(float("nan"))
+    f, _ = ffn(h, flags(*[1] * rows), weights)
+    assert (f == 0).all()
+
+
+def test_a_row_that_skips_does_not_leak_what_lies_in_its_place() -> None:
+    """The input and the activation of a row that skips are never written: new memory is NaN here."""
+    h, weights = made(3, 64, 128, torch.float16)
+    h[1] = float("inf")
+    torch.use_deterministic_algorithms(True)  # which fills what `empty` returns
+    try:
+        f, sums = ffn(h, flags(0, 1, 0), weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(f).all()
+    assert (f[1] == 0).all()
+    assert torch.isfinite(sums[:, :, [0, 2]]).all()
+
+
+def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "runs_kernels", lambda h: False)
+    h, weights = made(2, 64, 128, torch.float32)
+    f, sums = ffn(h, flags(0, 1), weights)
+    assert sums.shape == (1, 3, 2)
+    assert torch.equal(f, reference(h, flags(0, 1), weights)[0])

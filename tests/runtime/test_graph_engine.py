@@ -1,0 +1,466 @@
+"""The graph engine against the eager one, token for token and count for count, uncaptured on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import left_padded, lively
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+
+from skipcal.arch.check import tiny_model
+from skipcal.arch.families import FAMILIES
+from skipcal.arch.locate import locate
+from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.errors import ConfigError
+from skipcal.runtime.engines import graph_step
+from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.ops import ffn
+from skipcal.runtime.policy import Policy, SkipPolicy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import LowRank, Surrogates
+
+pytestmark = pytest.mark.usefixtures("references")
+
+
+@pytest.fixture(autouse=True)
+def _small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of the attention op reads the whole cache, and a thousand places take time."""
+    monkeypatch.setattr(graph_step, "FIRST_SLOTS", 32)
+
+
+ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
+SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)
+ALWAYS = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=0)
+
+
+def generated(
+    model: Any, policy: Policy, engine: str, rows: list[list[int]] = ROWS, **options: Any
+) -> tuple[Any, SkipReport]:
+    torch.manual_seed(3)
+    settings = {"max_new_tokens": 12, "do_sample": False, **options}
+    with skipping(model, policy=policy, engine=engine) as run:
+        output = model.generate(**left_padded(rows), **settings)
+    return output, run.report
+
+
+def counts(report: SkipReport) -> tuple[Any, ...]:
+    return (
+        report.decode_steps,
+        report.decode_steps_after_warm_up,
+        report.skipped_per_layer,
+        report.weight_bytes_saved,
+    )
+
+
+def assert_engines_agree(
+    model: Any, policy: Policy, rows: list[list[int]] = ROWS, **options: Any
+) -> SkipReport:
+    expected, eager = generated(model, policy, "eager", rows, **options)
+    output, report = generated(model, policy, "graph", rows, **options)
+    assert torch.equal(output, expected)
+    assert counts(report) == counts(eager)
+    assert report.engine == "graph"
+    return report
+
+
+# The same tokens and counts
+
+
+@pytest.mark.parametrize("region", [(0, 4), (1, 3), (1, 1)])
+@pytest.mark.parametrize("max_skips", [None, 0, 1, 2])
+@pytest.mark.parametrize("warm_up", [0, 3])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equals_the_eager_engine(
+    tiny: Any, region: tuple[int, int], max_skips: int | None, warm_up: int, rows: int
+) -> None:
+    for threshold in (-1.0, 0.6, 2.0):
+        policy = SkipPolicy(
+            cold_s=region[0],
+            cold_e=region[1],
+            threshold=threshold,
+            max_skips=max_skips,
+            warm_up_tokens=warm_up,
+        )
+        assert_engines_agree(tiny, policy, ROWS[:rows])
+
+
+def test_rows_that_are_over_do_not_count(tiny: Any) -> None:
+    free, _ = generated(tiny, SOME, "eager")
+    report = assert_engines_agree(tiny, SOME, eos_token_id=int(free[0, -8]))
+    assert report.decode_steps < 33
+
+
+def test_a_spent_row_does_not_arm_again() -> None:
+    model = lively("llama", num_hidden_layers=10)
+    policy = SkipPolicy(cold_s=1, cold_e=9, threshold=-1.0, max_skips=2, warm_up_tokens=0)
+    report = assert_engines_agree(model, policy)
+    assert report.skipped_per_layer == (0, 0, 33, 33, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("model_type", [*sorted(FAMILIES), "mixtral", "gpt_oss"])
+def test_every_family_decodes_as_it_does_eagerly(model_type: str) -> None:
+    if model_type in FAMILIES:
+        model: Any = lively(model_type)
+    else:
+        model = tiny_model(model_type, num_local_experts=4, num_experts_per_tok=2)
+        model.generation_config.eos_token_id = None
+    report = assert_engines_agree(model, SkipPolicy(cold_s=0, cold_e=4, threshold=0.65, warm_up_tokens=1))
+    assert report.skipped_blocks > 0
+
+
+def test_rules_that_choose_ffns_are_captured_as_they_are(tiny: Any) -> None:
+    for probability in (0.5, 1.0):
+        policy = ChosenFFNs(
+            method="random", layers=(0, 2, 3), probability=probability, warm_up_tokens=1, seed=4
+        )
+        report = assert_engines_agree(tiny, policy)
+        assert report.skipped_blocks > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gemma2", "opt"])
+def test_surrogates_stand_in_for_skipped_ffns(model_type: str) -> None:
+    model: Any = lively(model_type)
+    found = locate(model)
+    maps = {i: LowRank(torch.randn(3, 32), 0.1 * torch.randn(32, 3), torch.randn(32)) for i in (1, 2)}
+    policy = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, max_skips=2, warm_up_tokens=1)
+    results = []
+    for kind in (EagerEngine, GraphEngine):
+
+        class Chosen(SkipPolicy):
+            def engine(self, architecture: Any, asked: str = "auto", **options: Any) -> Any:
+                why: Any = {"why": "asked for"} if kind is GraphEngine else {}  # noqa: B023
+                return kind(found, self.make_rule(), surrogates=Surrogates(maps), **why)  # noqa: B023
+
+        with skipping(model, policy=Chosen(**vars(policy))) as run:
+            output = model.generate(**left_padded(ROWS), max_new_tokens=12, do_sample=False)
+        results.append((output.tolist(), counts(run.report)))
+    assert run.report.engine == "graph"
+    assert results[0] == results[1]
+
+
+def test_windows_of_the_cache_grow_with_the_text(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_step, "MIN_WINDOW", 4)
+    monkeypatch.setattr(graph_step, "FIRST_SLOTS", 8)
+    assert_engines_agree(tiny, SOME, max_new_tokens=40)
+    tiny.set_attn_implementation("eager")
+    assert_engines_agree(tiny, SOME, max_new_tokens=40)
+
+
+def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="a CPU build of torch brings no Triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
+    model = lively("llama", num_hidden_layers=2)
+    few = SkipPolicy(cold_s=0, cold_e=2, threshold=-1.0, warm_up_tokens=0)
+    for rows in (ROWS[:1], ROWS[:2]):
+        report = assert_engines_agree(model, few, rows, max_new_tokens=3)
+        assert report.skipped_per_layer == (0, 2 * len(rows))
+
+
+def test_calls_one_after_the_other_use_one_step(tiny: Any) -> None:
+    with skipping(tiny, policy=SOME, engine="graph") as run:
+        outputs = [tiny.generate(**left_padded(ROWS), max_new_tokens=9, do_sample=False) for _ in range(2)]
+        engine = run._engine
+        assert isinstance(engine, GraphEngine)
+        step = engine._step
+        tiny.generate(**left_padded(ROWS[::-1]), max_new_tokens=5, do_sample=False)
+        assert engine._step is step
+    assert torch.equal(*outputs)
+
+
+def test_how_far_rows_agree_is_measured(tiny: Any) -> None:
+    _, alike = generated(tiny, ALWAYS, "graph")
+    assert alike.row_decisions == 11 * 3
+    assert alike.row_agreement == 1.0
+    middling = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, warm_up_tokens=0)
+    _, unlike = generated(tiny, middling, "graph")
+    assert 0 < unlike.row_agreement < 1
+    _, single = generated(tiny, ALWAYS, "graph", ROWS[:1])
+    assert single.to_dict()["row_agreement"] is None
+
+
+@pytest.mark.parametrize("batch_rule", ["all", "mean"])
+def test_rows_may_arm_together(tiny: Any, batch_rule: str) -> None:
+    policy = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, warm_up_tokens=0)
+    free, rows = generated(tiny, policy, "eager")
+    end = int(free[0, -8])
+    results = []
+    for engine in ("eager", "graph"):
+        with skipping(tiny, policy=policy, engine=engine, batch_rule=batch_rule) as run:
+            output = tiny.generate(**left_padded(ROWS), max_new_tokens=12, do_sample=False, eos_token_id=end)
+        results.append((output.tolist(), counts(run.report)))
+    assert results[0] == results[1]
+    assert run.report.row_agreement == 1.0
+    assert run.report.skipped_per_layer != rows.skipped_per_layer
+
+
+def test_rows_that_cannot_arm_together_are_refused(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match="not one of rows, all, mean"):
+        skipping(tiny, policy=SOME, batch_rule="most")
+    with pytest.raises(ConfigError, match="joins the rows of a decode step"):
+        skipping(tiny, policy=SOME, batch_rule="all", teacher_forced=True)
+
+
+# Under generate()
+
+
+class Loud(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, input_ids[:, -1], -10.0)
+
+
+class TenTokens(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 1.5, "top_k": 8},
+        {"logits_processor": [Loud()], "repetition_penalty": 1.2},
+        {"stopping_criteria": [TenTokens()]},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"prefill_chunk_size": 2},
+    ],
+)
+def test_what_generate_can_do_besides_it_does_here(tiny: Any, options: dict[str, Any]) -> None:
+    assert_engines_agree(tiny, SOME, **options)
+
+
+def test_a_streamer_gets_every_token_and_the_end(tiny: Any) -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    streamer = Heard()
+    output, _ = generated(tiny, SOME, "graph", ROWS[:1], streamer=streamer)
+    assert streamer.seen == [*output[0].tolist(), -1]
+
+
+def test_logits_are_the_eager_ones(tiny: Any) -> None:
+    options: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    expected, _ = generated(tiny, SOME, "eager", **options)
+    output, report = generated(tiny, SOME, "graph", **options)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+    assert report.engine == "graph"
+
+
+def test_a_cache_that_is_handed_out_is_not_used_again(tiny: Any) -> None:
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    with skipping(tiny, policy=SOME, engine="graph"):
+        first = tiny.generate(**left_padded(ROWS[:1]), **options)
+        kept = first.past_key_values.layers[0].keys.clone()
+        tiny.generate(**left_padded([ROWS[2]]), **options)
+        assert torch.equal(first.past_key_values.layers[0].keys, kept)
+
+
+def test_in_inference_mode_and_out_of_it(tiny: Any) -> None:
+    with skipping(tiny, policy=SOME, engine="graph") as run:
+        with torch.inference_mode():
+            inside = tiny.generate(**left_padded(ROWS), max_new_tokens=6, do_sample=False)
+        outside = tiny.generate(**left_padded(ROWS), max_new_tokens=6, do_sample=False)
+    assert torch.equal(inside, outside)
+    assert run.report.engine == "graph"
+
+
+# What it cannot run
+
+
+def windowed(model: Any) -> Any:
+    return lively("mistral", sliding_window=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (None, {"num_beams": 2}, "beam search reorders the cache"),
+        (None, {"cache_implementation": "static"}, "cache_implementation='static'"),
+        (None, {"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
+        (windowed, {}, "attention window of 8"),
+    ],
+)
+def test_the_rest_is_left_to_the_eager_engine_with_one_warning(
+    tiny: Any,
+    change: Callable[[Any], Any] | None,
+    options: dict[str, Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = change(tiny) if change is not None else tiny
+    expected, eager = generated(model, SOME, "eager", **options)
+    with caplog.at_level(logging.WARNING):
+        output, report = generated(model, SOME, "graph", **options)
+    sequences = [o.sequences if "return_dict_in_generate" in options else o for o in (output, expected)]
+    assert torch.equal(*sequences)
+    assert counts(report) == counts(eager)
+    assert report.engine == "eager"
+    assert reason in report.engine_reason
+    assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_a_cache_of_the_callers_is_decoded_eagerly(tiny: Any) -> None:
+    cache = DynamicCache(config=tiny.config)
+    _, report = generated(tiny, SOME, "graph", past_key_values=cache)
+    assert "generate() was given a cache" in report.engine_reason
+    assert report.skipped_blocks > 0
+
+
+def test_a_model_that_no_step_can_run_is_decoded_eagerly(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    found = locate(tiny)
+    tiny.config._attn_implementation = "flex_attention"
+    session = skipping(tiny, policy=SOME, engine="graph", architecture=found)
+    with caplog.at_level(logging.WARNING), session as run:
+        pass
+    assert run.report.engine == "eager"
+    assert "'flex_attention' takes no mask" in run.report.engine_reason
+    assert "engine graph is not used" in caplog.text
+
+
+def test_a_step_that_fails_or_lies_is_given_up(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.set_attn_implementation("eager")  # which is given the mask of `_mask`
+    expected, eager = generated(tiny, SOME, "eager")
+
+    def out_of_memory(self: Any, mask: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrong(self: Any, seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(seen.shape)[:, None, None]  # padding in sight, and what is yet to come
+
+    for name, broken, reason in (
+        ("prepare", out_of_memory, "could not be captured (CUDA out of memory)"),
+        ("_mask", wrong, "its logits differ from the model's"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(graph_step.DecodeStep, name, broken)
+            output, report = generated(tiny, SOME, "graph")
+        assert torch.equal(output, expected)
+        assert counts(report) == counts(eager)
+        assert report.engine == "eager"
+        assert reason in report.engine_reason
+
+
+def test_a_teacher_forced_pass_is_the_eager_engines(tiny: Any) -> None:
+    ids = torch.tensor([ROWS[0]])
+    with skipping(tiny, policy=ALWAYS, engine="graph", teacher_forced=True) as run:
+        tiny(ids)
+    assert run.report.skipped_blocks == 2 * 5
+    assert run.report.engine == "eager"
+
+
+def test_a_hand_written_loop_is_the_eager_engines(tiny: Any) -> None:
+    with skipping(tiny, policy=ALWAYS, engine="graph") as run:
+        out = tiny(torch.tensor([ROWS[0]]), use_cache=True)
+        tiny(torch.tensor([[4]]), past_key_values=out.past_key_values, use_cache=True)
+    assert run.report.skipped_per_layer == (0, 0, 1, 1)
+    assert run.report.engine == "eager"
+
+
+# How each FFN runs
+
+
+def with_bias(model: Any) -> str:
+    linear = model.model.layers[2].mlp.up_proj
+    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
+    return "have biases"
+
+
+def with_adapter(model: Any) -> str:
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.mean(-1, keepdim=True)
+
+    mlp = model.model.layers[2].mlp
+    old, mlp.gate_proj = mlp.gate_proj, Adapted(32, 48, bias=False)
+    mlp.gate_proj.weight = old.weight
+    return "is not three plain linears"
+
+
+def with_hook(model: Any) -> str:
+    model.model.layers[2].mlp.gate_proj.register_forward_hook(lambda module, args, output: output * 0.5)
+    return "has hooks inside"
+
+
+def with_other_activation(model: Any) -> str:
+    model.model.layers[2].mlp.act_fn = torch.nn.Tanh()
+    return "computes something else"
+
+
+@pytest.mark.parametrize("change", [with_bias, with_adapter, with_hook, with_other_activation])
+def test_an_ffn_that_the_kernels_do_not_compute_runs_as_it_is(
+    tiny: Any, change: Callable[[Any], str]
+) -> None:
+    reason = change(tiny)
+    report = assert_engines_agree(tiny, SOME)
+    assert "3 FFNs in predicated kernels, 1 as modules in IF nodes" in report.engine_reason
+    assert reason in report.engine_reason
+
+
+def test_a_module_in_an_if_node_does_not_run_when_all_rows_skip(tiny: Any) -> None:
+    with_bias(tiny)
+    calls = []
+    inner = tiny.model.layers[2].mlp.up_proj
+    forward = inner.forward
+
+    def counted(x: torch.Tensor) -> Any:
+        calls.append(1)
+        return forward(x)
+
+    inner.forward = counted
+    with skipping(tiny, policy=ALWAYS, engine="graph"):
+        tiny.generate(**left_padded(ROWS), max_new_tokens=6, do_sample=False)
+    # proof of the architecture, prefill, the two passes that prove the step; and no decode step
+    assert len(calls) == 4
+
+
+# Leaving nothing behind
+
+
+def state_of(model: Any) -> list[Any]:
+    return [
+        (name, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(tiny: Any, fails: bool) -> None:
+    ids = torch.tensor([ROWS[0]])
+    before, logits = state_of(tiny), tiny(ids).logits
+
+    class Boom(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if fails and input_ids.shape[1] > 9:
+                raise RuntimeError("boom")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    try:
+        with skipping(tiny, policy=ALWAYS, engine="graph") as run:
+            tiny.generate(**left_padded(ROWS[:1]), max_new_tokens=8, stopping_criteria=[Boom()])
+    except RuntimeError as error:
+        assert fails and str(error) == "boom"
+    assert run.report.engine == "graph"
+    assert state_of(tiny) == before
+    assert torch.equal(tiny(ids).logits, logits)
+
+
+def test_another_model_of_the_class_is_untouched(tiny: Any) -> None:
+    other = copy.deepcopy(tiny)
+    expected = other.generate(**left_padded(ROWS), max_new_tokens=9, do_sample=False)
+    with skipping(tiny, policy=ALWAYS, engine="graph"):
+        again = other.generate(**left_padded(ROWS), max_new_tokens=9, do_sample=False)
+    assert torch.equal(again, expected)
