@@ -177,7 +177,7 @@ class _Fitter:
         return fisher_damage(self._model, self._architecture, ids, first=self._first, seed=self._config.seed)
 
     def operating_points(self, fitted: Fitted, tensors: GateTensors) -> list[GatePoint]:
-        """Thresholds for TARGETS and the ratio fitted for, by what windows that were not fitted on realise."""
+        """Thresholds for TARGETS and the ratio fitted for, by what windows not fitted on realise."""
         candidates = len(self._layers) / self._architecture.num_layers
         targets = {ratio for ratio in TARGETS if ratio <= candidates}
         policy = GatePolicy(

@@ -20,6 +20,7 @@ from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_step
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import ffn
 from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
@@ -113,6 +114,24 @@ def test_every_family_decodes_as_it_does_eagerly(model_type: str) -> None:
         model.generation_config.eos_token_id = None
     report = assert_engines_agree(model, SkipPolicy(cold_s=0, cold_e=4, threshold=0.65, warm_up_tokens=1))
     assert report.skipped_blocks > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_gate_decides_and_surrogates_stand_in_as_they_do_eagerly(tiny: Any, rows: int) -> None:
+    layers, hidden = (1, 2), tiny.config.hidden_size
+    generator = torch.Generator().manual_seed(5)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    gates = Gates(layers, values(2, hidden), values(2), values(2))
+    maps = {
+        layer: LowRank(values(3, hidden) / hidden, values(hidden, 3) / 3, values(hidden)) for layer in layers
+    }
+    threshold = float(gates.bias.mean())
+    policy = GatePolicy(gates=gates, surrogates=Surrogates(maps), threshold=threshold, warm_up_tokens=2)
+    report = assert_engines_agree(tiny, policy, ROWS[:rows])
+    assert 0 < report.skipped_blocks < 2 * report.decode_steps_after_warm_up
 
 
 def test_rules_that_choose_ffns_are_captured_as_they_are(tiny: Any) -> None:
