@@ -52,7 +52,7 @@ class ScoreHistogram:
     def share_below(self, threshold: float) -> float:
         """Share of all scores below `threshold`, to the width of a bin."""
         edge = min(max(round((threshold - self.low) / self.width), 0), len(self.counts))
-        return float(self.counts[:edge].sum() / self.counts.sum())
+        return int(self.counts[:edge].sum()) / int(self.counts.sum())
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class GatePolicy:
         gates = (self.gates.weight, self.gates.log_norm_weight, self.gates.bias)
         return {
             "rule": "gate",
-            "threshold": self.threshold if math.isfinite(self.threshold) else None,
+            "threshold": self.threshold if math.isfinite(self.threshold) else str(self.threshold),
             "warm_up_tokens": self.warm_up_tokens,
             "layers": list(self.gates.layers),
             "gates": tensors_digest(gates),
@@ -92,7 +92,7 @@ class GatePolicy:
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the FFN block, less the surrogate's."""
-        return block.weight_bytes - self.surrogates.weight_bytes(block.index)
+        return block.weight_bytes - self.surrogates.bytes_at(block)
 
     def make_rule(self) -> GateRule:
         """The gates, as engines ask them."""

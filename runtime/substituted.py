@@ -39,13 +39,18 @@ class Substituted:
         """The policy's."""
         return self.policy.warm_up_tokens
 
+    @property
+    def threshold(self) -> float | None:
+        """The policy's, if it has one."""
+        return getattr(self.policy, "threshold", None)
+
     def check_layers(self, num_layers: int) -> None:
         """As the policy does."""
         self.policy.check_layers(num_layers)
 
     def saved_bytes(self, block: Block) -> int:
         """Those of the FFN block, less the surrogate's."""
-        return self.policy.saved_bytes(block) - self.surrogates.weight_bytes(block.index)
+        return self.policy.saved_bytes(block) - self.surrogates.bytes_at(block)
 
     def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
         """A fresh engine under the policy's rule."""

@@ -41,8 +41,13 @@ class LowRank:
         return F.linear(F.linear(u, self.down), self.up, self.bias)
 
     @property
+    def elements(self) -> int:
+        """Numbers that a token reads where the map runs."""
+        return self.down.numel() + self.up.numel() + self.bias.numel()
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes that a token reads where the map runs."""
+        """Their bytes."""
         return sum(t.numel() * t.element_size() for t in (self.down, self.up, self.bias))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
@@ -70,9 +75,16 @@ class Surrogates:
         found = self.maps.get(layer)
         return 0 if found is None else found.weight_bytes
 
+    def bytes_at(self, block: Block) -> int:
+        """`weight_bytes` of the block's map in the precision in which its layer computes."""
+        found = self.maps.get(block.index)
+        return 0 if found is None else found.elements * _place(block)[1].itemsize
+
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""
-        return tensors_digest(t for layer in sorted(self.maps) for t in vars(self.maps[layer]).values())
+        return tensors_digest(
+            t for layer in sorted(self.maps) for t in (torch.tensor(layer), *vars(self.maps[layer]).values())
+        )
 
     def for_model(self, architecture: Architecture) -> Surrogates:
         """The maps in the precision and on the device of their layers."""

@@ -5,13 +5,17 @@ It walks the layers of a Llama by hand with a growing cache, and is the judge of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.substituted import Substituted
 
 
 @dataclass
@@ -28,8 +32,37 @@ def cosine(h: torch.Tensor, f: torch.Tensor) -> float:
     return float((a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt()))
 
 
-def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: SkipPolicy | None) -> tuple[Any, ...]:
-    """One forward pass [1, seq] -> logits of the last token, layers skipped, cosines."""
+def direction(h: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """u and the length of one token's stream, in float64."""
+    norm = math.sqrt(sum(v * v for v in h.double().tolist()))
+    return math.sqrt(len(h)) * h.double() / norm, norm
+
+
+def score(policy: GatePolicy, layer: int, h: torch.Tensor) -> float:
+    """Of one token, by the formula of runtime/gate.py."""
+    place = policy.gates.layers.index(layer)
+    u, norm = direction(h)
+    weight, slope, bias = (t[place].double() for t in list(vars(policy.gates).values())[1:])
+    return float(weight @ u + slope * math.log(norm) + bias)
+
+
+def stand_in(policy: Any, layer: int, h: torch.Tensor) -> torch.Tensor:
+    """What one token that skips adds: its surrogate, where the policy has one."""
+    maps = getattr(policy, "surrogates", None)
+    found = maps.maps.get(layer) if maps else None
+    if found is None:
+        return torch.zeros_like(h)
+    u, _ = direction(h)
+    s: torch.Tensor = found.up.double() @ (found.down.double() @ u) + found.bias.double()
+    return s.to(h.dtype)
+
+
+def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: Any | None) -> tuple[Any, ...]:
+    """One forward pass [1, seq] -> logits of the last token, layers skipped, cosines.
+
+    policy: a SkipPolicy, a GatePolicy, a static ChosenFFNs or Substituted around one; None: full.
+    """
+    rule = policy.policy if isinstance(policy, Substituted) else policy
     stack = model.model
     past = cache.get_seq_length()
     positions = torch.arange(past, past + ids.shape[1])[None]
@@ -51,23 +84,31 @@ def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: SkipPolicy 
             position_embeddings=rotary,
         )
         h = h + attended
-        inside = policy is not None and policy.cold_s <= i < policy.cold_e
-        may = policy is not None and (policy.max_skips is None or count < policy.max_skips)
-        if inside and armed and may:
+        inside = may = False
+        if isinstance(rule, SkipPolicy):
+            inside = rule.cold_s <= i < rule.cold_e
+            may = inside and armed and (rule.max_skips is None or count < rule.max_skips)
+        elif isinstance(rule, GatePolicy):
+            may = i in rule.gates.layers and score(rule, i, h[0, -1]) < rule.threshold
+        elif isinstance(rule, ChosenFFNs):
+            assert rule.probability == 1
+            may = i in rule.layers
+        if may:
             skipped.append(i)
             cosines.append(float("nan"))
             count += 1
+            h = h + stand_in(policy, i, h[0, -1])
             continue
         f = layer.mlp(layer.post_attention_layernorm(h))
         value = cosine(h[0, -1], f[0, -1])
         cosines.append(value)
-        if inside and not armed and policy is not None and value >= policy.threshold:
+        if isinstance(rule, SkipPolicy) and inside and not armed and value >= rule.threshold:
             armed = True
         h = h + f
     return model.lm_head(stack.norm(h))[0, -1], skipped, cosines
 
 
-def decode(model: Any, prompt: list[int], policy: SkipPolicy, new_tokens: int) -> Decoded:
+def decode(model: Any, prompt: list[int], policy: Any, new_tokens: int) -> Decoded:
     """Greedy decoding of `new_tokens` tokens, step by step, never stopping early."""
     cache = DynamicCache(config=model.config)
     result = Decoded()

@@ -1,0 +1,78 @@
+"""Gates and surrogates for tiny models, made by hand: neither fitted nor good."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from skipcal.arch.locate import locate, observe
+from skipcal.runtime.gate import GateRule, Gates
+from skipcal.runtime.policy import Policy
+from skipcal.runtime.report import SkipReport
+from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import LowRank, Surrogates
+
+PROMPT = [5, 17, 31, 8, 44]
+NEW = 12
+LAYERS = (1, 2)
+
+
+def random_gates(layers: tuple[int, ...], hidden: int = 32) -> Gates:
+    random = torch.Generator().manual_seed(3)
+    count = len(layers)
+    return Gates(
+        layers=layers,
+        weight=torch.randn(count, hidden, generator=random) / hidden**0.5,
+        log_norm_weight=torch.randn(count, generator=random),
+        bias=torch.randn(count, generator=random),
+    )
+
+
+def gates_for(model: Any, layers: tuple[int, ...] = LAYERS) -> Gates:
+    """Random gates whose scores on the model's own streams lie around 0, in every layer."""
+    gates = random_gates(layers, model.config.hidden_size)
+    rule = GateRule(gates, 0.0)
+    middles: dict[int, float] = {}
+
+    def see(layer: int, h: torch.Tensor, f: torch.Tensor) -> None:
+        scores = rule.scores(layer, h.reshape(-1, h.shape[-1]))
+        middles[layer] = float(torch.as_tensor(scores).median())
+
+    blocks = tuple(block for block in locate(model).blocks if block.index in layers)
+    with observe(blocks, see):
+        model(torch.arange(3, 63)[None], use_cache=False)
+    return Gates(layers, gates.weight, gates.log_norm_weight, gates.bias - torch.tensor([*middles.values()]))
+
+
+def surrogates_for(model: Any, layers: tuple[int, ...] = LAYERS, rank: int = 3) -> Surrogates:
+    """Random maps that add about as much as an FFN of `lively` does."""
+    random = torch.Generator().manual_seed(4)
+    hidden = model.config.hidden_size
+    return Surrogates(
+        {
+            layer: LowRank(
+                down=torch.randn(rank, hidden, generator=random) / hidden**0.5,
+                up=torch.randn(hidden, rank, generator=random),
+                bias=torch.randn(hidden, generator=random),
+            )
+            for layer in layers
+        }
+    )
+
+
+def generated(model: Any, policy: Policy | None, new: int = NEW) -> tuple[Any, SkipReport | Any]:
+    """Greedy decoding of PROMPT with its logits; without a policy outside any session."""
+    ids = torch.tensor([PROMPT])
+    options = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": new,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    if policy is None:
+        return model.generate(**options), None
+    with skipping(model, policy=policy) as run:
+        return model.generate(**options), run.report
