@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +50,7 @@ class FisherDamage:
     """
 
     fisher: Mapping[int, Tensor]
-    probes: Mapping[int, Linear]
+    probes: Mapping[int, Linear] = field(default_factory=dict)
 
     def sensitivity(self, layer: int) -> Linear | None:
         """The layer's probe."""

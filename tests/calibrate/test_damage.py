@@ -11,8 +11,16 @@ from conftest import lively
 from torch import Tensor
 
 from skipcal.arch.locate import locate
-from skipcal.calibrate.damage import SHRINKAGE, FisherDamage, RelativeDamage, fisher_damage
+from skipcal.calibrate.damage import (
+    SENSITIVITY_PENALTY,
+    SHRINKAGE,
+    FisherDamage,
+    RelativeDamage,
+    fisher_damage,
+)
+from skipcal.calibrate.gate import SENSITIVITY, gate_inputs, sharpened
 from skipcal.calibrate.layer_damage import KEPT, relative_damage
+from skipcal.calibrate.moments import Linear, Moments, ridge
 
 FIRST = 3
 HIDDEN = 32
@@ -89,6 +97,36 @@ def test_labels_are_drawn_by_the_seed(tiny: Any) -> None:
     ]
     assert torch.equal(fits[0], fits[1])
     assert not torch.allclose(fits[0], fits[2])
+
+
+def test_sensitivity_is_a_ridge_of_the_log_of_squared_gradients() -> None:
+    """Relative to their mean, from what a gate sees; gradients token by token, by hand."""
+    model: Any = lively("llama")
+    ids = texts(6, 16)
+    found = fisher_damage(model, locate(model), [ids], first=FIRST, seed=2)
+    labels = sampled(model, ids, 2)
+    squares, inputs = [], []
+    for row, wanted in zip(ids, labels, strict=True):
+        with torch.enable_grad():
+            logits, after, parts = streams(model, row[None])
+            chances = logits[0, FIRST:].log_softmax(-1)
+            torch.stack([-chances[p, label] for p, label in enumerate(wanted)]).sum().backward()
+        assert after[2].grad is not None
+        squares.append(after[2].grad[0, FIRST:].double().square().sum(-1))
+        inputs.append(gate_inputs(parts[2][0][0, FIRST:].detach()))
+    y, x = torch.cat(squares), torch.cat(inputs)
+    moments = Moments.empty(HIDDEN + 1, 1)
+    moments.add(x, (y / y.mean()).log()[:, None])
+    probe = found.sensitivity(2)
+    assert probe is not None
+    torch.testing.assert_close(probe(x), ridge(moments, SENSITIVITY_PENALTY)(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gate_is_sharpened_by_a_part_of_the_log_sensitivity() -> None:
+    gate, probe = (Linear(torch.randn(5, 1), torch.randn(1)) for _ in range(2))
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(sharpened(gate, probe)(x), gate(x) + SENSITIVITY * probe(x))
+    assert sharpened(gate, None) is gate
 
 
 def test_fisher_damage_is_half_the_quadratic_form() -> None:

@@ -11,7 +11,7 @@ import torch
 from gated import NEW, PROMPT, gates_for, generated, random_gates, surrogates_for
 
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.gate import NEVER, GatePolicy, GateRule
+from skipcal.runtime.gate import NEVER, GatePolicy, GateRule, GateState
 from skipcal.runtime.session import skipping
 from skipcal.runtime.surrogates import Surrogates
 
@@ -70,7 +70,7 @@ def test_a_score_at_the_threshold_does_not_skip(tokens: int) -> None:
     score = float(torch.as_tensor(GateRule(gates, 0.0).scores(2, h)).flatten()[0])
     for threshold, expected in ((score, False), (score + 1e-4, True)):
         rule = GateRule(gates, threshold)
-        state: Any = None
+        state = GateState(on_device=False)
         skip, _ = rule.before(2, state, h)
         assert torch.as_tensor(skip).flatten().tolist() == [expected] * tokens
 
