@@ -145,9 +145,9 @@ def _own_profile(model: str | None) -> str | Path:
 
 def beside(target: Path) -> Path:
     """Where the tensors of a profile at `target` go."""
-    from skipcal.profiles.parts import TENSORS_SUFFIX
+    from skipcal.profiles.parts import tensors_file
 
-    return target.with_name(f"{target.stem}{TENSORS_SUFFIX}")
+    return target.with_name(tensors_file(target))
 
 
 def _next(fitted: SkipProfile, target: Path) -> str:

@@ -25,7 +25,7 @@ from skipcal.calibrate.provenance import sample_info
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.fit import FitConfig
 from skipcal.errors import ConfigError, TargetOutOfReach
-from skipcal.profiles.parts import TENSORS_SUFFIX, GateFit, GateInfo, GatePoint, GateSettings
+from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings, tensors_file
 from skipcal.profiles.schema import SkipProfile, model_slug, threshold_for
 from skipcal.profiles.tensors import GateTensors
 from skipcal.runtime.batching import batches
@@ -55,8 +55,7 @@ def fit_gate_profile(
     tensors = GateTensors.pack(fitted.gates, fitted.surrogates, profile.model.fingerprint)
     points = run.operating_points(fitted, tensors)
     threshold = threshold_for(points, config.target_skip_ratio, never=NEVER)
-    stem = Path(config.output).stem if config.output else model_slug(profile.model.name)
-    name = f"{stem}{TENSORS_SUFFIX}"
+    name = tensors_file(Path(config.output or f"{model_slug(profile.model.name)}.json"))
     gate = GateInfo(
         tensors=name,
         sha256=tensors.sha256,

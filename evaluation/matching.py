@@ -61,6 +61,8 @@ def threshold_scale(policy: Policy, profile: SkipProfile) -> ThresholdScale:
     if isinstance(policy, GatePolicy):
         assert profile.gate is not None
         inner = sorted(point.threshold for point in profile.gate.operating_points)
+        if not inner:
+            raise TargetOutOfReach("the gate has no operating point to start from; fit it again")
         thresholds = (inner[0] - BEYOND, *inner, inner[-1] + BEYOND)
         return ThresholdScale(thresholds, len(policy.gates.layers) / layers)
     assert isinstance(policy, SkipPolicy)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -164,6 +166,14 @@ class Environment(Part):
 
 
 TENSORS_SUFFIX = ".surrogates.safetensors"  # after the stem of the profile beside it
+
+
+def tensors_file(profile: Path) -> str:
+    """Name of the tensors of a profile at `profile`: its stem, in the characters that a FileName has."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", profile.stem).lstrip("._-")[:150]
+    return f"{stem or 'gate'}{TENSORS_SUFFIX}"
+
+
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -151,16 +151,26 @@ class SkipProfile(BaseModel, PushToHubMixin):
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the file atomically, after the tensors of a gate, which go beside it under their name.
 
-        Raises OutputExists unless `overwrite` (the same tensors may be there), OutputError if it fails.
+        Raises OutputExists unless `overwrite` (the same tensors may be there), OutputError if it fails;
+        then both files are as they were.
         """
-        target = Path(path)
-        if self.gate is not None:
-            tensors = self.tensors()
-            beside = target.parent / self.gate.tensors
-            check_output(target, overwrite=overwrite)
-            if not (beside.is_file() and beside.read_bytes() == tensors.raw):
-                write_atomic(beside, lambda part: _write_bytes(part, tensors.raw), overwrite=overwrite)
-        write_text_atomic(target, self.to_json(), overwrite=overwrite)
+        target, text = Path(path), self.to_json()
+        if self.gate is None:
+            write_text_atomic(target, text, overwrite=overwrite)
+            return
+        raw, beside = self.tensors().raw, target.parent / self.gate.tensors
+        check_output(target, overwrite=overwrite)
+        before = beside.read_bytes() if beside.is_file() else None
+        if before != raw:
+            write_atomic(beside, lambda part: _write_bytes(part, raw), overwrite=overwrite)
+        try:
+            write_text_atomic(target, text, overwrite=overwrite)
+        except BaseException:
+            if before is None:
+                beside.unlink(missing_ok=True)
+            elif before != raw:
+                _write_bytes(beside, before)
+            raise
 
     def to_json(self) -> str:
         """The text of the file."""

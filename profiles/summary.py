@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from skipcal.profiles.parts import GateInfo
 from skipcal.profiles.schema import SkipProfile
 
 WIDTH = 80
@@ -15,6 +16,8 @@ def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
     if by_layer:
         parts.append(_layers(profile))
     parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
+    if profile.gate is not None:
+        parts += [_gate(profile.gate), _gate_points(profile.gate, getattr(profile.policy, "threshold", None))]
     return "\n\n".join(parts)
 
 
@@ -62,7 +65,7 @@ def _points(profile: SkipProfile) -> str:
         return "no operating points: no FFN can be skipped within the region"
     lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{'held-out':>10}"]
     for point in profile.operating_points:
-        mark = "  <- policy" if point.threshold == profile.cosine_policy.threshold else ""
+        mark = "  <- policy" if point.threshold == getattr(profile.policy, "threshold", None) else ""
         lines.append(
             f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
             f"{_ratio(point.realised_skip_ratio):>10}{_ratio(point.verified_skip_ratio):>10}{mark}"
@@ -94,6 +97,59 @@ def tuning_table(profile: SkipProfile) -> str:
     losers = dict.fromkeys(point.line for point in tuning.points if point.loses_to_random)
     warnings = [_warning(f"{name} diverges more than skipping as many FFNs at random") for name in losers]
     return "\n\n".join(["\n".join(lines), *warnings])
+
+
+def _gate(gate: GateInfo) -> str:
+    """What was fitted, on what, and how well."""
+    fit = gate.fit
+    texts = ", ".join(c.name for c in fit.corpora)
+    skipped = ", ".join(f"{ratio:.3f}" for ratio in fit.sweeps)
+    damage = {"fisher": "Fisher metric", "relative-error": "relative error, weighed by layer"}[fit.damage]
+    lines = [
+        ("gate", f"the policy's rule, in {len(gate.layers)} layers: {_ranges(gate.layers)}"),
+        ("fitted on", f"{fit.tokens:,} tokens of {texts}"),
+        ("sweeps", f"{len(fit.sweeps)}, skipping {skipped}"),
+        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("error", f"{_span(fit.surrogate_error)} of the variance of f is left"),
+        ("damage", f"by {damage}; R2 of the gates {_span(fit.gate_r_squared)}"),
+        ("warm-up", f"{gate.warm_up_tokens} tokens"),
+        ("tensors", gate.tensors),
+    ]
+    return "\n".join(
+        textwrap.fill(f"{name:<14}{value}", WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False)
+        for name, value in lines
+    )
+
+
+def _gate_points(gate: GateInfo, threshold: float | None) -> str:
+    corpora = list(gate.operating_points[0].by_corpus) if gate.operating_points else []
+    names = "".join(f"{name[:9]:>10}" for name in corpora[:3])
+    lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{names}"]
+    for point in gate.operating_points:
+        each = "".join(f"{point.by_corpus[name]:>10.3f}" for name in corpora[:3])
+        mark = "  <- policy" if point.threshold == threshold else ""
+        lines.append(
+            f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.3f}{point.predicted_skip_ratio:>11.3f}"
+            f"{_ratio(point.realised_skip_ratio):>10}{each}{mark}"
+        )
+    note = "predicted: in the last sweep; realised: on text that was not fitted on, teacher-forced"
+    lines.append(textwrap.fill(note, WIDTH, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def _ranges(layers: list[int]) -> str:
+    """1 to 3, 5, 7 to 9"""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
 def _ratio(value: float | None) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 from skipcal.arch.locate import locate, observe
+from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.tensors import GateTensors
 from skipcal.runtime.gate import GateRule, Gates
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
@@ -76,3 +79,40 @@ def generated(model: Any, policy: Policy | None, new: int = NEW) -> tuple[Any, S
         return model.generate(**options), None
     with skipping(model, policy=policy) as run:
         return model.generate(**options), run.report
+
+
+def with_gate(profile: SkipProfile, *, layers: tuple[int, ...] = LAYERS, name: str = "made") -> SkipProfile:
+    """The profile with a gate that nobody fitted, and tensors for its model."""
+    hidden = profile.model.hidden_size
+    random = torch.Generator().manual_seed(5)
+    maps = {
+        layer: LowRank(
+            torch.randn(2, hidden, generator=random),
+            torch.randn(hidden, 2, generator=random),
+            torch.randn(hidden, generator=random),
+        )
+        for layer in layers
+    }
+    tensors = GateTensors.pack(random_gates(layers, hidden), Surrogates(maps), profile.model.fingerprint)
+    file = f"{name}.surrogates.safetensors"
+    points = [
+        GatePoint(
+            target_skip_ratio=target,
+            threshold=threshold,
+            predicted_skip_ratio=target + 0.01,
+            realised_skip_ratio=target,
+            by_corpus={"text": target},
+        )
+        for target, threshold in ((0.1, -2.0), (0.2, -1.0), (0.4, 0.5))
+    ]
+    fit = GateFit(
+        corpora=[], windows=4, window_tokens=16, tokens=52, seed=0, sweeps=[0.0, 0.2], damage="fisher",
+        rank=2, surrogate_share=0.031, gate_r_squared=[0.5, 0.75], surrogate_error=[0.4, 0.625],
+        seconds=1.0, peak_memory_bytes=10**9, config={},
+    )  # fmt: skip
+    gate = GateInfo(
+        tensors=file, sha256=tensors.sha256, layers=list(layers), warm_up_tokens=3, operating_points=points,
+        fit=fit,
+    )  # fmt: skip
+    settings = GateSettings(threshold=-1.0, warm_up_tokens=3, tensors=file, sha256=tensors.sha256)
+    return profile.with_gate(gate, settings, tensors)

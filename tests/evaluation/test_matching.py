@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from gated import with_gate
 
 from skipcal.errors import TargetOutOfReach
-from skipcal.evaluation.matching import PASSES, TOLERANCE, match_threshold, threshold_scale
+from skipcal.evaluation.matching import PASSES, TOLERANCE, match_threshold, threshold_scale, with_threshold
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.substituted import Substituted
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 SCALE = threshold_scale(SHIPPED.cosine_policy, SHIPPED)
@@ -45,6 +48,45 @@ def test_noise_gives_the_closest_that_was_seen() -> None:
     tried, measure = measured(0.0, noise=0.05)
     found = match_threshold(SCALE, 0.2, measure)
     assert found.threshold in tried and len(tried) <= PASSES
+
+
+GATED = with_gate(SHIPPED, layers=tuple(range(1, 29)))
+
+
+@pytest.mark.parametrize("target", [0.02, 0.15, 0.3, 0.6])
+def test_a_gates_scale_runs_from_nothing_to_all_candidates(target: float) -> None:
+    scale = threshold_scale(GATED.gate_policy(), GATED)
+    assert scale.thresholds == (-12.0, -2.0, -1.0, 0.5, 10.5)
+    assert scale.reachable == pytest.approx(28 / 30)
+    thresholds = [-12.0, -1.5, -0.5, 1.0, 10.5]  # of a text with higher scores
+    realised = [0.0, 0.1, 0.2, 0.4, 28 / 30]
+
+    def measure(threshold: float) -> float:
+        return float(np.interp(threshold, thresholds, realised))
+
+    found = match_threshold(scale, target, measure)
+    assert found.realised_skip_ratio == pytest.approx(target, abs=TOLERANCE)
+    assert measure(found.threshold) == found.realised_skip_ratio
+
+
+def test_thresholds_are_set_under_surrogates_too() -> None:
+    policy = Substituted(SHIPPED.cosine_policy, GATED.tensors().surrogates)
+    assert threshold_scale(policy, GATED) == SCALE
+    moved = with_threshold(policy, 0.123)
+    assert isinstance(moved, Substituted)
+    assert moved.policy == replace(SHIPPED.cosine_policy, threshold=0.123)
+    assert moved.threshold == 0.123 and moved.surrogates is policy.surrogates
+    assert with_threshold(GATED.gate_policy(), -3.5) == replace(GATED.gate_policy(), threshold=-3.5)
+
+
+def test_without_operating_points_there_is_no_scale() -> None:
+    assert GATED.gate is not None
+    bare = GATED.model_copy(
+        update={"operating_points": [], "gate": GATED.gate.model_copy(update={"operating_points": []})}
+    )
+    for policy in (GATED.gate_policy(), SHIPPED.cosine_policy):
+        with pytest.raises(TargetOutOfReach, match="no operating point to start from"):
+            threshold_scale(policy, bare)
 
 
 def test_a_ratio_beyond_the_region_is_refused() -> None:

@@ -1,0 +1,386 @@
+"""The file of tensors beside a profile: what it keeps, where it goes, and how it can be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gated import random_gates, with_gate
+from safetensors.torch import load, save
+
+from skipcal.errors import (
+    ConfigError,
+    OutputError,
+    OutputExists,
+    ProfileError,
+    ProfileMismatch,
+    TargetOutOfReach,
+    Unavailable,
+)
+from skipcal.profiles.parts import tensors_file
+from skipcal.profiles.schema import PROFILE_FILE, SkipProfile, shipped_profiles
+from skipcal.profiles.summary import summarize
+from skipcal.profiles.tensors import TENSORS_FORMAT, GateTensors
+from skipcal.runtime.gate import NEVER, GatePolicy
+from skipcal.runtime.surrogates import LowRank, Surrogates
+
+LOADED = SkipProfile.load("smollm2-135m-instruct")
+SHIPPED = LOADED.model_copy(update={"gate": None, "paper_policy": None, "policy": LOADED.cosine_policy})
+FILE = "made.surrogates.safetensors"
+Change = Callable[[dict[str, torch.Tensor], dict[str, str]], Any]
+
+
+@pytest.fixture(scope="module")
+def gated() -> SkipProfile:
+    return with_gate(SHIPPED)
+
+
+@pytest.fixture
+def saved(gated: SkipProfile, tmp_path: Path) -> Path:
+    gated.save(tmp_path / "made.json")
+    return tmp_path / "made.json"
+
+
+# What is kept
+
+
+def test_gates_come_back_exactly_and_maps_in_bfloat16() -> None:
+    gates = random_gates((1, 4), 8)
+    maps = {n: LowRank(torch.randn(3, 8), torch.randn(8, 3), torch.randn(8)) for n in (1, 4)}
+    packed = GateTensors.pack(gates, Surrogates(maps), "f" * 64)
+    again = GateTensors.unpack(packed.raw, "here")
+    assert again.fingerprint == "f" * 64
+    assert again.gates.layers == (1, 4) == tuple(again.surrogates.maps)
+    for name in ("weight", "log_norm_weight", "bias"):
+        assert torch.equal(getattr(again.gates, name), getattr(gates, name))
+    for layer, map_ in maps.items():
+        found = again.surrogates.maps[layer]
+        assert torch.equal(found.down, map_.down.bfloat16().float())
+        assert torch.equal(found.up, map_.up.bfloat16().float())
+        assert torch.equal(found.bias, map_.bias)
+    # What a fit measures its ratios with is what a reader of the file will have.
+    assert torch.equal(packed.surrogates.maps[4].up, again.surrogates.maps[4].up)
+    assert packed.sha256 == hashlib.sha256(packed.raw).hexdigest()
+
+
+def test_a_profile_round_trips_with_its_tensors(gated: SkipProfile, saved: Path) -> None:
+    assert {p.name for p in saved.parent.iterdir()} == {FILE, "made.json"}
+    document = json.loads(saved.read_text())
+    digest = hashlib.sha256((saved.parent / FILE).read_bytes()).hexdigest()
+    assert document["policy"] == {
+        "rule": "gate", "threshold": -1.0, "warm_up_tokens": 3, "tensors": FILE, "sha256": digest,
+    }  # fmt: skip
+    assert document["gate"]["sha256"] == digest
+    again = SkipProfile.load(saved)
+    assert again == gated and again.to_json() == saved.read_text()
+    policy = again.policy_for()
+    assert isinstance(policy, GatePolicy)
+    assert policy.to_dict() == gated.gate_policy().to_dict()
+    assert (policy.threshold, policy.warm_up_tokens) == (-1.0, 3)
+
+
+def test_the_papers_rule_stays_beside_the_gate(gated: SkipProfile, saved: Path) -> None:
+    again = SkipProfile.load(saved)
+    assert again.cosine_policy == SHIPPED.policy
+    assert again.cosine_policy_for(0.1) == SHIPPED.policy_for(0.1)
+    assert again.operating_points == SHIPPED.operating_points
+
+
+def test_ratios_between_two_points_get_a_threshold_between(gated: SkipProfile) -> None:
+    assert gated.gate_policy(0.2).threshold == -1.0
+    assert gated.gate_policy(0.3).threshold == pytest.approx(-0.25)
+    assert gated.gate_policy(0.0).threshold == NEVER
+    for ratio in (0.05, 0.45):
+        with pytest.raises(TargetOutOfReach, match=r"operating points from 0\.1 to 0\.4"):
+            gated.policy_for(ratio)
+    with pytest.raises(ConfigError, match="not a percentage"):
+        gated.policy_for(25)
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_a_profile_without_a_gate_is_written_as_before(name: str, tmp_path: Path) -> None:
+    SkipProfile.load(name).save(tmp_path / "copy.json")
+    shipped = Path(__file__).resolve().parents[2] / "profiles" / f"{name}.json"
+    if "gate" not in json.loads(shipped.read_text()):
+        assert (tmp_path / "copy.json").read_bytes() == shipped.read_bytes()
+        assert [p.name for p in tmp_path.iterdir()] == ["copy.json"]
+
+
+def test_without_a_gate_asking_for_one_says_how_to_get_it() -> None:
+    for ask in (SHIPPED.gate_policy, SHIPPED.tensors):
+        with pytest.raises(ConfigError, match="no gate; fit one with: skipcal fit"):
+            ask()
+
+
+# Where it goes
+
+
+def test_saving_elsewhere_takes_the_tensors_along(saved: Path, tmp_path: Path) -> None:
+    SkipProfile.load(saved).save(tmp_path / "other" / "renamed.json")
+    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == [FILE, "renamed.json"]
+    saved.unlink()
+    (tmp_path / FILE).unlink()
+    assert SkipProfile.load(tmp_path / "other" / "renamed.json").gate_policy().threshold == -1.0
+
+
+def test_a_model_folder_keeps_profile_and_tensors(gated: SkipProfile, tmp_path: Path) -> None:
+    gated.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, PROFILE_FILE]
+    again = SkipProfile.from_pretrained(tmp_path)
+    assert again == gated
+    assert again.gate_policy().to_dict() == gated.gate_policy().to_dict()
+    (tmp_path / FILE).unlink()
+    with pytest.raises(Unavailable, match=rf"no {FILE}, which the profile names"):
+        SkipProfile.from_pretrained(tmp_path)
+
+
+def test_the_same_tensors_may_be_there_and_others_may_not(gated: SkipProfile, saved: Path) -> None:
+    gated.save(saved.with_name("second.json"))  # beside the same tensors
+    beside = saved.parent / FILE
+    beside.write_bytes(b"mine")
+    with pytest.raises(OutputExists, match=r"surrogates\.safetensors exists already; pass --overwrite"):
+        gated.save(saved.with_name("third.json"))
+    assert beside.read_bytes() == b"mine"
+    assert not saved.with_name("third.json").exists()
+    with pytest.raises(OutputExists, match=r"made\.json exists already"):
+        gated.save(saved)
+    gated.save(saved, overwrite=True)
+    assert SkipProfile.load(saved).tensors().raw == gated.tensors().raw
+
+
+@pytest.mark.parametrize("mine", [None, b"mine"])
+def test_a_write_that_fails_leaves_both_files_as_they_were(
+    gated: SkipProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: bytes | None
+) -> None:
+    """The disk is full, or Ctrl-C comes, after the tensors are written and before the profile is."""
+    if mine is not None:
+        (tmp_path / FILE).write_bytes(mine)
+        (tmp_path / "made.json").write_bytes(mine)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for error, raised in (
+        (OSError(28, "No space left"), OutputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        calls: list[int] = []
+
+        def fsync(descriptor: int, error: BaseException = error, calls: list[int] = calls) -> None:
+            calls.append(descriptor)
+            if len(calls) == 2:
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", fsync)
+            with pytest.raises(raised):
+                gated.save(tmp_path / "made.json", overwrite=True)
+        assert len(calls) == 2
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("profile", "tensors"),
+    [
+        ("runs/gated.json", "gated"),
+        ("a.b.json", "a.b"),
+        ("plain", "plain"),
+        ("my gate (2).json", "my-gate-2-"),
+        ("größe.json", "gr-e"),
+        (".hidden.json", "hidden"),
+        ("..json", "gate"),
+        ("x" * 240 + ".json", "x" * 150),
+    ],
+)
+def test_every_name_of_a_profile_gives_a_name_that_a_profile_may_hold(profile: str, tensors: str) -> None:
+    name = tensors_file(Path(profile))
+    assert name == f"{tensors}.surrogates.safetensors"
+    SkipProfile.model_validate_json(with_gate(SHIPPED, name=name.split(".surr")[0]).to_json())
+
+
+# What is refused
+
+
+def test_a_file_that_is_missing_names_itself_and_what_to_do(saved: Path) -> None:
+    (saved.parent / FILE).unlink()
+    profile = SkipProfile.load(saved)  # reading numbers needs no tensors
+    with pytest.raises(Unavailable, match=rf"{FILE}, .* cannot be read .*skipcal fit"):
+        profile.policy_for()
+
+
+@pytest.mark.parametrize("change", ["flipped", "shorter", "empty", "longer"])
+def test_a_file_that_is_not_the_named_one_is_refused(saved: Path, change: str) -> None:
+    beside = saved.parent / FILE
+    raw = bytearray(beside.read_bytes())
+    if change == "flipped":
+        raw[-1] ^= 1
+    changed = {"flipped": raw, "shorter": raw[:-7], "empty": bytearray(), "longer": raw + b"\0"}[change]
+    beside.write_bytes(changed)
+    with pytest.raises(ProfileError, match="is not the file the profile was made with"):
+        SkipProfile.load(saved).policy_for()
+
+
+def damaged(gated: SkipProfile, change: Change) -> bytes:
+    raw = gated.tensors().raw
+    tensors, header = load(raw), {"format": TENSORS_FORMAT, "model_fingerprint": SHIPPED.model.fingerprint}
+    change(tensors, header)
+    return save(tensors, header)
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def change(tensors: dict[str, torch.Tensor], _header: dict[str, str]) -> None:
+        tensors[name] = value(tensors[name]).contiguous()
+
+    return change
+
+
+def first_nan(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.clone().flatten()
+    flat[0] = torch.nan
+    return flat.reshape(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, h: h.pop("format"), r"format is None, expected 'skipcal\.surrogates/1'"),
+        (lambda t, h: h.update(format="skipcal.surrogates/9"), "format is 'skipcal.surrogates/9'"),
+        (lambda t, h: t.pop("gate.bias"), "expected tensors"),
+        (lambda t, h: t.update(more=torch.zeros(1)), "expected tensors"),
+        (put("surrogate.down", lambda t: t[0]), "surrogate.down has shape .* expected three axes"),
+        (put("surrogate.up", lambda t: t.mT), "surrogate.up has shape"),
+        (put("gate.layers", lambda t: t[:1]), "gate.layers has shape"),
+        (put("gate.weight", lambda t: t[:, :-1]), "gate.weight has shape"),
+        (put("gate.bias", first_nan), "gate.bias holds values that are not finite"),
+        (put("surrogate.up", first_nan), "surrogate.up holds values that are not finite"),
+        (put("surrogate.bias", lambda t: t + torch.inf), "surrogate.bias holds values"),
+    ],
+)
+def test_contents_that_do_not_go_together_are_refused(
+    gated: SkipProfile, change: Change, message: str
+) -> None:
+    with pytest.raises(ProfileError, match=message):
+        GateTensors.unpack(damaged(gated, change), "here")
+
+
+def header_of(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x01",
+        b"not safetensors at all, but long enough for a length",
+        (2**60).to_bytes(8, "little") + b"{}",
+        (200 * 2**20).to_bytes(8, "little") + b"{}",
+        header_of(b"{"),
+        header_of(b"[1, 2]"),
+        header_of(b"1"),
+        header_of(b'{"__metadata__": 3}'),
+        header_of(b'{"__metadata__": {"format": 3}}'),
+        header_of(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'),
+        header_of(b'{"a": {"dtype": "X9", "shape": [0], "data_offsets": [0, 0]}}'),
+        header_of(b'{"a":' * 3000 + b"1" + b"}" * 3000),
+    ],
+)
+def test_bytes_that_are_no_safetensors_are_refused(raw: bytes) -> None:
+    with pytest.raises(ProfileError, match="here is no file of surrogates"):
+        GateTensors.unpack(raw, "here")
+
+
+def test_a_foreign_safetensors_file_is_refused() -> None:
+    with pytest.raises(ProfileError, match="format is 'pt'"):
+        GateTensors.unpack(save({"lm_head.weight": torch.zeros(3)}, {"format": "pt"}), "here")
+
+
+def test_gates_of_another_precision_are_read_as_float32(gated: SkipProfile) -> None:
+    raw = damaged(gated, put("gate.weight", lambda t: t.bfloat16()))
+    assert GateTensors.unpack(raw, "here").gates.weight.dtype == torch.float32
+
+
+def renamed(saved: Path, raw: bytes, **gate: Any) -> SkipProfile:
+    """The profile, made to name these tensors."""
+    (saved.parent / FILE).write_bytes(raw)
+    document = json.loads(saved.read_text())
+    document["gate"].update(gate, sha256=hashlib.sha256(raw).hexdigest())
+    document["policy"]["sha256"] = document["gate"]["sha256"]
+    saved.write_text(json.dumps(document))
+    return SkipProfile.load(saved)
+
+
+def test_tensors_of_other_weights_or_layers_are_refused(gated: SkipProfile, saved: Path) -> None:
+    def other(tensors: Any, header: dict[str, str]) -> None:
+        header["model_fingerprint"] = "0" * 64
+
+    with pytest.raises(ProfileMismatch, match="fitted to another model"):
+        renamed(saved, damaged(gated, other)).policy_for()
+    with pytest.raises(ProfileMismatch, match=r"layers \[1, 2\], the profile's gate for \[1, 3\]"):
+        renamed(saved, gated.tensors().raw, layers=[1, 3]).policy_for()
+    narrow = with_gate(
+        SHIPPED.model_copy(update={"model": SHIPPED.model.model_copy(update={"hidden_size": 8})})
+    )
+    with pytest.raises(ProfileMismatch, match="hidden size 8, the profile's 576"):
+        renamed(saved, narrow.tensors().raw, layers=[1, 2]).policy_for()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "a/b.safetensors", "a\\b.safetensors", "/etc/x.safetensors", "..", "",
+     ".hidden.safetensors", "made.json", "made.safetensors\n", "x" * 300 + ".safetensors", 3, None],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["gate", "policy"])
+def test_a_name_that_leads_elsewhere_is_refused(saved: Path, name: Any, place: str) -> None:
+    document = json.loads(saved.read_text())
+    document[place]["tensors"] = name
+    saved.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=rf"{place}\.tensors"):
+        SkipProfile.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("gate"), "expected an entry 'gate' beside a policy of the rule 'gate'"),
+        (lambda d: d["gate"].update(sha256="0" * 64), "policy and gate name two"),
+        (lambda d: d["gate"].update(sha256="Z"), "gate.sha256"),
+        (lambda d: d["gate"].update(layers=[1, 30]), "expected gates of layers below 30"),
+        (lambda d: d["gate"].update(layers=[2, 1]), "ascending layers"),
+        (lambda d: d["gate"].update(layers=[1, 1]), "ascending layers"),
+        (lambda d: d["policy"].update(rule="oracle"), "policy: rule is not known"),
+        (lambda d: d["policy"].update(cold_s=3), "policy.cold_s"),
+        (lambda d: d["policy"].update(threshold="low"), "policy.threshold"),
+        (lambda d: d["policy"].update(warm_up_tokens=-1), "policy.warm_up_tokens"),
+        (lambda d: d["gate"]["operating_points"][0].update(realised_skip_ratio=2), "realised_skip_ratio"),
+        (lambda d: d["gate"]["fit"].update(rank=0), "gate.fit.rank"),
+    ],
+)
+def test_a_malformed_gate_names_the_field(saved: Path, change: Callable[[Any], Any], message: str) -> None:
+    document = json.loads(saved.read_text())
+    change(document)
+    saved.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=message):
+        SkipProfile.load(saved)
+
+
+# In words
+
+
+def test_the_summary_tells_the_gate_within_80_columns(gated: SkipProfile) -> None:
+    text = summarize(gated, by_layer=True)
+    assert max(map(len, text.splitlines())) <= 80
+    for line in (
+        "gate          the policy's rule, in 2 layers: 1 to 2",
+        "sweeps        2, skipping 0.000, 0.200",
+        "surrogates    rank 2, 3.1 % of their FFN's bytes",
+        "error         0.40 to 0.62 of the variance of f is left",
+        "damage        by Fisher metric; R2 of the gates 0.50 to 0.75",
+        "0.20            -1.000      0.210     0.200     0.200  <- policy",
+        "0.40             0.500      0.410     0.400     0.400",
+    ):
+        assert line in text.splitlines()
+    assert text.count("<- policy") == 1, "the paper's rule is not the policy any more"
+    assert summarize(SHIPPED).count("<- policy") == 1
