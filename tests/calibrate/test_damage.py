@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lively
+from conftest import attentive, lively
 from torch import Tensor
 
 from skipcal.arch.locate import locate
@@ -16,6 +16,11 @@ from skipcal.calibrate.layer_damage import KEPT, relative_damage
 
 FIRST = 3
 HIDDEN = 32
+
+
+@pytest.fixture
+def tiny() -> Any:
+    return attentive(lively("llama"))
 
 
 def texts(rows: int, tokens: int) -> Tensor:
