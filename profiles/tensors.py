@@ -56,7 +56,8 @@ class GateTensors:
             "surrogate.bias": torch.stack([m.bias for m in maps]).float().cpu(),
         }
         header = {"format": TENSORS_FORMAT, "model_fingerprint": fingerprint}
-        return cls.unpack(save({k: t.contiguous() for k, t in tensors.items()}, header), "packed tensors")
+        raw = save({k: t.contiguous() for k, t in tensors.items()}, header)
+        return cls.unpack(_in_order(raw), "packed tensors")
 
     @classmethod
     def unpack(cls, raw: bytes, where: str) -> Self:
@@ -134,6 +135,14 @@ def _header(raw: bytes) -> dict[str, str]:
     length = int.from_bytes(raw[:8], "little")
     found: Any = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
     return found if isinstance(found, dict) else {}
+
+
+def _in_order(raw: bytes) -> bytes:
+    """The same file with a sorted header: safetensors writes its strings in random order."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    text = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + raw[end:]
 
 
 def _check_shapes(tensors: dict[str, Tensor], where: str) -> None:

@@ -42,7 +42,9 @@ from transformers import PreTrainedModel  # noqa: E402
 from skipcal.arch.check import tiny_model  # noqa: E402
 from skipcal.arch.loading import LoadedModel, load_model  # noqa: E402
 from skipcal.arch.locate import locate  # noqa: E402
+from skipcal.calibrate.fit import fit_gate_profile  # noqa: E402
 from skipcal.calibrate.pipeline import calibrate_model  # noqa: E402
+from skipcal.configs.fit import FitConfig  # noqa: E402
 from skipcal.configs.run import ProfileConfig  # noqa: E402
 from skipcal.profiles.schema import SkipProfile  # noqa: E402
 
@@ -73,6 +75,14 @@ def lively(model_type: str = "llama", **overrides: Any) -> PreTrainedModel:
     return model
 
 
+def attentive(model: Any) -> Any:
+    """The model with attention that adds about as much as is there, so that tokens depend on each other."""
+    for name, parameter in model.named_parameters():
+        if "attn" in name and parameter.dim() == 2:
+            parameter.mul_(10.0)
+    return model
+
+
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops run as their torch references: the interpreter takes a millisecond for each block."""
@@ -97,6 +107,58 @@ def smollm_profile(smollm: LoadedModel) -> SkipProfile:
     )
     with torch.no_grad():
         return calibrate_model(smollm, config).profile
+
+
+@pytest.fixture(scope="session")
+def worded() -> LoadedModel:
+    """A lively Llama of 8 layers with a tokenizer of 97 words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = lively("llama", num_hidden_layers=8)
+    return LoadedModel(model=model, tokenizer=tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture(scope="session")
+def worded_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("worded") / "words.txt"
+    ids = torch.randint(3, 97, (1600,), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text(" ".join(f"w{n}" for n in ids))
+    return path
+
+
+@pytest.fixture(scope="session")
+def worded_profile(worded: LoadedModel, worded_text: Path) -> SkipProfile:
+    """By the paper's rule, with a warm-up of 2."""
+    config = ProfileConfig(
+        data_files=[str(worded_text)], prompts=8, prompt_tokens=8, new_tokens=16, warm_up_tokens=2,
+        closed_loop_prompts=4, cold_s=1, cold_e=7, device="cpu",
+    )  # fmt: skip
+    with torch.no_grad():
+        return calibrate_model(worded, config).profile
+
+
+def fit_config(worded_text: Path, **changes: Any) -> FitConfig:
+    """A fit of a second: 20 windows of 24 tokens and 10 to close the loop on."""
+    settings: dict[str, Any] = {
+        "data_files": [str(worded_text)], "prompts": 20, "prompt_tokens": 24, "rank": 3, "damage_prompts": 4,
+        "closed_loop_prompts": 10, "device": "cpu",
+    }  # fmt: skip
+    return FitConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def gated(worded: LoadedModel, worded_profile: SkipProfile, worded_text: Path) -> SkipProfile:
+    """`worded_profile` with a gate that was fitted."""
+    with torch.no_grad():
+        return fit_gate_profile(worded, worded_profile, fit_config(worded_text))
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:

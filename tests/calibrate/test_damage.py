@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lively
+from conftest import attentive, lively
 from torch import Tensor
 
 from skipcal.arch.locate import locate
@@ -24,6 +24,11 @@ from skipcal.calibrate.moments import Linear, Moments, ridge
 
 FIRST = 3
 HIDDEN = 32
+
+
+@pytest.fixture
+def tiny() -> Any:
+    return attentive(lively("llama"))
 
 
 def texts(rows: int, tokens: int) -> Tensor:

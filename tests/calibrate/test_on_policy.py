@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lively
+from conftest import attentive, lively
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,7 +44,7 @@ FAMILIES = {
 def model() -> Any:
     with torch.no_grad():
         torch.manual_seed(0)
-        return lively("llama", num_hidden_layers=6)
+        return attentive(lively("llama", num_hidden_layers=6))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def sweep(model: Any, damage: FisherDamage, batch_size: int = 4) -> Sweep:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_layers_one_by_one_are_the_whole_stack(family: str) -> None:
-    model: Any = lively(family, **FAMILIES[family])
+    model: Any = attentive(lively(family, **FAMILIES[family]))
     architecture = locate(model)
     runner = LayerRunner(architecture)
     parts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -85,7 +85,7 @@ def test_layers_one_by_one_are_the_whole_stack(family: str) -> None:
 def test_a_window_attention_is_not_blind_to_the_window() -> None:
     """The families above with a window: their layers differ from those of a model without one."""
     ids = torch.tensor(ROWS[:1])
-    models: list[Any] = [lively("gemma2", sliding_window=w) for w in (4, 64)]
+    models = [attentive(lively("gemma2", sliding_window=w)) for w in (4, 64)]
     assert not torch.allclose(models[0](ids).logits, models[1](ids).logits, atol=1e-2)
 
 
@@ -159,7 +159,7 @@ def test_a_sweep_skips_what_a_session_with_its_gates_skips(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Teacher-forced, with the gates and surrogates that the sweep returned: same tokens, same streams."""
-    model: Any = lively(family, num_hidden_layers=6)
+    model: Any = attentive(lively(family, num_hidden_layers=6))
     architecture = locate(model)
     metric = fisher_damage(model, architecture, [torch.tensor(ROWS[:4])], first=FIRST, seed=0)
     clean = sweep(model, metric).fit()
@@ -176,7 +176,7 @@ def test_a_sweep_skips_what_a_session_with_its_gates_skips(
     assert run.report.skipped_per_layer == (0, *(watched.skips[layer] for layer in LAYERS), 0)
     assert found.skip_ratio == run.report.skip_ratio
     assert 0.1 < found.skip_ratio < 0.5
-    partly = [n for n in watched.skips.values() if 0.05 * tokens < n < 0.95 * tokens]
+    partly = [n for n in watched.skips.values() if 0.03 * tokens < n < 0.97 * tokens]
     assert len(partly) >= 2, f"all or nothing would test no mask: {watched.skips}"
     limit = 1e-4 * float(streams.abs().max())  # gates and maps fitted in float64 are used in float32
     torch.testing.assert_close(watched.last(), streams, atol=limit, rtol=0.0)
