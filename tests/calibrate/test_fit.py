@@ -14,7 +14,7 @@ from conftest import fit_config, lively
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
-from skipcal.calibrate.fit import fit_gate_profile
+from skipcal.calibrate.fit import TARGETS, fit_gate_profile
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach, Unavailable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.gate import GatePolicy
@@ -57,7 +57,7 @@ def fit_of(profile: SkipProfile) -> Any:
 def test_operating_points_rise_to_half_of_all_ffns(gated: SkipProfile) -> None:
     assert gated.gate is not None
     points = gated.gate.operating_points
-    assert [p.target_skip_ratio for p in points] == pytest.approx([0.05 * n for n in range(1, 11)])
+    assert [p.target_skip_ratio for p in points] == list(TARGETS)
     assert all(a.threshold < b.threshold for a, b in pairwise(points))
     assert all(a.predicted_skip_ratio < b.predicted_skip_ratio for a, b in pairwise(points))
     assert all(a.realised_skip_ratio < b.realised_skip_ratio for a, b in pairwise(points))
