@@ -117,7 +117,7 @@ MatchItems = Annotated[
     int | None,
     _option(
         "--match-items",
-        help="Tune ffn-skip's threshold on so many items until they realise the target. Default: 0, not.",
+        help="Tune thresholds (ffn-skip, gate) on so many items until they realise the target. Default: 0.",
     ),
 ]
 JudgeModel = Annotated[str | None, _option("--judge-model", help="Model that rates answers.")]

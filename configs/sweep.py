@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated, without_folder
 from skipcal.errors import ConfigError, suggestion
 
+MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
 Ratio = Annotated[float, Field(gt=0, le=1)]
 
@@ -21,7 +22,7 @@ class _Settings(BaseModel):
 class _TaskSettings(_Settings):
     """What every task has.
 
-    match_items: before anything is scored, the thresholds of ffn-skip are tuned by running so many of
+    match_items: before anything is scored, the thresholds of MATCHED are tuned by running so many of
                  the items, until the *realised* skip ratio meets the target there; 0: the profile's
                  thresholds. Without it methods are not compared at equal ratio, for a threshold
                  realises another ratio on every kind of text.
@@ -215,8 +216,10 @@ class SweepConfig(_Settings):
         if any(task.match_items for task in asked_for):
             if self.ratios is None:
                 raise ValueError("match_items tunes thresholds for the ratios asked for; give ratios too")
-            if "ffn-skip" not in self.methods:
-                raise ValueError("match_items tunes ffn-skip, which is not among the methods; leave it out")
+            if not set(MATCHED) & set(self.methods):
+                raise ValueError(
+                    f"match_items tunes {', '.join(MATCHED)}, and none is among the methods; leave it out"
+                )
         if self.ratios is not None and set(self.methods) == {"full"}:
             raise ValueError("the full model skips nothing; name a method, or leave the ratios out")
         if self.judge is not None and self.tasks.summarization is None and self.tasks.mtbench is None:

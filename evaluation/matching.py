@@ -18,7 +18,6 @@ from skipcal.runtime.substituted import Substituted
 
 TOLERANCE = 0.005
 PASSES = 8  # per target, at most
-MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
 BEYOND = 10.0  # log damages so far outside a gate's operating points that nothing or all skips
 
 

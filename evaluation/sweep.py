@@ -15,14 +15,14 @@ import pandas as pd
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import locate
 from skipcal.baselines.methods import Ask, check_method, make_policy, recommended_ratio
-from skipcal.configs.sweep import TASKS, SweepConfig
+from skipcal.configs.sweep import MATCHED, TASKS, SweepConfig
 from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
 from skipcal.evaluation.continuation import load_continuation
 from skipcal.evaluation.freebaseqa import load_freebaseqa
 from skipcal.evaluation.judging import Judging
-from skipcal.evaluation.matching import MATCHED, match_threshold, threshold_scale, with_threshold
+from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
 from skipcal.evaluation.mtbench import load_mtbench
 from skipcal.evaluation.perplexity import load_perplexity
 from skipcal.evaluation.records import RecordFile, digest

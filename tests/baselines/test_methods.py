@@ -9,10 +9,21 @@ import pytest
 import torch
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.baselines.methods import METHODS, SURROGATES, Ask, largest, make_policy, nearest_count
+from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.baselines.methods import (
+    METHODS,
+    SURROGATES,
+    Ask,
+    largest,
+    make_policy,
+    nearest_count,
+    recommended_ratio,
+)
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.session import skipping
+from skipcal.runtime.substituted import Substituted
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 
@@ -79,6 +90,62 @@ def test_a_profile_without_block_influence_says_so() -> None:
 
 
 WITHOUT_GATE = [m for m in METHODS if m not in ("full", "ffn-skip", "gate") and SURROGATES not in m]
+
+
+WITH_SURROGATES = [m for m in METHODS if SURROGATES in m]
+
+
+@pytest.mark.parametrize("method", ["gate", *WITH_SURROGATES])
+def test_methods_of_a_fitted_profile_skip_what_they_are_asked_for(
+    gated: SkipProfile, worded: LoadedModel, method: str
+) -> None:
+    """Surrogates change later cosines: thresholds that were tuned without them realise more."""
+    policy = make_policy(method, gated, Ask(target_skip_ratio=0.25, new_tokens=64, warm_up_tokens=3))
+    text = torch.randint(3, 97, (12, 40), generator=torch.Generator().manual_seed(7))
+    with skipping(worded.model, policy=policy, teacher_forced=True) as run:
+        worded.model(text)
+    report = run.report
+    assert report.method == method
+    assert report.decode_steps_after_warm_up == 12 * (40 - 1 - 3)
+    near = 0.1 if method == "ffn-skip+surrogates" else 0.04
+    assert report.skip_ratio == pytest.approx(0.25, abs=near)
+    block, layer = 4 * (3 * 32 * 48 + 32), 4 * (3 * 32 * 48 + 3 * 32 * 32 + 2 * 32)
+    surrogate = 4 * (2 * 3 * 32 + 32)
+    saved = sum(
+        n * (block - (surrogate if 1 <= i <= 6 else 0)) for i, n in enumerate(report.skipped_per_layer)
+    )
+    assert report.skip_ratio_bytes == pytest.approx(saved / (8 * layer * report.decode_steps_after_warm_up))
+
+
+@pytest.mark.parametrize("method", WITH_SURROGATES)
+def test_surrogates_change_what_is_added_and_not_what_is_chosen(gated: SkipProfile, method: str) -> None:
+    ask = Ask(target_skip_ratio=0.25, new_tokens=64, seed=3)
+    policy = make_policy(method, gated, ask)
+    assert isinstance(policy, Substituted)
+    assert policy.policy == make_policy(method.removesuffix(SURROGATES), gated, ask)
+    assert policy.surrogates is gated.tensors().surrogates
+    assert policy.warm_up_tokens == 2
+    assert method != "random+surrogates" or policy.to_dict()["policy"]["seed"] == 3
+
+
+def test_without_a_ratio_methods_take_what_the_gate_is_meant_to_skip(gated: SkipProfile) -> None:
+    own = make_policy("gate", gated, Ask(target_skip_ratio=None, new_tokens=64))
+    assert isinstance(own, GatePolicy) and own.threshold == gated.policy.threshold
+    assert recommended_ratio(gated) == 0.25
+    static = make_policy("static", gated, Ask(target_skip_ratio=None, new_tokens=64))
+    assert isinstance(static, ChosenFFNs) and len(static.layers) == 2
+
+
+@pytest.mark.parametrize("method", ["gate", *WITH_SURROGATES])
+def test_without_a_gate_its_methods_say_how_to_get_one(method: str) -> None:
+    with pytest.raises(ConfigError, match="no gate; fit one with: skipcal fit"):
+        asked(method)
+
+
+def test_a_gates_ratio_out_of_reach_is_refused(gated: SkipProfile) -> None:
+    for ratio in (0.01, 0.7):
+        with pytest.raises(TargetOutOfReach, match=r"operating points from 0\.05 to 0\.5"):
+            make_policy("gate", gated, Ask(target_skip_ratio=ratio, new_tokens=64))
 
 
 @pytest.mark.slow
