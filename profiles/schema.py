@@ -41,6 +41,7 @@ from skipcal.profiles.parts import (
     StaticSettings,
     Tuning,
 )
+from skipcal.profiles.reading import parse_object, read_bytes, validation_message
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 PROFILE_FORMAT: Literal["skipcal.profile/1"] = "skipcal.profile/1"
 PROFILE_FILE = "skip_profile.json"  # its name inside a model folder or hub repository
-MAX_PROFILE_BYTES = 64 * 2**20  # 80 layers and 50 corpora take 12 MB; more is no profile
 
 
 def _rule(policy: Any) -> Any:
@@ -138,7 +138,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
         """
         path = Path(source)
         if path.is_file():
-            return cls._parse(_read(path), str(path), path.parent)
+            return cls._parse(read_bytes(path), str(path), path.parent)
         shipped = shipped_profiles()
         if isinstance(source, str) and source in shipped:
             folder = Path(str(resources.files("skipcal.profiles")))
@@ -194,7 +194,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
             raise Unavailable(
                 f"no {PROFILE_FILE} could be had from {str(name)!r}: {first_words(error)}"
             ) from error
-        found = cls._parse(_read(Path(str(file))), str(file), Path(str(file)).parent)
+        found = cls._parse(read_bytes(Path(str(file))), str(file), Path(str(file)).parent)
         if found.gate is not None:  # fetched here, so that the tensors lie beside the profile
             try:
                 cached_file(str(name), found.gate.tensors, **kwargs)
@@ -223,12 +223,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
 
     @classmethod
     def _parse(cls, raw: bytes, where: str, folder: Path) -> Self:
-        try:
-            data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ProfileError(f"{where} is not a profile: no valid JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise ProfileError(f"{where} is not a profile: expected an object, got {type(data).__name__}")
+        data = parse_object(raw, where)
         found = data.get("format")
         if found != PROFILE_FORMAT:
             raise ProfileError(f"{where} is not a profile: format is {found!r}, expected {PROFILE_FORMAT!r}")
@@ -447,36 +442,5 @@ def shipped_profiles() -> list[str]:
     return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
-def validation_message(error: Exception) -> str:
-    """The first fault that pydantic found, in one line: field, what is wrong, the value."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    first, *rest = error.errors(include_url=False)
-    place = [str(part) for part in first["loc"]]
-    if place[:1] == ["policy"]:
-        del place[1:2]  # the rule, by which pydantic chose among policies
-    field = ".".join(place) or "the document"
-    value = repr(first.get("input"))
-    shown = value if len(value) <= 60 else f"{value[:57]}..."
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {len(rest)} more)" if rest else ""
-    return f"{field}: {message}, got {shown}{more}"
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_PROFILE_BYTES + 1)
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
-    if len(raw) > MAX_PROFILE_BYTES:
-        raise ProfileError(f"{path} is not a profile: it is larger than {MAX_PROFILE_BYTES >> 20} MiB")
-    return raw
-
-
 def _write_bytes(path: Path, raw: bytes) -> None:
     path.write_bytes(raw)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number in JSON")

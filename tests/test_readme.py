@@ -27,7 +27,9 @@ def test_there_are_commands() -> None:
         "sweep",
         "compare",
         "bench",
+        "fit",
         "models",
+        "tune",
     }
 
 
