@@ -25,7 +25,8 @@ from skipcal.runtime.session import skipping
 def point(line: str, ratio: float, kl: float, spread: float = 0.0, **values: Any) -> TunedPoint:
     fields: dict[str, Any] = {
         "line": line, "rule": line.partition(",")[0], "threshold": 0.5, "max_skips": None,
-        "warm_up_tokens": 2, "skip_ratio": ratio, "skip_ratio_all": ratio, "kl": kl, "kl_low": kl - spread, "kl_high": kl + spread,
+        "warm_up_tokens": 2, "skip_ratio": ratio, "skip_ratio_all": ratio,
+        "kl": kl, "kl_low": kl - spread, "kl_high": kl + spread,
         "excess_nll": kl, "excess_nll_low": kl - spread, "excess_nll_high": kl + spread,
         "ideal_speed_up": 1 + ratio, "on_front": False, "loses_to_random": False,
     }  # fmt: skip
