@@ -138,8 +138,9 @@ def test_without_a_ratio_methods_take_what_the_gate_is_meant_to_skip(gated: Skip
 
 @pytest.mark.parametrize("method", ["gate", *WITH_SURROGATES])
 def test_without_a_gate_its_methods_say_how_to_get_one(method: str) -> None:
+    shipped = SHIPPED.model_copy(update={"gate": None, "paper_policy": None, "policy": SHIPPED.cosine_policy})
     with pytest.raises(ConfigError, match="no gate; fit one with: skipcal fit"):
-        asked(method)
+        make_policy(method, shipped, Ask(target_skip_ratio=0.25, new_tokens=64))
 
 
 def test_a_gates_ratio_out_of_reach_is_refused(gated: SkipProfile) -> None:
