@@ -14,6 +14,7 @@ from conftest import fit_config, lively
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
+from skipcal.calibrate.damage import fisher_damage
 from skipcal.calibrate.fit import TARGETS, fit_gate_profile
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach, Unavailable
 from skipcal.profiles.schema import SkipProfile
@@ -177,6 +178,20 @@ def test_options_reach_the_tensors(
         assert fit.sweeps[1] == pytest.approx(0.33, abs=0.05)
         assert found.gate is not None
         assert 0.33 in [p.target_skip_ratio for p in found.gate.operating_points]
+
+
+def test_the_seed_draws_the_labels_of_the_damage_as_well(
+    worded: LoadedModel, worded_profile: SkipProfile, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def noted(*args: Any, seed: int, **kwargs: Any) -> Any:
+        seeds.append(seed)
+        return fisher_damage(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr("skipcal.calibrate.fit.fisher_damage", noted)
+    fit_gate_profile(worded, worded_profile, fit_config(text, seed=6, sweeps=0, closed_loop_prompts=1))
+    assert seeds == [6]
 
 
 def test_options_that_only_measure_leave_the_tensors(

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from gated import with_gate
 from transformers import DynamicCache
 
 from skipcal.arch.loading import LoadedModel
@@ -90,9 +91,10 @@ def test_no_method_gives_the_full_models_perplexity_by_accident(
     settings = PerplexitySettings(data_files=[str(text_file)], windows=3, window_tokens=40, warm_up_tokens=4)
     task = load_perplexity(settings, subject, seed=0)
     ask = Ask(target_skip_ratio=0.25, new_tokens=task.new_tokens, warm_up_tokens=4)
+    gated = with_gate(profile)
     results = []
     for name in ("full", method):
-        pairs = list(task.run(subject, make_policy(name, profile, ask), task.ids, 2))
+        pairs = list(task.run(subject, make_policy(name, gated, ask), task.ids, 2))
         results.append([record for group, _ in pairs for record in group])
         skipped = sum(report.skipped_blocks for _, report in pairs)
     full, mine = results

@@ -202,7 +202,7 @@ def test_what_an_arm_cannot_do_is_refused_before_anything_runs(
             "a window of 20 tokens has none past",
         ),
         ({"ratios": None, "tasks": {"freebaseqa": {"match_items": 3}}}, "give ratios too"),
-        ({"methods": ["random"], "tasks": {"freebaseqa": {"match_items": 3}}}, "not among the methods"),
+        ({"methods": ["random"], "tasks": {"freebaseqa": {"match_items": 3}}}, "none is among the methods"),
         ({"methods": ["full"]}, "the full model skips nothing"),
         ({"judge": {"model": "m"}}, "a judge rates summarization and mtbench"),
     ],

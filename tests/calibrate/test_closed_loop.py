@@ -1,0 +1,57 @@
+"""Thresholds by the ratio they realise: met within a few measurements, however the prediction is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE, RealisedCurve
+
+LARGEST = 0.9
+
+
+def curve(realised: Callable[[float], float]) -> tuple[RealisedCurve, list[tuple[float, float]]]:
+    """Thresholds that are the predicted ratios times ten; `realised` is of the predicted ratio."""
+    measured: list[tuple[float, float]] = []
+
+    def measure(threshold: float) -> float:
+        measured.append((threshold, realised(threshold / 10)))
+        return measured[-1][1]
+
+    return RealisedCurve(LARGEST, lambda ratio: 10 * ratio, lambda t: t / 10, measure), measured
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.7])
+def test_a_smooth_drift_is_met_within_the_tolerance(power: float) -> None:
+    """Realised too much, as predicted, too little."""
+    found, measured = curve(lambda ratio: LARGEST * (ratio / LARGEST) ** power)
+    for target in (0.05, 0.25, 0.5, 0.8):
+        begin = len(measured)
+        threshold, realised = found.threshold(target)
+        assert (threshold, realised) in measured[begin:]
+        assert realised == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
+        assert len(measured) - begin <= CLOSED_LOOP_PASSES
+
+
+def test_what_was_measured_for_one_target_helps_the_next() -> None:
+    found, measured = curve(lambda ratio: LARGEST * (ratio / LARGEST) ** 1.7)
+    found.threshold(0.4)
+    first = len(measured)
+    found.threshold(0.42)
+    assert len(measured) - first == 1
+
+
+def test_a_ratio_that_jumps_over_the_target_gives_the_closest_measured() -> None:
+    """Few tokens: below a predicted 0.3 nothing is skipped, from there on a half."""
+    found, measured = curve(lambda ratio: 0.5 if ratio >= 0.3 else 0.1 * ratio)
+    threshold, realised = found.threshold(0.4)
+    assert len(measured) > 1
+    assert (threshold, realised) == min(measured, key=lambda pair: abs(pair[1] - 0.4))
+    assert realised == 0.5
+    assert len(measured) <= CLOSED_LOOP_PASSES
+
+
+def test_targets_beyond_the_largest_ratio_are_taken_for_it() -> None:
+    found, _ = curve(lambda ratio: ratio)
+    assert found.threshold(1.0) == pytest.approx((9.0, LARGEST))
