@@ -138,7 +138,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
         """
         path = Path(source)
         if path.is_file():
-            return cls._parse(read_bytes(path), str(path), path.parent)
+            return cls._parse(read_bytes(path), str(path), path.parent.absolute())
         shipped = shipped_profiles()
         if isinstance(source, str) and source in shipped:
             folder = Path(str(resources.files("skipcal.profiles")))
@@ -296,7 +296,10 @@ class SkipProfile(BaseModel, PushToHubMixin):
         elif isinstance(self.policy, GateSettings):
             threshold = self.policy.threshold
         else:
-            threshold = NEVER
+            raise ConfigError(
+                "this profile's policy is not its gate, so the gate has no threshold of its own; "
+                "give a target skip ratio"
+            )
         tensors = self.tensors()
         return GatePolicy(
             gates=tensors.gates,

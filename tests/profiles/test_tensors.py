@@ -392,3 +392,22 @@ def test_the_summary_tells_the_gate_within_80_columns(gated: SkipProfile) -> Non
         assert line in text.splitlines()
     assert text.count("<- policy") == 1, "the paper's rule is not the policy any more"
     assert summarize(SHIPPED).count("<- policy") == 1
+
+
+def test_a_gate_that_is_not_the_policy_needs_a_ratio(gated: SkipProfile) -> None:
+    aside = gated.model_copy(update={"policy": gated.cosine_policy})
+    aside._tensors = gated.tensors()
+    assert aside.gate_policy(0.1).threshold == gated.gate_policy(0.1).threshold
+    with pytest.raises(ConfigError, match="give a target skip ratio"):
+        aside.gate_policy()
+
+
+def test_tensors_are_found_from_another_folder(
+    tmp_path: Path, gated: SkipProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path means what it meant when the profile was loaded."""
+    gated.save(tmp_path / "p.json")
+    monkeypatch.chdir(tmp_path)
+    found = SkipProfile.load("p.json")
+    monkeypatch.chdir(tmp_path.parent)
+    assert found.tensors().sha256 == gated.tensors().sha256
