@@ -18,12 +18,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METHOD_ORDER = ("ffn-skip", "random", "no-input-adaptive", "static", "shortgpt", "skipdecode")
-MARKERS = ("o", "s", "D", "^", "v", "P")
+# The order of colours: what is new goes to the end, so that older figures keep theirs.
+METHOD_ORDER = (
+    "ffn-skip",
+    "random",
+    "no-input-adaptive",
+    "static",
+    "shortgpt",
+    "skipdecode",
+    "gate",
+    "static+surrogates",
+    "random+surrogates",
+    "no-input-adaptive+surrogates",
+    "ffn-skip+surrogates",
+)
+MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X", "<", ">", "h")
 LABELS = {
     "perplexity": "perplexity",
     "perplexity_after_warm_up": "perplexity after the warm-up",
     "kl": "KL to the full model (nats/token)",
+    "excess_nll": "loss over the full model's (nats/token)",
     "exact_match": "exact match",
     "contains_answer": "answers that contain an alias",
     "rougeL": "ROUGE-L F1",

@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from skipcal.baselines.methods import METHODS
 from skipcal.errors import ConfigError
 from skipcal.plots.sweep import (
+    MARKERS,
+    METHOD_ORDER,
     main_metrics,
     plot_by_subset,
     plot_quality,
@@ -109,3 +112,9 @@ def test_the_papers_figures_are_drawn_where_their_tasks_were_run(tmp_path: Path)
         "summarization, small", "summarization, medium", "summarization, large",
     ]  # fmt: skip
     plt.close(three)
+
+
+def test_every_method_has_a_line_of_its_own() -> None:
+    """A method that is missing here would be left out of every figure without a word."""
+    assert set(METHOD_ORDER) == set(METHODS) - {"full"}
+    assert len(set(MARKERS)) == len(METHOD_ORDER)
