@@ -14,13 +14,12 @@ import typer
 from skipcal import __version__
 from skipcal.calibrate.commands import fit, tune
 from skipcal.configs import options as opt
-from skipcal.console import Console, command, command_line, listed, numbers, quiet_loading
+from skipcal.console import Console, command, command_line, listed, load, numbers
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.speed.command import bench
 
 if TYPE_CHECKING:
-    from skipcal.arch.loading import LoadedModel
     from skipcal.configs.sweep import SweepConfig
     from skipcal.runtime.generation import Generation
 
@@ -92,7 +91,7 @@ def profile(
         from skipcal.calibrate.saturation import write_trace
         from skipcal.profiles.summary import summarize
 
-        result = calibrate_model(_load(settings.model_dump()), settings)
+        result = calibrate_model(load(settings.model_dump()), settings)
         result.profile.save(target, overwrite=settings.overwrite)
         if traced:
             write_trace(result.traces, traced, overwrite=settings.overwrite)
@@ -188,7 +187,7 @@ def generate(
 
         from skipcal.runtime.generation import generate_text
 
-        loaded = _load(ctx.params)
+        loaded = load(ctx.params)
         found.check_fits(loaded.model)
         done = generate_text(
             loaded,
@@ -359,7 +358,7 @@ def compare(
             "seed": seed,
         }
         given = given_options(given)
-        load = {
+        loading = {
             "model": model,
             "revision": revision,
             "dtype": dtype,
@@ -369,14 +368,14 @@ def compare(
             "trust_remote_code": trust_remote_code,
         }
         if not corpus and not data_files:
-            for key in given_options({**given, **load, "trust_remote_code": trust_remote_code or None}):
+            for key in given_options({**given, **loading, "trust_remote_code": trust_remote_code or None}):
                 if key != "target_skip_ratio":
                     raise ConfigError(
                         f"--{key.replace('_', '-')} has no effect without text; add --corpus or --data-files"
                     )
         if overwrite and output is None:
             raise ConfigError("--overwrite has no effect without --output; leave it out")
-        result = run_compare(sources, CompareConfig(**given), lambda: _load(load))
+        result = run_compare(sources, CompareConfig(**given), lambda: load(loading))
         written = result.save(output, overwrite=overwrite) if output else []
         console.result(result.to_dict(), result.to_text())
         for path in written:
@@ -474,7 +473,7 @@ def _lm_eval(
     methods = [m for m in options["methods"] or ["ffn-skip"] if m != "full"]
     policies = [(Arm("full", None), make_policy("full", found, ask))]
     policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
-    loaded = _load({**dict.fromkeys(_FOR_LM_EVAL), **options})
+    loaded = load({**dict.fromkeys(_FOR_LM_EVAL), **options})
     found.check_fits(loaded.model)
     frame = run_lm_eval(
         loaded,
@@ -504,7 +503,7 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     plan(found, settings)
     recorded = sweep_settings(settings, found)
     place = folder or Path("runs") / f"evaluate-{_digest(recorded)}"
-    loaded = _load(settings.model_dump())
+    loaded = load(settings.model_dump())
     found.check_fits(loaded.model)
     begin_folder(place, recorded, overwrite=overwrite)
     console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
@@ -525,21 +524,6 @@ def _digest(value: Any) -> str:
     from skipcal.evaluation.records import digest
 
     return digest(value)
-
-
-def _load(options: dict[str, Any]) -> LoadedModel:
-    from skipcal.arch.loading import load_model
-
-    quiet_loading()
-    return load_model(
-        options["model"],
-        revision=options["revision"],
-        dtype=options["dtype"] or "auto",
-        device=options["device"],
-        device_map=options["device_map"],
-        attn_implementation=options["attn_implementation"],
-        trust_remote_code=options["trust_remote_code"],
-    )
 
 
 def _slug(model: str | None) -> str:

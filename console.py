@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +72,19 @@ def command(as_json: bool, debug: bool) -> Iterator[Console]:
         raise typer.Exit(1) from None
 
 
-def load_for(settings: Any) -> LoadedModel:
-    """The model that a configuration names, without bars unless stderr is a terminal."""
+def load(options: Mapping[str, Any]) -> LoadedModel:
+    """The model that options or settings name, without bars unless stderr is a terminal."""
     from skipcal.arch.loading import load_model
 
     quiet_loading()
     return load_model(
-        settings.model,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
+        options["model"],
+        revision=options["revision"],
+        dtype=options["dtype"] or "auto",
+        device=options["device"],
+        device_map=options["device_map"],
+        attn_implementation=options["attn_implementation"],
+        trust_remote_code=options["trust_remote_code"],
     )
 
 

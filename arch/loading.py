@@ -56,7 +56,7 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if name is None and revision:
         raise ConfigError(f"revision {revision!r} was given without a model; add --model")
-    target = None if device_map else _device(device)
+    target = None if device_map else pick_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -106,7 +106,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _device(device: str | None) -> torch.device:
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name; None: the accelerator, or the CPU. Raises ConfigError for one not there."""
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, listed, load_for
-
-if TYPE_CHECKING:
-    from skipcal.profiles.schema import SkipProfile
+from skipcal.console import command, listed, load
 
 
 def fit(
@@ -67,11 +63,14 @@ def fit(
         from skipcal.profiles.summary import summarize
 
         fitted = fit_gate_profile(
-            load_for(settings), found, settings.model_copy(update={"output": str(target)})
+            load(settings.model_dump()), found, settings.model_copy(update={"output": str(target)})
         )
         fitted.save(target, overwrite=settings.overwrite)
         console.document(fitted.to_json(), summarize(fitted))
-        console.say(f"\nwrote {target} and {beside(target)}; next: {_next(fitted, target)}")
+        console.say(
+            f"\nwrote {target} and {beside(target)}; "
+            f"next: skipcal evaluate --profile {target} --method gate --task perplexity"
+        )
 
 
 def tune(
@@ -126,7 +125,7 @@ def tune(
         from skipcal.plots.pareto import save_pareto
         from skipcal.profiles.summary import tuning_table
 
-        tuned = tune_profile(load_for(settings), found, settings)
+        tuned = tune_profile(load(settings.model_dump()), found, settings)
         tuned.save(target, overwrite=settings.overwrite)
         for path in figures:
             save_pareto(tuned, path, overwrite=settings.overwrite)
@@ -148,7 +147,3 @@ def beside(target: Path) -> Path:
     from skipcal.profiles.parts import tensors_file
 
     return target.with_name(tensors_file(target))
-
-
-def _next(fitted: SkipProfile, target: Path) -> str:
-    return f"skipcal evaluate --profile {target} --method gate --task perplexity"

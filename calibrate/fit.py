@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +20,7 @@ from skipcal.calibrate.corpora import CorpusSample, resolve_corpora, sample_corp
 from skipcal.calibrate.damage import Damage, fisher_damage
 from skipcal.calibrate.layer_damage import relative_damage
 from skipcal.calibrate.on_policy import Fitted, Sweep
+from skipcal.calibrate.passes import teacher_forced_ratio
 from skipcal.calibrate.provenance import sample_info
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.fit import FitConfig
@@ -28,9 +28,8 @@ from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings, tensors_file
 from skipcal.profiles.schema import SkipProfile, model_slug, threshold_for
 from skipcal.profiles.tensors import GateTensors
-from skipcal.runtime.batching import batches
 from skipcal.runtime.gate import NEVER, GatePolicy
-from skipcal.runtime.session import skipping
+from skipcal.speed.hardware import peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +185,13 @@ class _Fitter:
             warm_up_tokens=self.warm_up_tokens,
         )
         by_corpus: dict[float, dict[str, float]] = {}
+        ratio = partial(
+            teacher_forced_ratio, self._model, self._architecture, batch_size=self._config.batch_size
+        )
 
         def measure(threshold: float) -> float:
             tried = replace(policy, threshold=threshold)
-            by_corpus[threshold] = {s.corpus.name: self._realised(tried, s.held_out) for s in self._samples}
+            by_corpus[threshold] = {s.corpus.name: ratio(tried, s.held_out) for s in self._samples}
             return fmean(by_corpus[threshold].values())  # of as many windows each
 
         curve = RealisedCurve(
@@ -212,16 +214,6 @@ class _Fitter:
                 )
             )
         return points
-
-    @torch.no_grad()
-    def _realised(self, policy: GatePolicy, rows: list[list[int]]) -> float:
-        device, stack = input_device(self._model), self._architecture.stack
-        with skipping(
-            self._model, policy=policy, teacher_forced=True, architecture=self._architecture
-        ) as run:
-            for batch in batches(rows, self._config.batch_size):
-                stack(input_ids=torch.tensor(batch, device=device), use_cache=False)
-        return run.report.skip_ratio
 
     def provenance(
         self, fitted: Fitted, tensors: GateTensors, ratios: list[float], seconds: float
@@ -247,14 +239,6 @@ class _Fitter:
             gate_r_squared=list(fitted.r_squared),
             surrogate_error=list(fitted.surrogate_error),
             seconds=round(seconds, 1),
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_memory(input_device(self._model))["bytes"],
             config=config.recorded(),
         )
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far; of the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo

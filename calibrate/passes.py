@@ -18,7 +18,7 @@ from skipcal.configs.run import ProfileConfig
 from skipcal.errors import Unavailable
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
@@ -74,7 +74,7 @@ class Passes:
             done = 0
             for batch in batches(rows, self._batch_size):
                 ids, mask = padded(batch, self._device, side="right")
-                self._forward(ids, mask)
+                _stack_pass(self._architecture, ids, mask)
                 cosine, norm_ratio = recorder.take()
                 kept = mask.cpu().numpy().astype(bool)
                 kept[:, :first] = False
@@ -96,16 +96,14 @@ class Passes:
 
     def teacher_forced(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
         """Skip ratio with skipping on, over known rows."""
-        with skipping(
+        return teacher_forced_ratio(
             self._model,
-            policy=policy,
-            teacher_forced=True,
+            self._architecture,
+            policy,
+            rows,
+            batch_size=self._batch_size,
             prompt_tokens=self.prompt_tokens,
-            architecture=self._architecture,
-        ) as run:
-            for batch in batches(rows, self._batch_size):
-                self._forward(*padded(batch, self._device, side="right"))
-        return _known_ratio(run.report)
+        )
 
     def decoded(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
         """Skip ratio of decoding the prompts that `rows` begin with."""
@@ -113,14 +111,37 @@ class Passes:
             self.continued([row[: self._cut] for row in rows], "decode")
         return _known_ratio(run.report)
 
-    @torch.no_grad()
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        # The stack alone: the LM head is a fifth of this work and nobody reads the logits.
-        self._architecture.stack(input_ids=ids, attention_mask=mask, use_cache=False)
-
     @staticmethod
     def _bar(what: str, total: int) -> Any:
         return tqdm(total=total, desc=what, unit="prompt", leave=False, disable=None)
+
+
+def teacher_forced_ratio(
+    model: Any,
+    architecture: Architecture,
+    policy: Policy,
+    rows: list[list[int]],
+    *,
+    batch_size: int,
+    prompt_tokens: int = 1,
+) -> float:
+    """Skip ratio of `policy` over known rows, in parallel passes.
+
+    Raises Unavailable when no token lies past the warm-up.
+    """
+    device = input_device(model)
+    with skipping(
+        model, policy=policy, teacher_forced=True, prompt_tokens=prompt_tokens, architecture=architecture
+    ) as run:
+        for batch in batches(rows, batch_size):
+            _stack_pass(architecture, *padded(batch, device, side="right"))
+    return _known_ratio(run.report)
+
+
+@torch.no_grad()
+def _stack_pass(architecture: Architecture, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    # The stack alone: the LM head is a fifth of this work and nobody reads the logits.
+    architecture.stack(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def _known_ratio(report: SkipReport) -> float:

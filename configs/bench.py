@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated
+from skipcal.configs.run import PositiveInt, load_settings
 from skipcal.runtime.engines.choice import check_engine
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -74,6 +74,4 @@ class BenchConfig(BaseModel):
 
 def load_bench(path: Path | None, options: dict[str, Any]) -> BenchConfig:
     """The file's settings with `options` over them. Raises ConfigError for what cannot be measured."""
-    settings = read_yaml(path) if path else {}
-    given = given_options(options)
-    return validated(BenchConfig, {**settings, **given}, given, path)
+    return load_settings(BenchConfig, path, options)

@@ -5,21 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from skipcal.configs.run import (
-    DEFAULT_CORPORA,
-    PositiveInt,
-    given_options,
-    read_yaml,
-    validated,
-    without_folder,
-)
+from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class FitConfig(BaseModel):
+class FitConfig(CalibrationSettings):
     """Everything that decides the result of `skipcal fit`.
 
     profile:          file or shipped name; its model and warm-up are taken. None: the embedded model's.
@@ -35,19 +28,7 @@ class FitConfig(BaseModel):
                       10, or 4 of the embedded text. Documents of one corpus differ by 0.03 in their ratio.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
     profile: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    corpus: list[str] = []
-    data_files: list[str] = []
-    text_column: str = "text"
     prompts: PositiveInt | None = None
     prompt_tokens: Annotated[int, Field(ge=8)] = 512
     batch_size: PositiveInt = 4
@@ -59,8 +40,6 @@ class FitConfig(BaseModel):
     damage: Literal["fisher", "relative-error"] = "fisher"
     damage_prompts: PositiveInt = 8
     closed_loop_prompts: PositiveInt | None = None
-    output: str | None = None
-    overwrite: bool = False
 
     @model_validator(mode="after")
     def _enough_text(self) -> Self:
@@ -70,12 +49,6 @@ class FitConfig(BaseModel):
                 "corpus; raise --prompts or lower --damage-prompts"
             )
         return self
-
-    def corpora(self) -> list[str]:
-        """Names of the corpora to use, with the defaults filled in."""
-        if self.corpus or self.data_files:
-            return self.corpus
-        return DEFAULT_CORPORA if self.model else ["embedded"]
 
     def windows(self) -> int:
         """Windows per corpus to fit on."""
@@ -88,19 +61,7 @@ class FitConfig(BaseModel):
     def _short_text(self) -> bool:
         return self.corpora() == ["embedded"] and not self.data_files
 
-    def recorded(self) -> dict[str, Any]:
-        """What a profile keeps of it: all that decides numbers, no places on this computer."""
-        kept = self.model_dump(mode="json", exclude={"output", "overwrite"})
-        kept["corpus"] = self.corpora()
-        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
-        for name in ("model", "profile"):
-            if kept[name] is not None and Path(kept[name]).exists():
-                kept[name] = Path(kept[name]).name
-        return kept
-
 
 def load_fit(path: Path | None, options: dict[str, Any]) -> FitConfig:
     """The file's settings with `options` over them; see `configs.run.load_config`."""
-    settings = read_yaml(path) if path else {}
-    given = given_options(options)
-    return validated(FitConfig, {**settings, **given}, given, path)
+    return load_settings(FitConfig, path, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,18 +18,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 DEFAULT_CORPORA = ["wikitext", "c4"]
 
 
-class ProfileConfig(BaseModel):
-    """Everything that decides the result of `skipcal profile`.
-
-    model:     hub id or local folder; None is the embedded model.
-    corpus:    known corpora or hub ids. Without any, and without data_files, a named model gets
-               WikiText and C4, the embedded model the embedded text.
-    prompts:   per corpus. prompt_tokens and new_tokens: of each prompt and its continuation.
-    closed_loop: how realised skip ratios are measured. "teacher-forced": over the calibration text,
-               fast and comparable. "decode": over what the policy itself writes, which is what
-               generation will see; slower by an order of magnitude.
-    closed_loop_prompts: per corpus, over which they are measured; 0 for not at all.
-    """
+class ModelSettings(BaseModel):
+    """Which model, and how it is loaded. model: hub id or local folder; None is the embedded model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -40,9 +30,52 @@ class ProfileConfig(BaseModel):
     device_map: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+
+
+class CalibrationSettings(ModelSettings):
+    """A model, the text it is given, and where the result goes.
+
+    corpus: known corpora or hub ids. Without any, and without data_files, a named model gets WikiText and
+            C4, the embedded model the embedded text.
+    """
+
+    _places: ClassVar[frozenset[str]] = frozenset({"output", "overwrite"})  # decide no number
+
     corpus: list[str] = []
     data_files: list[str] = []
     text_column: str = "text"
+    output: str | None = None
+    overwrite: bool = False
+
+    def corpora(self) -> list[str]:
+        """Names of the corpora to use, with the defaults filled in."""
+        if self.corpus or self.data_files:
+            return self.corpus
+        return DEFAULT_CORPORA if self.model else ["embedded"]
+
+    def recorded(self) -> dict[str, Any]:
+        """What a profile keeps of it: all that decides numbers, no places on this computer."""
+        kept = self.model_dump(mode="json", exclude=set(self._places))
+        kept["corpus"] = self.corpora()
+        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
+        for name in ("model", "profile"):
+            if kept.get(name) is not None and Path(kept[name]).exists():
+                kept[name] = Path(kept[name]).name
+        return kept
+
+
+class ProfileConfig(CalibrationSettings):
+    """Everything that decides the result of `skipcal profile`.
+
+    prompts:   per corpus. prompt_tokens and new_tokens: of each prompt and its continuation.
+    closed_loop: how realised skip ratios are measured. "teacher-forced": over the calibration text,
+               fast and comparable. "decode": over what the policy itself writes, which is what
+               generation will see; slower by an order of magnitude.
+    closed_loop_prompts: per corpus, over which they are measured; 0 for not at all.
+    """
+
+    _places: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "trace"})
+
     mode: Literal["generate", "prefill"] = "generate"
     prompts: PositiveInt = 32
     prompt_tokens: Annotated[int, Field(ge=2)] = 64
@@ -58,8 +91,6 @@ class ProfileConfig(BaseModel):
     closed_loop_prompts: Annotated[int, Field(ge=0)] = 16
     verify: bool = False
     verify_prompts: PositiveInt = 16
-    output: str | None = None
-    overwrite: bool = False
     trace: str | None = None
 
     @model_validator(mode="after")
@@ -80,21 +111,6 @@ class ProfileConfig(BaseModel):
             raise ValueError(f"trace and output are both {self.trace!r}; give them different files")
         return self
 
-    def corpora(self) -> list[str]:
-        """Names of the corpora to use, with the defaults filled in."""
-        if self.corpus or self.data_files:
-            return self.corpus
-        return DEFAULT_CORPORA if self.model else ["embedded"]
-
-    def recorded(self) -> dict[str, Any]:
-        """What a profile keeps of it: all that decides numbers, no places on this computer."""
-        kept = self.model_dump(mode="json", exclude={"output", "overwrite", "trace"})
-        kept["corpus"] = self.corpora()
-        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
-        if self.model is not None and Path(self.model).exists():
-            kept["model"] = Path(self.model).name
-        return kept
-
 
 def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
     """The file's settings with `options` over them.
@@ -102,9 +118,14 @@ def load_config(path: Path | None, options: dict[str, Any]) -> ProfileConfig:
     Options that are None or empty sequences count as not given.
     Raises ConfigError for a file that cannot be read, unknown keys and values out of range.
     """
+    return load_settings(ProfileConfig, path, options)
+
+
+def load_settings(kind: type[Config], path: Path | None, options: dict[str, Any]) -> Config:
+    """The settings of any kind from a file and options; see `load_config`."""
     settings = read_yaml(path) if path else {}
     given = given_options(options)
-    return validated(ProfileConfig, {**settings, **given}, given, path)
+    return validated(kind, {**settings, **given}, given, path)
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from skipcal.configs.run import PositiveInt, given_options, read_yaml, validated, without_folder
+from skipcal.configs.run import (
+    ModelSettings,
+    PositiveInt,
+    given_options,
+    read_yaml,
+    validated,
+    without_folder,
+)
 from skipcal.errors import ConfigError, suggestion
 
 MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
@@ -171,7 +178,7 @@ class JudgeOptions(_Settings):
 _ENDPOINT = ("base_url", "api_key_env", "timeout_s", "retries", "retry_wait_s", "concurrency")
 
 
-class SweepConfig(_Settings):
+class SweepConfig(_Settings, ModelSettings):
     """Everything that decides the result of a sweep; `evaluate` is a sweep of one method.
 
     profile:      file, or name of a shipped one.
@@ -180,13 +187,6 @@ class SweepConfig(_Settings):
     warm_ups:     lengths of the warm-up to run every method with, for the ablation; None: the tasks'.
     """
 
-    model: str | None = None
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
     profile: str
     methods: Annotated[list[str], Field(min_length=1)] = ["ffn-skip"]
     ratios: Annotated[list[Ratio], Field(min_length=1)] | None = None

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from skipcal.configs.run import (
-    DEFAULT_CORPORA,
-    PositiveInt,
-    given_options,
-    read_yaml,
-    validated,
-    without_folder,
-)
+from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
 RULES = ("gate", "cosine", "static", "static+surrogates")
 Positive = Annotated[float, Field(gt=0)]
 
 
-class TuneConfig(BaseModel):
+class TuneConfig(CalibrationSettings):
     """Everything that decides the result of `skipcal tune`.
 
     max_kl:            KL to the full model, nats per decoded token, its interval's upper end included.
@@ -33,19 +26,9 @@ class TuneConfig(BaseModel):
     prompt_tokens:     tokens of a window: the first is the prompt, all others are decoded.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    _places: ClassVar[frozenset[str]] = frozenset({"output", "figure", "overwrite"})
 
     profile: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    corpus: list[str] = []
-    data_files: list[str] = []
-    text_column: str = "text"
     prompts: PositiveInt = 6
     prompt_tokens: Annotated[int, Field(ge=8)] = 512
     batch_size: PositiveInt = 2
@@ -54,11 +37,9 @@ class TuneConfig(BaseModel):
     max_perplexity_increase: Positive | None = None
     min_speedup: Annotated[float, Field(gt=1)] | None = None
     rules: list[str] | None = None
-    max_skips: list[PositiveInt] = [3]
+    max_skips: list[PositiveInt] = Field(default_factory=lambda: [3])
     warm_up_tokens: list[Annotated[int, Field(ge=0)]] | None = None
-    output: str | None = None
     figure: str | None = None
-    overwrite: bool = False
 
     @field_validator("rules")
     @classmethod
@@ -77,25 +58,7 @@ class TuneConfig(BaseModel):
             )
         return self
 
-    def corpora(self) -> list[str]:
-        """Names of the corpora to use, with the defaults filled in."""
-        if self.corpus or self.data_files:
-            return self.corpus
-        return DEFAULT_CORPORA if self.model else ["embedded"]
-
-    def recorded(self) -> dict[str, Any]:
-        """What a profile keeps of it: all that decides numbers, no places on this computer."""
-        kept = self.model_dump(mode="json", exclude={"output", "figure", "overwrite"})
-        kept["corpus"] = self.corpora()
-        kept["data_files"] = [without_folder(entry) for entry in self.data_files]
-        for name in ("model", "profile"):
-            if kept[name] is not None and Path(kept[name]).exists():
-                kept[name] = Path(kept[name]).name
-        return kept
-
 
 def load_tune(path: Path | None, options: dict[str, Any]) -> TuneConfig:
     """The file's settings with `options` over them; see `configs.run.load_config`."""
-    settings = read_yaml(path) if path else {}
-    given = given_options(options)
-    return validated(TuneConfig, {**settings, **given}, given, path)
+    return load_settings(TuneConfig, path, options)

@@ -11,8 +11,7 @@ import seaborn as sns
 
 from skipcal.calibrate.transfer import FULL_MODEL, transfer_matrix
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style
-from skipcal.profiles.files import write_atomic
+from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def curves_figure(profiles: Mapping[str, SkipProfile]) -> Figure:
 def save_curves(profiles: Mapping[str, SkipProfile], path: Path, *, overwrite: bool) -> None:
     """Write `curves_figure` to a file."""
     _without_window()
-    _save(curves_figure(profiles), path, overwrite=overwrite)
+    write_figure(curves_figure(profiles), path, overwrite=overwrite)
 
 
 def save_transfer(frame: pd.DataFrame, path: Path, *, value: str, overwrite: bool) -> None:
@@ -137,7 +136,7 @@ def save_transfer(frame: pd.DataFrame, path: Path, *, value: str, overwrite: boo
         figure, ax = plt.subplots(figsize=size, layout="constrained")
         plot_transfer(frame, value=value, ax=ax)
         ax.set_title(f"{_VALUES[value][0]}: profile by text", fontsize="medium")
-    _save(figure, path, overwrite=overwrite)
+    write_figure(figure, path, overwrite=overwrite)
 
 
 def _without_window() -> None:
@@ -145,19 +144,6 @@ def _without_window() -> None:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-
-
-def _save(figure: Figure, path: Path, *, overwrite: bool) -> None:
-    import matplotlib.pyplot as plt
-
-    def draw(partial: Path) -> None:
-        with style():
-            figure.savefig(partial)
-
-    try:
-        write_atomic(path, draw, overwrite=overwrite)
-    finally:
-        plt.close(figure)
 
 
 def _draw_regions(ax: Axes, profiles: Mapping[str, SkipProfile], colours: list[Any]) -> None:

@@ -9,8 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style
-from skipcal.profiles.files import write_atomic
+from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
@@ -60,9 +59,6 @@ def save_pareto(profile: SkipProfile, path: Path, *, overwrite: bool = False) ->
 
     with style():
         figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        try:
-            plot_pareto(profile, ax=ax)
-            ax.set_title(profile.model.name, fontsize=10)
-            write_atomic(path, lambda partial: figure.savefig(partial), overwrite=overwrite)
-        finally:
-            plt.close(figure)
+        plot_pareto(profile, ax=ax)
+        ax.set_title(profile.model.name, fontsize=10)
+        write_figure(figure, path, overwrite=overwrite)

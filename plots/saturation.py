@@ -9,8 +9,16 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import BAND_ALPHA, COLD, PALETTE, REGION_ALPHA, SKIPPABLE, THRESHOLD, style
-from skipcal.profiles.files import write_atomic
+from skipcal.plots.style import (
+    BAND_ALPHA,
+    COLD,
+    PALETTE,
+    REGION_ALPHA,
+    SKIPPABLE,
+    THRESHOLD,
+    style,
+    write_figure,
+)
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
@@ -86,20 +94,11 @@ def save_figure(profile: SkipProfile, path: Path, *, overwrite: bool) -> None:
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise ConfigError(f"figure {path}: ending {path.suffix!r} is not one of {', '.join(FIGURE_SUFFIXES)}")
     matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
     figure = saturation_figure(profile)
     # The same profile gives the same file: no dates inside.
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
 
-    def draw(partial: Path) -> None:
-        with style():
-            figure.savefig(partial, metadata=metadata)
-
-    try:
-        write_atomic(path, draw, overwrite=overwrite)
-    finally:
-        plt.close(figure)
+    write_figure(figure, path, overwrite=overwrite, metadata=metadata)
 
 
 def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:

@@ -10,8 +10,7 @@ import seaborn as sns
 
 from skipcal.errors import ConfigError
 from skipcal.plots.saturation import FIGURE_SUFFIXES
-from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, style
-from skipcal.profiles.files import write_atomic
+from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, style, write_figure
 from skipcal.speed.table import machine, to_frame
 
 if TYPE_CHECKING:
@@ -68,15 +67,7 @@ def save_speed_figure(result: dict[str, Any], path: Path, *, overwrite: bool) ->
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise ConfigError(f"figure {path}: ending {path.suffix!r} is not one of {', '.join(FIGURE_SUFFIXES)}")
     matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
 
     figure = speed_figure(result)
 
-    def draw(partial: Path) -> None:
-        with style():
-            figure.savefig(partial)
-
-    try:
-        write_atomic(path, draw, overwrite=overwrite)
-    finally:
-        plt.close(figure)
+    write_figure(figure, path, overwrite=overwrite)

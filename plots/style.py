@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipcal.profiles.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLD = "#d62728"
 SKIPPABLE = "#ffd92f"
@@ -34,3 +40,22 @@ def style() -> Iterator[None]:
 
     with plt.rc_context(_RC):
         yield
+
+
+def write_figure(
+    figure: Figure, path: Path, *, overwrite: bool, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write a figure into a file, in skipcal's style and atomically, and close it.
+
+    metadata: as matplotlib's savefig takes it.
+    """
+    import matplotlib.pyplot as plt
+
+    def draw(partial: Path) -> None:
+        with style():
+            figure.savefig(partial, metadata=metadata)
+
+    try:
+        write_atomic(path, draw, overwrite=overwrite)
+    finally:
+        plt.close(figure)

@@ -11,8 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style
-from skipcal.profiles.files import write_atomic
+from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,17 +170,13 @@ def save_sweep_figures(frame: pd.DataFrame, folder: Path, *, overwrite: bool) ->
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
 
     written = []
     for stem, draw in sweep_figures(frame).items():
         with style():
             figure = draw()
             path = folder / f"{stem}.png"
-            try:
-                write_atomic(path, figure.savefig, overwrite=overwrite)
-            finally:
-                plt.close(figure)
+            write_figure(figure, path, overwrite=overwrite)
         written.append(path)
     return written
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from skipcal.arch.loading import LoadedModel, load_model
+from skipcal.arch.loading import LoadedModel, load_model, pick_device
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.configs.bench import BenchConfig
 from skipcal.errors import ConfigError, SkipcalError
@@ -121,19 +121,6 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
         "peak_memory": peak_memory(device),
         "environment": environment(device),
     }
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, else the accelerator or the CPU. Raises ConfigError."""
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from error
-    return device
 
 
 def _case(

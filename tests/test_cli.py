@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from skipcal import __version__
 from skipcal.arch.check import tiny_model
-from skipcal.cli import app
 from skipcal.profiles.schema import SkipProfile, shipped_profiles
 
 SHIPPED = "smollm2-135m-instruct"
-runner = CliRunner()
-
-
-def run(*args: str | Path, code: int = 0) -> Any:
-    done = runner.invoke(app, [str(arg) for arg in args])
-    assert done.exit_code == code, f"{args}: {done.exit_code}\n{done.output}\n{done.stderr}"
-    return done
 
 
 def refused(*args: str | Path, code: int) -> str:

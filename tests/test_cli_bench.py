@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
-from skipcal.cli import app
 from skipcal.speed import hardware
 
 TINY = ("bench", "--shape", "tiny", "--device", "cpu", "--ratios", "0.125,0.25", "--context-tokens", "8",
         "--new-tokens", "3", "--rounds", "1")  # fmt: skip
-runner = CliRunner()
-
-
-def run(*args: str | Path, code: int = 0) -> Any:
-    done = runner.invoke(app, [str(arg) for arg in args])
-    assert done.exit_code == code, f"{args}: {done.exit_code}\n{done.output}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(autouse=True)

@@ -8,26 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
-
-from skipcal.cli import app
-
-runner = CliRunner()
-
-
-def run(*args: str | Path, code: int = 0) -> Any:
-    done = runner.invoke(app, [str(arg) for arg in args])
-    assert done.exit_code == code, f"{args}: {done.exit_code}\n{done.output}\n{done.stderr}"
-    return done
-
-
-def refused(*args: str | Path, code: int) -> str:
-    done = run(*args, code=code)
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines: list[str] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+from command_line import refused, run
 
 
 @pytest.fixture(scope="module")

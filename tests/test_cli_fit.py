@@ -9,29 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, run
 from conftest import lively
-from typer.testing import CliRunner
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.cli import app
 from skipcal.profiles.schema import SkipProfile
-
-runner = CliRunner()
-
-
-def run(*args: str | Path, code: int = 0) -> Any:
-    done = runner.invoke(app, [str(arg) for arg in args])
-    assert done.exit_code == code, f"{args}: {done.exit_code}\n{done.output}\n{done.stderr}"
-    return done
-
-
-def refused(*args: str | Path, code: int) -> str:
-    done = run(*args, code=code)
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines: list[str] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lively
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
@@ -18,19 +17,8 @@ from skipcal.profiles.schema import SkipProfile
 
 
 @pytest.fixture(scope="session")
-def loaded() -> LoadedModel:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model = lively("llama", num_hidden_layers=8)
-    return LoadedModel(model=model, tokenizer=tokenizer, name="tiny", revision=None)
+def loaded(worded: LoadedModel) -> LoadedModel:
+    return worded
 
 
 @pytest.fixture(scope="session")
