@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.engines.choice import ffn_engine
@@ -77,6 +77,8 @@ class ChoiceState:
 
 class ChoiceRule:
     """The rule of `ChosenFFNs`."""
+
+    learns: ClassVar[bool] = False
 
     def __init__(self, policy: ChosenFFNs) -> None:
         """Take layers, probability and seed from `policy`."""

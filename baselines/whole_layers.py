@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from skipcal.errors import ConfigError, ProfileMismatch
 
@@ -115,6 +115,8 @@ class SkipDecode:
 
 class ScheduleRule:
     """The rule of `SkipDecode`: layer i of the middle is passed by from a certain step on."""
+
+    learns: ClassVar[bool] = False
 
     def __init__(self, policy: SkipDecode) -> None:
         """Find the first step at which each layer is passed by."""

@@ -1,10 +1,11 @@
 """How much of the skipped bytes becomes time on a CPU: batch 1, greedy, float32.
 
-    python benchmarks/cpu_decode.py          results/cpu_decode_smollm2.json, cpu_decode_llama-1b.json
+    python benchmarks/cpu_decode.py          results/cpu_decode_{smollm2,smollm2-gate,llama-1b}.json
 
-The embedded model, and a random Llama of a billion parameters, eight times the size. float32, because
-matrix times vector in bfloat16 does not reach the bandwidth of memory on these CPUs. What is measured,
-and how, stands in skipcal.speed.bench; `skipcal bench` measures the same for any model.
+The embedded model under the paper's rule and under its gate, and a random Llama of a billion parameters,
+eight times the size. float32, because matrix times vector in bfloat16 does not reach the bandwidth of
+memory on these CPUs. What is measured, and how, stands in skipcal.speed.bench; `skipcal bench` measures
+the same for any model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from skipcal.speed.bench import check_shape, load_subject, run_bench
 
 RUNS: dict[str, dict[str, Any]] = {
     "smollm2": {"context_tokens": [16]},
+    "smollm2-gate": {"profile": "smollm2-135m-instruct", "context_tokens": [16]},
     "llama-1b": {"shape": "llama-1b", "context_tokens": [16]},
 }
 
@@ -27,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of every arm")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--only", choices=sorted(RUNS), help="one of the two models")
+    parser.add_argument("--only", choices=sorted(RUNS), help="one of them")
     options = parser.parse_args()
     for name in [options.only] if options.only else RUNS:
         config = BenchConfig(

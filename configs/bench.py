@@ -19,6 +19,8 @@ class BenchConfig(BaseModel):
 
     model, shape:   one of them; neither is the embedded model. A shape has random weights.
     dtype:          "auto" is a model's own; for a shape bfloat16 on a GPU, else float32.
+    rule:           "cosine", or "gate": the profile's with its surrogates, for a shape random ones. By
+                    default "gate" with a profile, else "cosine".
     ratios:         skip ratios to force.
     context_tokens: tokens in the cache when decoding begins: the length of the prompt.
     peers:          also measure other ways to run the full model.
@@ -28,6 +30,8 @@ class BenchConfig(BaseModel):
 
     model: str | None = None
     shape: str | None = None
+    profile: str | None = None
+    rule: Literal["cosine", "gate"] | None = None
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str | None = None
@@ -57,6 +61,18 @@ class BenchConfig(BaseModel):
             )
         if self.shape is not None and self.revision is not None:
             raise ValueError(f"revision {self.revision!r} has no effect on a shape; leave it out")
+        if self.shape is not None and self.profile is not None:
+            raise ValueError(
+                f"profile {self.profile!r} was not made for a shape; give --model or leave it out"
+            )
+        if self.rule == "gate" and self.shape is None and self.profile is None:
+            raise ValueError(
+                "rule 'gate' takes gate and surrogates from a profile; give --profile, or a --shape"
+            )
+        if self.rule == "cosine" and self.profile is not None:
+            raise ValueError(
+                f"profile {self.profile!r} has no effect under rule 'cosine'; leave one of them out"
+            )
         for name in ("ratios", "batch_size", "context_tokens"):
             values = getattr(self, name)
             repeated = next((v for v in values if values.count(v) > 1), None)
@@ -64,11 +80,17 @@ class BenchConfig(BaseModel):
                 raise ValueError(f"{name} {repeated} is asked for twice")
         return self
 
+    @property
+    def gated(self) -> bool:
+        """Whether a gate decides."""
+        return self.profile is not None or self.rule == "gate"
+
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
         kept = self.model_dump(mode="json")
-        if self.model is not None and Path(self.model).exists():
-            kept["model"] = Path(self.model).name
+        for name in ("model", "profile"):
+            if kept[name] is not None and Path(kept[name]).exists():
+                kept[name] = Path(kept[name]).name
         return kept
 
 

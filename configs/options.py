@@ -131,6 +131,18 @@ LmEvalTasks = Annotated[str | None, _option("--lm-eval-tasks", help="Tasks of lm
 Limit = Annotated[int | None, _option("--limit", help="Samples of each lm-eval task.")]
 Folder = Annotated[Path | None, _option("--output", "-o", help="Folder for records, tables and figures.")]
 RequiredFolder = Annotated[Path, _option("--output", "-o", help="Folder for records, tables and figures.")]
+GateProfile = Annotated[
+    str | None,
+    _option(
+        "--profile",
+        metavar="PROFILE",
+        help="Time this profile's gate and surrogates. Default: the rule cosine.",
+    ),
+]
+TimedRule = Annotated[
+    str | None,
+    _option("--rule", help="cosine, or gate: a profile's, or random ones of a shape. Default: cosine."),
+]
 OptionalProfile = Annotated[
     str | None, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
 ]

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.engines.choice import ffn_engine
-from skipcal.runtime.surrogates import Surrogates, tensors_digest
+from skipcal.runtime.surrogates import Surrogates, length_of_one, tensors_digest
 
 if TYPE_CHECKING:
     from skipcal.arch.locate import Architecture, Block
@@ -119,6 +119,8 @@ class GateState:
 class GateRule:
     """The rule of `GatePolicy`."""
 
+    learns: ClassVar[bool] = False
+
     def __init__(self, gates: Gates, threshold: float) -> None:
         """Take the probes apart by layer."""
         self.layers: Collection[int] = frozenset(gates.layers)
@@ -154,8 +156,9 @@ class GateRule:
         slope, bias = self._rest[layer]
         stream = h.float()
         if len(h) == 1 and h.device.type == "cpu":  # two small operations, the rest is Python's
-            norm = max(float(torch.linalg.vector_norm(stream)), _TINY)
-            return float(torch.dot(stream[0], weight)) / norm + slope * math.log(norm) + bias
+            token = stream[0]
+            norm = length_of_one(token)
+            return float(torch.dot(token, weight)) / norm + slope * math.log(norm) + bias
         norms = torch.linalg.vector_norm(stream, dim=-1).clamp_min(_TINY)
         scores: Tensor = stream @ weight / norms + slope * norms.log() + bias
         return scores

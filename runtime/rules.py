@@ -11,7 +11,7 @@ same, and on a CPU a tensor operation costs more than the whole decision. Not so
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Rule(Protocol):
     """A way to choose the FFNs to skip."""
 
     @property
+    def learns(self) -> bool:
+        """Whether `after` tells the rule anything; where it does not, an engine need not ask."""
+
+    @property
     def layers(self) -> Collection[int]:
         """Layers at which the rule has to be asked; everywhere else the FFN runs."""
 
@@ -73,6 +77,8 @@ class CosineRule:
     from the next layer on its FFNs are skipped, until `cold_e` or until `max_skips` are used up.
     Nothing re-arms, for `skipped` only grows.
     """
+
+    learns: ClassVar[bool] = True
 
     def __init__(self, policy: SkipPolicy, *, batch_rule: str = "rows") -> None:
         """Take the region, the threshold and `max_skips` from `policy`; see runtime.batch_rule."""

@@ -40,6 +40,16 @@ class LowRank:
         """s(u), [tokens, hidden], of directions u [tokens, hidden]."""
         return F.linear(F.linear(u, self.down), self.up, self.bias)
 
+    def of_one(self, h: Tensor) -> Tensor:
+        """s(direction(h)) [1, hidden] of a single token h [1, hidden] in the map's precision, on a CPU.
+
+        The same map in a third of the operations: what scales u is left to the last one.
+        """
+        token = h[0]
+        norm = length_of_one(token)
+        scale = math.sqrt(len(token)) / norm if norm > _TINY else 0.0
+        return torch.addmv(self.bias, self.up, torch.mv(self.down, token), alpha=scale)[None]
+
     @property
     def elements(self) -> int:
         """Numbers that a token reads where the map runs."""
@@ -68,7 +78,11 @@ class Surrogates:
     def __call__(self, layer: int, h: Tensor) -> Tensor | None:
         """What stands in for f, [tokens, hidden] in h's dtype; None where the layer has no surrogate."""
         found = self.maps.get(layer)
-        return None if found is None else found.on(h.device)(direction(h).to(found.down.dtype)).to(h.dtype)
+        if found is None:
+            return None
+        if len(h) == 1 and h.device.type == "cpu" and h.dtype == found.down.dtype == torch.float32:
+            return found.on(h.device).of_one(h)
+        return found.on(h.device)(direction(h).to(found.down.dtype)).to(h.dtype)
 
     def weight_bytes(self, layer: int) -> int:
         """Bytes that a token reads instead of the FFN's."""
@@ -112,6 +126,11 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def length_of_one(token: Tensor) -> float:
+    """||h|| of one token [hidden] in float32 on a CPU, never 0, in one cheap operation."""
+    return max(math.sqrt(float(torch.dot(token, token))), _TINY)
 
 
 def direction(h: Tensor) -> Tensor:

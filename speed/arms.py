@@ -13,15 +13,15 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
+from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
-from skipcal.speed.cost import region
+from skipcal.speed.forced import Forced
 from skipcal.speed.timing import StepClock, Timing
 
 PLAIN = "plain"  # transformers' generate(), no session
-FULL = "full"  # the twin: the same session and engine, no layer in the region
-WATCHING = "watching"  # every cosine of the region taken, nothing skipped
+FULL = "full"  # the twin: the same session and engine, asked about no layer
+WATCHING = "watching"  # every decision made, nothing skipped
 STATIC_COMPILED = "hf-static-compiled"
 
 
@@ -42,27 +42,22 @@ class Bench:
     ids: Tensor
     new_tokens: int
     engine: str
+    forced: Forced
 
     def arms(self, skips: list[int], *, peers: bool) -> dict[str, Callable[[], Run]]:
         """What to measure, by name: the plain and the full model, watching, so many skips a token."""
-        cold_s, cold_e = region(self.architecture.num_layers)
-
-        def policy(threshold: float, end: int = cold_e, most: int | None = None) -> SkipPolicy:
-            return SkipPolicy(
-                cold_s=cold_s, cold_e=end, threshold=threshold, max_skips=most, warm_up_tokens=0
-            )
-
+        forced = self.forced
         found = {
             PLAIN: self._plain,
-            FULL: self._skipping(policy(FULL_MODEL_THRESHOLD, end=cold_s)),
-            WATCHING: self._skipping(policy(FULL_MODEL_THRESHOLD)),
+            FULL: self._skipping(forced.full()),
+            WATCHING: self._skipping(forced.watching()),
         }
-        found |= {skip_arm(count): self._skipping(policy(-1.0, most=count)) for count in skips}
+        found |= {skip_arm(count): self._skipping(forced.skipping(count)) for count in skips}
         if peers and self.ids.device.type == "cuda":
             found[STATIC_COMPILED] = lambda: self._plain(cache_implementation="static")
         return found
 
-    def _skipping(self, policy: SkipPolicy) -> Callable[[], Run]:
+    def _skipping(self, policy: Policy) -> Callable[[], Run]:
         def run() -> Run:
             with skipping(
                 self.model, policy=policy, engine=self.engine, architecture=self.architecture

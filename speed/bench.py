@@ -1,9 +1,9 @@
 """`skipcal bench`: the full model against skipping at forced ratios.
 
-With a threshold of -1 the first FFN of the region arms every token, and `max_skips` FFNs after it are
-skipped. So each step does the same work, and the whole decision path runs. A ratio between two whole
-numbers of layers is the mean of both. Each arm is set against two bases: its own full twin (the same
-session and engine with an empty region), which tells what skipping gains, and plain `generate()`.
+The rule is the paper's, or a gate with its surrogates (skipcal.speed.forced). A ratio
+between two whole numbers of layers is the mean of both. Each arm is set against two bases: its own full
+twin (the same session and engine, asked about no layer), which tells what skipping gains, and plain
+`generate()`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from skipcal.arch.loading import LoadedModel, load_model, pick_device
 from skipcal.arch.locate import Architecture, input_device, locate
+from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.bench import BenchConfig
 from skipcal.errors import ConfigError, SkipcalError
+from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.arms import (
     FULL,
     PLAIN,
@@ -33,6 +35,7 @@ from skipcal.speed.arms import (
 )
 from skipcal.speed.cost import ForcedRatio, StepBytes, break_even, forced_ratio, step_bytes
 from skipcal.speed.files import BENCH_FORMAT
+from skipcal.speed.forced import RANDOM_SHARE, Forced, ForcedCosine, ForcedGate, random_gate
 from skipcal.speed.hardware import copy_bandwidth, environment, peak_memory, told_of_memory
 from skipcal.speed.shapes import random_model, shape_config
 from skipcal.speed.timing import Spread, interleave, spread
@@ -42,15 +45,23 @@ RANDOM_WEIGHTS = "random weights: speed only, no quality"
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured. random_weights: it is a shape."""
+    """The model that is measured. random_weights: it is a shape; profile: whose gate decides, if any does."""
 
     model: Any
     name: str
     random_weights: bool
+    profile: SkipProfile | None = None
 
 
 def load_subject(config: BenchConfig) -> Subject:
-    """The model of the configuration, or its shape filled with random weights."""
+    """The model of the configuration, or its shape filled with random weights.
+
+    Raises ConfigError for a profile without a gate, before a model is loaded.
+    """
+    profile = None
+    if config.profile is not None:
+        profile = SkipProfile.load(config.profile)
+        profile.gate_policy(0.0)
     if config.shape is None:
         loaded: LoadedModel = load_model(
             config.model,
@@ -61,7 +72,7 @@ def load_subject(config: BenchConfig) -> Subject:
             trust_remote_code=config.trust_remote_code,
         )
         name = Path(loaded.name).name if Path(loaded.name).exists() else loaded.name
-        return Subject(loaded.model, name, random_weights=False)
+        return Subject(loaded.model, name, random_weights=False, profile=profile)
     device = pick_device(config.device)
     by_device = torch.bfloat16 if device.type == "cuda" else torch.float32
     with told_of_memory(f"weights of shape {config.shape!r}"):
@@ -79,7 +90,9 @@ def check_shape(config: BenchConfig) -> None:
     """Raise before a model is made: for an unknown shape, a ratio or a context it cannot have."""
     if config.shape is not None:
         known = shape_config(config.shape)
-        _check_fits(config, known, known.num_hidden_layers)
+        layers = known.num_hidden_layers
+        gate = random_gate(layers, known.hidden_size, rank=1, seed=config.seed)
+        _check_fits(config, known, layers, ForcedGate(gate, layers) if config.gated else ForcedCosine(layers))
 
 
 @torch.no_grad()
@@ -91,15 +104,18 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
     """
     model = subject.model
     architecture = locate(model)
-    _check_fits(config, model.config.get_text_config(), architecture.num_layers)
+    forced = _forced(config, subject, architecture)
+    _check_fits(config, model.config.get_text_config(), architecture.num_layers, forced)
     device = input_device(model)
     bandwidth = copy_bandwidth(device, rounds=config.rounds)
     sizes = [(batch, context) for batch in config.batch_size for context in config.context_tokens]
     share = None if time_limit_s is None else time_limit_s / len(sizes)
+    cases = []
     with endless_greedy(model):
-        cases = [
-            _case(config, model, architecture, bandwidth, batch, context, share) for batch, context in sizes
-        ]
+        for batch, context in sizes:
+            ids = random_prompt(model, batch_size=batch, tokens=context, seed=config.seed)
+            bench = Bench(model, architecture, ids, config.new_tokens, config.engine, forced)
+            cases.append(_case(config, bench, bandwidth, share))
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "format": BENCH_FORMAT,
@@ -123,19 +139,23 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
     }
 
 
-def _case(
-    config: BenchConfig,
-    model: Any,
-    architecture: Architecture,
-    bandwidth: Spread,
-    batch_size: int,
-    context_tokens: int,
-    time_limit_s: float | None,
-) -> dict[str, Any]:
+def _forced(config: BenchConfig, subject: Subject, architecture: Architecture) -> Forced:
+    """The rule that is measured. Raises ProfileMismatch for another model's profile."""
+    layers, hidden = architecture.num_layers, architecture.hidden_size
+    if subject.profile is not None:
+        subject.profile.check_fits(subject.model)
+        return ForcedGate(subject.profile.gate_policy(0.0), layers)
+    if not config.gated:
+        return ForcedCosine(layers)
+    block = architecture.blocks[1]
+    rank = rank_for(RANDOM_SHARE, hidden, block.weight_bytes, subject.model.dtype.itemsize)
+    return ForcedGate(random_gate(layers, hidden, rank=rank, seed=config.seed), layers)
+
+
+def _case(config: BenchConfig, bench: Bench, bandwidth: Spread, time_limit_s: float | None) -> dict[str, Any]:
     """One batch size with one context length."""
-    forced = [forced_ratio(ratio, architecture.num_layers) for ratio in config.ratios]
-    ids = random_prompt(model, batch_size=batch_size, tokens=context_tokens, seed=config.seed)
-    bench = Bench(model, architecture, ids, config.new_tokens, config.engine)
+    batch_size, context_tokens = bench.ids.shape
+    forced = _forced_ratios(config, bench.architecture.num_layers, bench.forced)
     skips = sorted({count for ratio in forced for count, _ in ratio.counts})
     arms = bench.arms(skips, peers=config.peers)
     with (
@@ -147,7 +167,7 @@ def _case(
         runs = interleave(_counted(arms, bar), config.rounds, time_limit_s=time_limit_s)
     # Step s reads the prompt, s tokens before it and its own.
     mean_tokens = context_tokens + config.new_tokens / 2
-    read = step_bytes(model, architecture, batch_size=batch_size, tokens=mean_tokens)
+    read = step_bytes(bench.model, bench.architecture, batch_size=batch_size, tokens=mean_tokens)
     compared = _Compared(runs, read, bandwidth, batch_size)
     rows = [compared.row(name, ((name, 1.0),)) for name in arms if not name.startswith("skip-")]
     rows += [compared.skipping_row(ratio) for ratio in forced]
@@ -259,9 +279,12 @@ def _counted(arms: dict[str, Callable[[], Run]], bar: Any) -> dict[str, Callable
     return {name: counted(run) for name, run in arms.items()}
 
 
-def _check_fits(config: BenchConfig, model_config: Any, num_layers: int) -> None:
-    for ratio in config.ratios:
-        forced_ratio(ratio, num_layers)
+def _forced_ratios(config: BenchConfig, num_layers: int, forced: Forced) -> list[ForcedRatio]:
+    return [forced_ratio(r, num_layers, most=forced.most, limit=forced.limit) for r in config.ratios]
+
+
+def _check_fits(config: BenchConfig, model_config: Any, num_layers: int, forced: Forced) -> None:
+    _forced_ratios(config, num_layers, forced)
     longest = max(config.context_tokens) + config.new_tokens
     room = getattr(model_config, "max_position_embeddings", None)
     if room is not None and longest > room:

@@ -12,6 +12,8 @@ def bench(
     ctx: typer.Context,
     model: opt.Model = None,
     shape: opt.Shape = None,
+    profile: opt.GateProfile = None,
+    rule: opt.TimedRule = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,

@@ -48,22 +48,15 @@ class ForcedRatio:
         return sum(count * share for count, share in self.counts)
 
 
-def region(num_layers: int) -> tuple[int, int]:
-    """The widest skippable region: the first and the last FFN always run. Half open."""
-    return 1, num_layers - 1
-
-
-def forced_ratio(ratio: float, num_layers: int) -> ForcedRatio:
+def forced_ratio(ratio: float, num_layers: int, *, most: int, limit: str) -> ForcedRatio:
     """The whole numbers of skipped blocks on either side of `ratio`, and their shares.
 
-    Raises TargetOutOfReach: the first FFN of the region has to run, for its cosine arms the token.
+    Raises TargetOutOfReach for more than `most` skipped blocks; `limit` says why there are no more.
     """
-    cold_s, cold_e = region(num_layers)
-    most = max(cold_e - cold_s - 1, 0)
     if not 0 < ratio * num_layers <= most + 1e-9:
         raise TargetOutOfReach(
-            f"skip ratio {ratio:g} is out of reach: of {num_layers} layers the first and the last FFN always "
-            f"run, and one more arms the token; give --ratios above 0, up to {most / num_layers:.3f}"
+            f"skip ratio {ratio:g} is out of reach: {limit}; give --ratios above 0, up to "
+            f"{most / num_layers:.3f}"
         )
     skips = ratio * num_layers
     low = math.floor(skips + 1e-9)

@@ -33,6 +33,7 @@ def to_text(result: dict[str, Any]) -> str:
         f"{model['name']}, {model['num_layers']} layers, {model['parameters'] / 1e6:,.1f} M parameters, "
         f"{model['dtype']}, {machine(result)}",
         *([result["note"]] if result["note"] else []),
+        f"rule {_rule(result)}",
         f"copy bandwidth {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to {bandwidth['max']:.1f})",
     ]
     for case in result["cases"]:
@@ -48,10 +49,10 @@ def to_markdown(result: dict[str, Any]) -> str:
     weights = "random weights" if result["model"]["random_weights"] else "its own weights"
     lines = [
         f"{model['name']} ({model['parameters'] / 1e6:,.0f} M parameters, {weights}) in {model['dtype']}, "
-        f"greedy; {machine(result)}, torch {env['torch']}, transformers {env['transformers']}; "
-        f"copy bandwidth {result['copy_gb_per_s']['median']:.1f} GB/s; medians over "
-        f"{settings['new_tokens'] - 1} steps of each of {result['cases'][0]['rounds']} interleaved rounds, "
-        "in brackets the range of the rounds.",
+        f"greedy, rule {_rule(result)}; {machine(result)}, torch {env['torch']}, "
+        f"transformers {env['transformers']}; copy bandwidth {result['copy_gb_per_s']['median']:.1f} GB/s; "
+        f"medians over {settings['new_tokens'] - 1} steps of each of {result['cases'][0]['rounds']} "
+        "interleaved rounds, in brackets the range of the rounds.",
         "",
         "| batch | context | FFNs skipped | ms/token | tokens/s | ideal by bytes | over its own full model "
         "| of the ideal | over plain `generate()` |",
@@ -85,6 +86,18 @@ def machine(result: dict[str, Any]) -> str:
     env = result["environment"]
     threads = env["torch_threads"]
     return str(env["gpu"]) if "gpu" in env else f"{threads} thread{'s' * (threads > 1)} of {env['cpu']}"
+
+
+def _rule(result: dict[str, Any]) -> str:
+    """What decides, in words."""
+    settings = result["settings"]
+    if settings.get("profile") is not None:
+        return f"gate with the surrogates of {settings['profile']}"
+    return (
+        "cosine"
+        if settings.get("rule") != "gate"
+        else "gate, random, with surrogates of 5 % of an FFN's bytes"
+    )
 
 
 def _case_lines(case: dict[str, Any]) -> list[str]:

@@ -57,6 +57,8 @@ def test_a_configuration_file_is_used_and_options_win(here: Path) -> None:
     [
         (["--shape", "tinny"], "shape 'tinny' is not known; did you mean 'tiny'?"),
         (["--model", "org/name"], "model 'org/name' and shape 'tiny' were both given"),
+        (["--profile", "mine.json"], "profile 'mine.json' was not made for a shape"),
+        (["--rule", "dice"], "--rule 'dice' cannot be used"),
         (["--ratios", "0.7"], "skip ratio 0.7 is out of reach"),
         (["--ratios", "25"], "--ratios 25"),
         (["--ratios", "a"], "--ratios 'a': expected numbers separated by commas"),
@@ -76,6 +78,20 @@ def test_faulty_options_exit_with_2(here: Path, args: list[str], message: str) -
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert (here / "there.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--rule", "gate"],
+            "rule 'gate' takes gate and surrogates from a profile; give --profile, or a --shape",
+        ),
+        (["--rule", "cosine", "--profile", "smollm2-135m-instruct"], "has no effect under rule 'cosine'"),
+    ],
+)
+def test_a_rule_that_does_not_fit_the_profile_exits_with_2(args: list[str], message: str) -> None:
+    assert message in run("bench", *args, code=2).stderr
 
 
 def test_a_file_of_neither_format_is_no_figure(here: Path) -> None:

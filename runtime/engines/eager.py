@@ -102,7 +102,9 @@ class EagerEngine:
                 y = inner(x, *args[1:], **kwargs)
             else:
                 y = inner(**{**kwargs, name: x})
-            return self._leave(block, y) if last else y
+            if not last or (self._rows is _ALL and not self._rule.learns):
+                return y
+            return self._leave(block, y)
 
         return forward
 

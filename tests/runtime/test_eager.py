@@ -21,6 +21,7 @@ class Alternate:
     """Skips every second layer, by a tensor or by a number: rules may answer with either."""
 
     layers = range(4)
+    learns = True
 
     def __init__(self, as_tensor: bool) -> None:
         self._as_tensor = as_tensor
@@ -80,6 +81,14 @@ def test_a_rule_may_answer_for_one_token_with_a_number_or_a_tensor(tiny: Any, as
     run(tiny, engine, 1)
     assert engine.skipped_per_layer == [0, 1, 0, 1]
     assert rule.seen == [0, 2]  # a rule is told of the FFNs that ran, of no others
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_rule_that_learns_nothing_is_not_told(tiny: Any, learns: bool) -> None:
+    rule = Alternate(as_tensor=False)
+    rule.learns = learns
+    run(tiny, EagerEngine(locate(tiny), rule), 1)
+    assert rule.seen == ([0, 2] if learns else [])
 
 
 def test_a_rule_that_asks_for_no_cosine_pays_for_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

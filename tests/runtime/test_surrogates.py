@@ -66,6 +66,18 @@ def test_the_length_of_the_stream_does_not_matter_and_zero_stays_zero() -> None:
     assert float(direction(h).square().mean()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])
+def test_one_token_gets_what_it_gets_in_a_batch(length: float) -> None:
+    found = Surrogates({1: LowRank(torch.randn(3, 32), torch.randn(32, 3), torch.randn(32))})
+    h = torch.randn(4, 32) * length
+    together = found(1, h)
+    assert together is not None
+    for place in range(4):
+        torch.testing.assert_close(found(1, h[place : place + 1]), together[place : place + 1])
+    zero = found(1, torch.zeros(1, 32))
+    assert zero is not None and torch.equal(zero[0], found.maps[1].bias)
+
+
 def test_a_layer_without_a_map_adds_nothing_and_costs_nothing() -> None:
     empty = Surrogates({})
     assert empty(3, torch.randn(1, 32)) is None

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from gated import random_gates
 
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import locate
 from skipcal.configs.bench import BenchConfig, load_bench
 from skipcal.errors import ConfigError, SkipcalError, TargetOutOfReach
 from skipcal.profiles.files import dump_json
+from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import Surrogates
 from skipcal.speed import bench, shapes
-from skipcal.speed.bench import check_shape, load_subject, run_bench
+from skipcal.speed.bench import Subject, check_shape, load_subject, run_bench
+from skipcal.speed.forced import ForcedGate
+from skipcal.speed.table import to_text
 
 FFN_BYTES = 4 * (3 * 32 * 48 + 32)  # of a tiny layer, with its norm
 
@@ -97,6 +108,64 @@ def test_an_engine_that_skips_something_else_is_found_out(monkeypatch: pytest.Mo
     )
     with pytest.raises(SkipcalError, match=r"a skip ratio of 0.25 was to be forced, 0.125 was counted"):
         run_bench(config, load_subject(config))
+
+
+def test_a_profiles_gate_skips_the_forced_ratio_and_its_surrogates_are_read(
+    gated: SkipProfile, worded: LoadedModel
+) -> None:
+    config = BenchConfig(
+        profile="gated.json", device="cpu", ratios=[0.25, 0.5], new_tokens=4, rounds=1, context_tokens=[4]
+    )
+    subject = Subject(worded.model, "worded", random_weights=False, profile=gated)
+    result = run_bench(config, subject)
+    (case,) = result["cases"]
+    total = case["weight_bytes_per_step"] + case["kv_cache_bytes_per_step"]
+    assert arms(case, "watching")[0]["skip_ratio"] == 0
+    surrogate = gated.tensors().surrogates.weight_bytes(1)
+    saved = locate(worded.model).blocks[1].weight_bytes - surrogate
+    assert 0 < surrogate < saved
+    for arm, skips in zip(arms(case, "skipping"), (2, 4), strict=True):
+        assert arm["skip_ratio"] == skips / 8
+        assert arm["bytes_per_step"] == pytest.approx(total - skips * saved)
+    assert "rule gate with the surrogates of gated.json" in to_text(result)
+    config = BenchConfig(profile="gated.json", device="cpu", ratios=[0.8], context_tokens=[4])
+    with pytest.raises(TargetOutOfReach, match=r"the gate may skip 6 of 8 FFNs; .* up to 0\.750"):
+        run_bench(config, subject)
+
+
+def test_a_shape_can_have_a_random_gate() -> None:
+    config = BenchConfig(
+        shape="tiny", rule="gate", device="cpu", ratios=[0.75], new_tokens=3, rounds=1, context_tokens=[4]
+    )
+    check_shape(config)
+    subject = load_subject(config)
+    result = run_bench(config, subject)
+    total = result["cases"][0]["weight_bytes_per_step"] + result["cases"][0]["kv_cache_bytes_per_step"]
+    surrogate = 4 * (2 * 32 * 3 + 32)  # rank 3 is 0.0483 of the FFN's bytes, rank 4 would be 0.0621
+    assert arms(result["cases"][0], "skipping")[0]["bytes_per_step"] == pytest.approx(
+        total - 6 * (FFN_BYTES - surrogate)
+    )
+    assert "rule gate, random" in to_text(result)
+    with pytest.raises(TargetOutOfReach, match="the gate may skip 6 of 8 FFNs"):
+        check_shape(config.model_copy(update={"ratios": [0.8]}))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8])
+def test_a_forced_gate_skips_so_many_candidates_spread_over_the_layers(count: int) -> None:
+    gates = random_gates(tuple(range(1, 9)))
+    policy = GatePolicy(gates=gates, surrogates=Surrogates({}), threshold=0.3, warm_up_tokens=25)
+    forced = ForcedGate(policy, 10).skipping(count)
+    assert isinstance(forced, GatePolicy) and forced.warm_up_tokens == 0
+    rule = forced.make_rule()
+    stream = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)) * 1e3
+    state = rule.start(PassTokens(torch.ones(5, dtype=torch.bool)), torch.device("cpu"))
+    skips = torch.stack([torch.as_tensor(rule.before(layer, state, stream)[0]) for layer in range(1, 9)])
+    assert (skips == skips[:, :1]).all()  # every token alike
+    chosen = skips[:, 0].nonzero().flatten().tolist()
+    assert len(chosen) == count
+    if count:
+        assert max(b - a for a, b in pairwise([-1, *chosen, 8])) <= math.ceil(8 / count)
+    assert gates.bias.abs().max() < 10  # the profile's own are as they were
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from conftest import lively
 from skipcal.arch.locate import locate
 from skipcal.errors import TargetOutOfReach
 from skipcal.speed.cost import StepBytes, break_even, forced_ratio, step_bytes
+from skipcal.speed.forced import ForcedCosine
 from skipcal.speed.shapes import random_model
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def test_the_ideal_is_bytes_over_the_bytes_that_are_left() -> None:
     ],
 )
 def test_a_ratio_is_a_mean_of_whole_numbers(ratio: float, layers: int, counts: Any) -> None:
-    forced = forced_ratio(ratio, layers)
+    forced = forced_ratio(ratio, layers, most=layers - 3, limit="")
     assert [count for count, _ in forced.counts] == [count for count, _ in counts]
     assert [share for _, share in forced.counts] == pytest.approx([share for _, share in counts])
     assert forced.skips == pytest.approx(ratio * layers)
@@ -72,8 +73,9 @@ def test_a_ratio_is_a_mean_of_whole_numbers(ratio: float, layers: int, counts: A
 
 @pytest.mark.parametrize(("ratio", "layers"), [(0.91, 30), (0.5, 4), (0.01, 3), (0.5, 1)])
 def test_a_ratio_that_leaves_no_ffn_to_arm_is_out_of_reach(ratio: float, layers: int) -> None:
-    with pytest.raises(TargetOutOfReach, match=f"skip ratio {ratio:g} is out of reach"):
-        forced_ratio(ratio, layers)
+    rule = ForcedCosine(layers)
+    with pytest.raises(TargetOutOfReach, match=f"skip ratio {ratio:g} is out of reach: of {layers} layers"):
+        forced_ratio(ratio, layers, most=rule.most, limit=rule.limit)
 
 
 def test_the_break_even_point_is_interpolated() -> None:
