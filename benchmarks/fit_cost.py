@@ -129,12 +129,11 @@ def computed(shape: str, element_bytes: int) -> dict[str, Any]:
 
 
 def seconds_here(cost: dict[str, Any], rate: dict[str, float], hidden: int) -> float:
-    eigh = rate["eigh_1024_s"] * (hidden / 1024) ** 3 * cost["eigendecompositions"]
-    return (
-        cost["float32_flop"] / rate["float32_flop_per_s"]
-        + cost["float64_flop"] / rate["float64_flop_per_s"]
-        + eigh
+    eigh: float = rate["eigh_1024_s"] * (hidden / 1024) ** 3 * cost["eigendecompositions"]
+    products: float = (
+        cost["float32_flop"] / rate["float32_flop_per_s"] + cost["float64_flop"] / rate["float64_flop_per_s"]
     )
+    return products + eigh
 
 
 def main() -> None:
