@@ -1,49 +1,104 @@
-"""Tables of the README, made from results/*.json: between <!-- speed: NAME --> and <!-- end speed -->.
+"""Tables of README.md and docs/, made from results/*.json.
 
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
+
+A table stands between <!-- speed: NAME --> or <!-- fit: NAME --> and <!-- end speed --> or <!-- end fit -->.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS
 
 from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"(<!-- speed: (?P<name>[\w.-]+) -->\n).*?(<!-- end speed -->)", re.S)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "gate.md"]
+BLOCK = re.compile(r"(<!-- (?P<kind>speed|fit): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S)
+SCRIPTS = {"fit_cost": "fit_cost.py"}  # others are called as their results up to the last underscore
 
 
 def updated(text: str, results: Path) -> str:
     """The text with every block made anew. A result that is not there yet is said to be missing."""
 
     def table(block: re.Match[str]) -> str:
-        path = results / f"{block['name']}.json"
-        script = f"`python benchmarks/{block['name'].rpartition('_')[0]}.py`"
-        body = to_markdown(load_result(path)) if path.exists() else f"Not measured yet: {script}."
-        return f"{block[1]}\n{body}\n\n{block[3]}"
+        name = block["name"]
+        path = results / f"{name}.json"
+        if not path.exists():
+            script = SCRIPTS.get(name, f"{name.rpartition('_')[0]}.py")
+            body = f"Not measured yet: `python benchmarks/{script}`."
+        elif block["kind"] == "speed":
+            body = to_markdown(load_result(path))
+        else:
+            body = fit_table(json.loads(path.read_text(encoding="utf-8")))
+        return f"{block[1]}\n{body}\n\n{block[4]}"
 
     return BLOCK.sub(table, text)
+
+
+def fit_table(result: dict[str, Any]) -> str:
+    """Memory by windows, and the arithmetic of a fit, in words and a table."""
+    memory, rates, fitted = result["memory"], result["rates"], result["fit_of_smollm2"]
+    text, env = result["calibration"], result["environment"]
+    peaks = ", ".join(f"{row['peak_bytes'] / 1e6:,.0f} MB with {row['tokens']:,} tokens" for row in memory)
+    lines = [
+        f"Measured ({env['torch_threads']} threads of {env['cpu']}): a fit of SmolLM2-135M in float32 took "
+        f"{fitted['seconds']:,.0f} s and {fitted['peak_memory_bytes'] / 1e9:.1f} GB at its peak. "
+        f"Damage and two sweeps of a small model: {peaks}.",
+        "",
+        f"Computed, for {text['windows']} windows of {text['window_tokens']} tokens, batches of 4 and the "
+        "defaults otherwise:",
+        "",
+        "| shape | rank | memory | of it weights | for the damage | operations, float32 | float64 "
+        "| time at this machine's rates | disk | surrogates |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cost in result["computed"]:
+        held = cost["bytes"]
+        lines.append(
+            f"| {cost['shape']} | {cost['rank']} | {cost['bytes_total'] / 1e9:.1f} GB | "
+            f"{held['weights'] / 1e9:.1f} GB | {held['damage'] / 1e9:.1f} GB | "
+            f"{cost['float32_flop']:.1e} | {cost['float64_flop']:.1e} | "
+            f"{_duration(cost['seconds_on_this_machine'])} | {cost['disk_bytes'] / 1e9:.1f} GB | "
+            f"{cost['surrogate_bytes'] / 1e9:.2f} GB |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The rates: {rates['float32_flop_per_s'] / 1e9:,.0f} GFLOP/s in float32, "
+            f"{rates['float64_flop_per_s'] / 1e9:,.0f} in float64, an eigendecomposition of 1024 x 1024 in "
+            f"{rates['eigh_1024_s']:.2f} s. Reading and writing disk, and all that is no matrix product, "
+            "comes on top.",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is old")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, action="append", help="default: README.md and docs/gate.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    old = options.readme.read_text(encoding="utf-8")
-    new = updated(old, options.results)
-    if options.check and new != old:
-        sys.exit(f"{options.readme.name} is not up to date; run python benchmarks/readme_table.py")
-    if new != old:
-        options.readme.write_text(new, encoding="utf-8")
+    for page in options.page or PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = updated(old, options.results)
+        if options.check and new != old:
+            sys.exit(f"{page.name} is not up to date; run python benchmarks/readme_table.py")
+        if new != old:
+            page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_a_block_of_the_readme_is_made_from_its_result(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speed: x_decode_tiny -->\nold\n<!-- end speed -->\nafter\n")
-    args = ("--readme", readme, "--results", tmp_path)
+    args = ("--page", readme, "--results", tmp_path)
     with pytest.raises(SystemExit, match=r"README.md is not up to date"):
         script(monkeypatch, "readme_table.py", "--check", *args)
     script(monkeypatch, "readme_table.py", *args)
