@@ -1,9 +1,9 @@
 """How much of the skipped bytes becomes time on a CPU: batch 1, greedy, float32.
 
-    python benchmarks/cpu_decode.py          results/cpu_decode_{smollm2,smollm2-gate,llama-1b}.json
+    python benchmarks/cpu_decode.py          results/cpu_decode_{smollm2,llama-1b}{,-gate}.json
 
 The embedded model under the paper's rule and under its gate, and a random Llama of a billion parameters,
-eight times the size. float32, because matrix times vector in bfloat16 does not reach the bandwidth of
+eight times the size, under the same and a random gate. float32, because matrix times vector in bfloat16 does not reach the bandwidth of
 memory on these CPUs. What is measured, and how, stands in skipcal.speed.bench; `skipcal bench` measures
 the same for any model.
 """
@@ -22,6 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "smollm2": {"context_tokens": [16]},
     "smollm2-gate": {"profile": "smollm2-135m-instruct", "context_tokens": [16]},
     "llama-1b": {"shape": "llama-1b", "context_tokens": [16]},
+    "llama-1b-gate": {"shape": "llama-1b", "rule": "gate", "context_tokens": [16]},
 }
 
 

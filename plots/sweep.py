@@ -50,6 +50,8 @@ FIGURES = tuple(
     f"{stem}.png" for stem in ("quality", "warm_up", "figure_3_summarization", "figure_5_mtbench")
 )
 _LOGARITHMIC = ("perplexity", "perplexity_after_warm_up")
+# Methods differ by powers of ten here too, but the full model's own value is 0.
+_LINEAR_BELOW = {"kl": 0.01, "excess_nll": 0.01}
 
 
 def plot_quality(
@@ -77,8 +79,7 @@ def plot_quality(
         ax.axhline(row["value"], color=THRESHOLD, ls="--", lw=1, label="full model")
         if pd.notna(row["ci_low"]):
             ax.axhspan(row["ci_low"], row["ci_high"], color=THRESHOLD, alpha=0.08, lw=0)
-    if metric in _LOGARITHMIC:
-        ax.set_yscale("log")
+    _scale(ax, metric)
     ax.set(xlabel="realised skip ratio", ylabel=LABELS.get(metric, metric.replace("_", " ")))
     return ax
 
@@ -121,8 +122,7 @@ def plot_warm_up(frame: pd.DataFrame, *, task: str, metric: str, ax: Axes | None
             )  # fmt: skip
     full = rows[rows["method"] == "full"].sort_values("warm_up_tokens")
     ax.plot(full["warm_up_tokens"], full["value"], color=THRESHOLD, ls="--", lw=1, label="full model")
-    if metric in _LOGARITHMIC:
-        ax.set_yscale("log")
+    _scale(ax, metric)
     ax.set(xlabel="warm-up (tokens)", ylabel=LABELS.get(metric, metric.replace("_", " ")))
     return ax
 
@@ -155,8 +155,8 @@ def sweep_figures(frame: pd.DataFrame) -> dict[str, Callable[[], Figure]]:
 def main_metrics(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """The metrics that stand for each task, of those that the frame has."""
     wanted = {
-        "perplexity": ("perplexity", "kl"),
-        "continuation": ("common_prefix_tokens", "collapse_rate"),
+        "perplexity": ("perplexity", "kl", "excess_nll"),
+        "continuation": ("token_agreement", "common_prefix_tokens", "collapse_rate"),
         "freebaseqa": ("exact_match", "contains_answer", "collapse_rate"),
         "summarization": ("judge_rating", "rougeL", "collapse_rate"),
         "mtbench": ("judge_rating", "collapse_rate"),
@@ -179,6 +179,13 @@ def save_sweep_figures(frame: pd.DataFrame, folder: Path, *, overwrite: bool) ->
             write_figure(figure, path, overwrite=overwrite)
         written.append(path)
     return written
+
+
+def _scale(ax: Axes, metric: str) -> None:
+    if metric in _LOGARITHMIC:
+        ax.set_yscale("log")
+    elif metric in _LINEAR_BELOW:
+        ax.set_yscale("symlog", linthresh=_LINEAR_BELOW[metric])
 
 
 def _quality(frame: pd.DataFrame) -> Callable[[str, str, str, Axes], Axes]:

@@ -114,6 +114,13 @@ def test_the_papers_figures_are_drawn_where_their_tasks_were_run(tmp_path: Path)
     plt.close(three)
 
 
+@pytest.mark.parametrize("metric", ["kl", "excess_nll"])
+def test_losses_over_the_full_models_share_an_axis_with_its_zero(ax: Any, metric: str) -> None:
+    plot_quality(frame("perplexity", metric), task="perplexity", metric=metric, ax=ax)
+    places = ax.yaxis.get_transform().transform([[0.0], [0.1], [1.0], [10.0]]).ravel()
+    assert places[0] == 0 and places[2] - places[1] == pytest.approx(places[3] - places[2], rel=0.1)
+
+
 def test_every_method_has_a_line_of_its_own() -> None:
     """A method that is missing here would be left out of every figure without a word."""
     assert set(METHOD_ORDER) == set(METHODS) - {"full"}
