@@ -3,9 +3,9 @@
     python benchmarks/cpu_decode.py          results/cpu_decode_{smollm2,llama-1b}{,-gate}.json
 
 The embedded model under the paper's rule and under its gate, and a random Llama of a billion parameters,
-eight times the size, under the same and a random gate. float32, because matrix times vector in bfloat16 does not reach the bandwidth of
-memory on these CPUs. What is measured, and how, stands in skipcal.speed.bench; `skipcal bench` measures
-the same for any model.
+eight times the size, under the same and a random gate. float32, because matrix times vector in bfloat16
+does not reach the bandwidth of memory on these CPUs. What is measured, and how, stands in
+skipcal.speed.bench; `skipcal bench` measures the same for any model.
 """
 
 from __future__ import annotations

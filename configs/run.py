@@ -153,7 +153,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises ConfigError for a file that cannot be read or is no mapping.
     """
     shipped = resources.files("skipcal.configs") / f"{path}.yaml"
-    file = shipped if not path.exists() and path.name == str(path) and shipped.is_file() else path
+    # A folder does not hide a shipped name: the results of a configuration often lie in one called alike.
+    file = shipped if not path.is_file() and path.name == str(path) and shipped.is_file() else path
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skipcal.configs.run import ProfileConfig, load_config
+from skipcal.configs.run import ProfileConfig, load_config, read_yaml
 from skipcal.configs.sweep import load_sweep
 from skipcal.errors import ConfigError
 
@@ -100,3 +100,14 @@ def test_every_shipped_configuration_is_valid_and_short(name: str, tmp_path: Pat
     assert f"skipcal {command} --config {name.removesuffix('.yaml')}" in text
     assert text.startswith("# ")
     assert len(text.splitlines()) < 20
+
+
+def test_a_folder_named_like_a_shipped_configuration_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gate-sweep").mkdir()
+    assert read_yaml(Path("gate-sweep"))["profile"] == "smollm2-135m-instruct"
+    Path("gate-sweep").rmdir()
+    Path("gate-sweep").write_text("profile: mine.json\n")
+    assert read_yaml(Path("gate-sweep")) == {"profile": "mine.json"}
