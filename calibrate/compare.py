@@ -8,6 +8,7 @@ given, each profile is also used on each text (see `transfer`).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def run_compare(
     settings: CompareConfig,
     loaded_model_factory: Callable[[], LoadedModel],
 ) -> CompareResult:
-    """Compare profiles by file or shipped name; with text in `settings`, use each on each text.
+    """Compare profiles, named as for `SkipProfile.load`; with text in `settings`, use each on each text.
 
     loaded_model_factory: called only when there is text, after all that can be refused without it.
     Profiles that do not reach the target are left out of the transfer, with a warning.
@@ -210,11 +211,11 @@ def run_compare(
 
 
 def load_profiles(sources: Sequence[str]) -> dict[str, SkipProfile]:
-    """Profiles by name: a file's stem, with its folder where stems repeat, or the shipped name.
+    """Profiles by name: a file's stem or a folder's name, with what it is in where these repeat, or as given.
 
     Raises ConfigError when that does not tell them apart.
     """
-    stems = [Path(source).stem if Path(source).is_file() else source for source in sources]
+    stems = [_stem(source) for source in sources]
     names = [
         f"{Path(source).resolve().parent.name}/{stem}" if stems.count(stem) > 1 else stem
         for source, stem in zip(sources, stems, strict=True)
@@ -223,6 +224,12 @@ def load_profiles(sources: Sequence[str]) -> dict[str, SkipProfile]:
     if repeated:
         raise ConfigError(f"two profiles would be called {repeated[0]!r}; give files of different names")
     return {name: SkipProfile.load(source) for name, source in zip(names, sources, strict=True)}
+
+
+def _stem(source: str) -> str:
+    if os.path.isfile(source):
+        return Path(source).stem
+    return Path(source).resolve().name if os.path.isdir(source) else source
 
 
 def _able(profiles: Mapping[str, SkipProfile], settings: CompareConfig) -> dict[str, SkipProfile]:

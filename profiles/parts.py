@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+T = TypeVar("T")
+List = Annotated[list[T], Field(fail_fast=True)]  # one fault is enough: a hostile file may have millions
 Count = Annotated[int, Field(ge=0)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -29,7 +31,7 @@ QUANTILES: dict[Quantile, float] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75":
 class Part(BaseModel):
     """Strict and frozen: an unknown key or a value of another type is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(**STRICT, frozen=True)
 
 
 class ModelInfo(Part):
@@ -82,7 +84,7 @@ class CalibrationInfo(Part):
     """
 
     mode: Literal["generate", "prefill"]
-    corpora: list[CorpusInfo]
+    corpora: List[CorpusInfo]
     prompt_tokens: Annotated[int, Field(ge=1)]
     new_tokens: Count
     seed: int
@@ -97,18 +99,18 @@ class LayerStatistics(Part):
                      [0, 2]. None in profiles of versions that did not measure it.
     """
 
-    count: list[Count]
-    mean: list[Cosine]
-    std: list[Annotated[float, Field(ge=0)]]
-    min: list[Cosine]
-    q05: list[Cosine]
-    q25: list[Cosine]
-    q50: list[Cosine]
-    q75: list[Cosine]
-    q95: list[Cosine]
-    norm_ratio_mean: list[Annotated[float, Field(ge=0)]]
-    histogram: list[list[Count]]
-    block_influence: list[float] | None = None
+    count: List[Count]
+    mean: List[Cosine]
+    std: List[Annotated[float, Field(ge=0)]]
+    min: List[Cosine]
+    q05: List[Cosine]
+    q25: List[Cosine]
+    q50: List[Cosine]
+    q75: List[Cosine]
+    q95: List[Cosine]
+    norm_ratio_mean: List[Annotated[float, Field(ge=0)]]
+    histogram: List[List[Count]]
+    block_influence: List[float] | None = None
 
     @model_validator(mode="after")
     def _equal_lengths(self) -> Self:
@@ -136,7 +138,7 @@ class Regions(Part):
     monotonicity: Cosine | None
     cold_s_interval: tuple[Count, Count] | None
     cold_e_interval: tuple[Count, Count] | None
-    warnings: list[str]
+    warnings: List[str]
 
 
 class OperatingPoint(Part):
@@ -185,9 +187,9 @@ class StaticSettings:
     surrogates: whether those of the profile's gate stand in for them.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = STRICT
 
-    layers: list[Count]
+    layers: List[Count]
     warm_up_tokens: Annotated[int, Field(ge=0)]
     surrogates: bool = False
     rule: Literal["static"] = "static"
@@ -200,7 +202,7 @@ class GateSettings:
     threshold: predicted log damage below which an FFN is skipped.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = STRICT
 
     threshold: float
     warm_up_tokens: Annotated[int, Field(ge=0)]
@@ -236,17 +238,17 @@ class GateFit(Part):
     surrogate_error:   share of the variance of f that each surrogate leaves, there too.
     """
 
-    corpora: list[CorpusInfo]
+    corpora: List[CorpusInfo]
     windows: Count
     window_tokens: Count
     tokens: Count
     seed: int
-    sweeps: list[Ratio]
+    sweeps: List[Ratio]
     damage: Literal["fisher", "relative-error"]
     rank: Annotated[int, Field(ge=1)]
     surrogate_share: float
-    gate_r_squared: list[float]
-    surrogate_error: list[float]
+    gate_r_squared: List[float]
+    surrogate_error: List[float]
     seconds: float
     peak_memory_bytes: Count
     config: dict[str, Any]
@@ -257,17 +259,10 @@ class GateInfo(Part):
 
     tensors: FileName
     sha256: Sha256
-    layers: list[Count]
+    layers: List[Count]
     warm_up_tokens: Count
-    operating_points: list[GatePoint]
+    operating_points: List[GatePoint]
     fit: GateFit
-
-    @field_validator("layers")
-    @classmethod
-    def _ascending(cls, layers: list[int]) -> list[int]:
-        if layers != sorted(set(layers)):
-            raise ValueError("expected ascending layers, each once")
-        return layers
 
 
 class Budget(Part):
@@ -313,7 +308,7 @@ class Tuning(Part):
     budget: Budget
     text: dict[str, Any]
     windows: Count
-    points: list[TunedPoint]
+    points: List[TunedPoint]
     chosen: Count
     config: dict[str, Any]
 

@@ -6,43 +6,38 @@ a malformed file is refused with the field, its value and what was expected.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Sequence
-from dataclasses import replace
-from importlib import resources
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, ValidationError, model_validator
-from transformers.utils import PushToHubMixin
 
-from skipcal.arch.embedded import EMBEDDED_MODEL
-from skipcal.errors import (
-    ConfigError,
-    ProfileError,
-    ProfileMismatch,
-    TargetOutOfReach,
-    Unavailable,
-    first_words,
-)
+from skipcal.errors import ConfigError, ProfileError, Unavailable
+from skipcal.profiles import policies
+from skipcal.profiles.agreement import check_agreement
 from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.fits import check_fits
 from skipcal.profiles.parts import (
     CalibrationInfo,
     Environment,
     GateInfo,
-    GatePoint,
     GateSettings,
     LayerStatistics,
+    List,
     ModelInfo,
     OperatingPoint,
     Regions,
     StaticSettings,
     Tuning,
 )
-from skipcal.profiles.reading import parse_object, read_bytes, validation_message
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
+from skipcal.profiles.policies import threshold_for as threshold_for
+from skipcal.profiles.reading import parse_object, read_bytes, shown, validation_message
+from skipcal.profiles.sources import PROFILE_FILE as PROFILE_FILE
+from skipcal.profiles.sources import commit_of, fetch, locate
+from skipcal.profiles.sources import model_slug as model_slug
+from skipcal.profiles.sources import shipped_profiles as shipped_profiles
+from skipcal.runtime.policy import Policy, SkipPolicy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +49,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROFILE_FORMAT: Literal["skipcal.profile/1"] = "skipcal.profile/1"
-PROFILE_FILE = "skip_profile.json"  # its name inside a model folder or hub repository
 
 
 def _rule(policy: Any) -> Any:
@@ -62,7 +56,7 @@ def _rule(policy: Any) -> Any:
     return policy.get("rule", "cosine") if isinstance(policy, dict) else getattr(policy, "rule", None)
 
 
-class SkipProfile(BaseModel, PushToHubMixin):
+class SkipProfile(BaseModel):
     """A saved calibration: model, text, statistics by layer, regions, policy, operating points.
 
     operating_points: of the rule `cosine`.
@@ -72,7 +66,10 @@ class SkipProfile(BaseModel, PushToHubMixin):
     paper_policy:     the policy of the rule `cosine`, where `policy` is of another.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    # "constants": else NaN would be written as null, which means "not measured"
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
     format: Literal["skipcal.profile/1"]
     model: ModelInfo
     calibration: CalibrationInfo
@@ -88,7 +85,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
             custom_error_message="rule is not known, expected 'cosine', 'gate' or 'static'",
         ),
     ]
-    operating_points: list[OperatingPoint]
+    operating_points: List[OperatingPoint]
     environment: Environment
     config: dict[str, Any]
     gate: GateInfo | None = None
@@ -104,57 +101,39 @@ class SkipProfile(BaseModel, PushToHubMixin):
     __hash__ = None  # type: ignore[assignment]
 
     @model_validator(mode="after")
-    def _one_model(self) -> Self:
-        if "pooled" not in self.layers:
-            raise ValueError("expected an entry 'pooled' in layers")
-        count = self.model.num_layers
-        for name, statistics in self.layers.items():
-            if len(statistics.mean) != count:
-                raise ValueError(
-                    f"expected {count} entries (model.num_layers) in layers.{name}, "
-                    f"got {len(statistics.mean)}"
-                )
-        if isinstance(self.policy, GateSettings):
-            if self.gate is None:
-                raise ValueError("expected an entry 'gate' beside a policy of the rule 'gate'")
-            if (self.policy.tensors, self.policy.sha256) != (self.gate.tensors, self.gate.sha256):
-                raise ValueError("expected one file of tensors, policy and gate name two")
-        if self.paper_policy is None and not isinstance(self.policy, SkipPolicy):
-            raise ValueError("expected an entry 'paper_policy' beside a policy of another rule than 'cosine'")
-        if self.gate is not None and self.gate.layers and self.gate.layers[-1] >= count:
-            raise ValueError(f"expected gates of layers below {count}, got {self.gate.layers[-1]}")
-        if self.cosine_policy.cold_e > count or not self.regions.cold_s <= self.regions.cold_e <= count:
-            raise ValueError(f"expected regions and policy within [0, {count}]")
+    def _one_profile(self) -> Self:
+        check_agreement(self)
         return self
 
     # Files
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """Read a profile file, or by its name one that is shipped with skipcal.
+        """Read a profile: a file, a folder with `skip_profile.json`, the name of a shipped one, or a hub id.
 
-        Raises Unavailable when there is no such file, ProfileError when it is malformed. Unknown
-        top-level keys, of a newer writer, are kept and named in a warning.
+        A hub id is `org/name` or `org/name@revision`; `from_pretrained` takes more options. Unknown top-level
+        keys, of a newer writer, are kept and named in a warning. Raises Unavailable when there is no such
+        profile, ProfileError when it is malformed.
         """
-        path = Path(source)
-        if path.is_file():
-            return cls._parse(read_bytes(path), str(path), path.parent.absolute())
-        shipped = shipped_profiles()
-        if isinstance(source, str) and source in shipped:
-            folder = Path(str(resources.files("skipcal.profiles")))
-            return cls._parse((folder / f"{source}.json").read_bytes(), source, folder)
-        raise Unavailable(
-            f"{str(source)!r} is no file and no shipped profile ({', '.join(shipped) or 'none'}); "
-            "make one with: skipcal profile"
-        )
+        place = locate(source)
+        if isinstance(place, Path):
+            return cls._parse(read_bytes(place), str(place), place.parent.absolute())
+        try:
+            return cls.from_pretrained(place.name, revision=place.revision)
+        except Unavailable as error:
+            raise Unavailable(
+                f"{source!r} is no file, no folder and no shipped profile "
+                f"({', '.join(shipped_profiles())}); as a hub id: {error}"
+            ) from error
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the file atomically, after the tensors of a gate, which go beside it under their name.
 
         Raises OutputExists unless `overwrite` (the same tensors may be there), OutputError if it fails;
-        then both files are as they were.
+        then both files are as they were. Raises ProfileError for a profile that could not be loaded again.
         """
-        target, text = Path(path), self.to_json()
+        target = Path(path)
+        text = self.checked_json(str(target))
         if self.gate is None:
             write_text_atomic(target, text, overwrite=overwrite)
             return
@@ -180,62 +159,144 @@ class SkipProfile(BaseModel, PushToHubMixin):
                 del fields[name]
         return dump_json(fields)
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
-        """Read `skip_profile.json` of a model folder or hub repository.
-
-        kwargs: `revision`, `token`, `cache_dir`, ... of `transformers.utils.cached_file`.
-        """
-        from transformers.utils import cached_file
-
+    def checked_json(self, where: str) -> str:
+        """The text of the file, once it has been seen to load. Raises ProfileError if it does not."""
         try:
-            file = cached_file(str(name), PROFILE_FILE, **kwargs)
-        except OSError as error:
-            raise Unavailable(
-                f"no {PROFILE_FILE} could be had from {str(name)!r}: {first_words(error)}"
-            ) from error
-        found = cls._parse(read_bytes(Path(str(file))), str(file), Path(str(file)).parent)
-        if found.gate is not None:  # fetched here, so that the tensors lie beside the profile
-            try:
-                cached_file(str(name), found.gate.tensors, **kwargs)
-            except OSError as error:
-                raise Unavailable(
-                    f"no {found.gate.tensors}, which the profile names, could be had from {str(name)!r}: "
-                    f"{first_words(error)}"
-                ) from error
+            text = self.to_json()
+        except ValueError as error:  # NaN or an infinity, which JSON does not have
+            raise ProfileError(f"{where} would be malformed: {error}") from error
+        self._validated(text.encode(), where)
+        return text
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | Path | None = None,
+        subfolder: str = "",
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Read `skip_profile.json` of a model folder or hub repository, and fetch the tensors of a gate.
+
+        The options are those of `from_pretrained` in transformers. Raises as `load` does.
+        """
+        options: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "subfolder": subfolder,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        file = fetch(str(name), PROFILE_FILE, revision=revision, **options)
+        found = cls._parse(read_bytes(file), str(file), file.parent.absolute())
+        if found.gate is not None:  # of the same commit, so that the tensors lie beside the profile
+            commit = None if os.path.isdir(name) else commit_of(file) or revision
+            fetch(str(name), found.gate.tensors, revision=commit, why=", which the profile names,", **options)
         return found
 
     def save_pretrained(
         self,
         folder: str | Path,
         *,
-        push_to_hub: bool = False,
         overwrite: bool = True,
-        **kwargs: Any,
+        model_card: bool = False,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_options: Any,
     ) -> None:
         """Write `skip_profile.json` into a model folder, beside the model's own files.
 
         Like the other files of a model folder it replaces an older one unless told otherwise.
+
+        model_card:   also write its section of README.md and the figure in it; the rest of README.md stays.
+        push_to_hub:  then push it to `repo_id` (by default the folder's name), with `push_options`.
         """
+        from skipcal.profiles.sharing import warn_of_older_section, write_card
+
+        if not push_to_hub and (repo_id is not None or push_options):
+            given = sorted([*push_options, *(["repo_id"] if repo_id is not None else [])])
+            raise ConfigError(f"{', '.join(given)} without push_to_hub=True has no effect; leave it out")
         self.save(Path(folder) / PROFILE_FILE, overwrite=overwrite)
+        if model_card:
+            write_card(self, Path(folder))
+        else:
+            warn_of_older_section(self, Path(folder))
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(folder).name), **kwargs)
+            self.push_to_hub(repo_id or Path(folder).absolute().name, **push_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        model_card: bool = True,
+    ) -> str:
+        """Upload the profile, the tensors of a gate and a section of the model card; return the commit's URL.
+
+        The repository is made if there is none. In a README.md that is there only skipcal's section is
+        written; nothing else in the repository is touched.
+
+        revision:   branch to push to, made if it is missing. create_pr: open a pull request instead.
+        model_card: False: upload profile and tensors alone.
+        Raises OutputError when the hub cannot be written to.
+        """
+        from skipcal.profiles.sharing import push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            model_card=model_card,
+        )
+
+    def model_card(self, source: str = PROFILE_FILE) -> str:
+        """The profile as a section of a model card, in Markdown; its figure is `skip_profile.png`.
+
+        source: how the commands and lines in it name the profile: a file or a hub id.
+        """
+        from skipcal.profiles.card import card_section
+
+        return card_section(self, source)
 
     @classmethod
     def _parse(cls, raw: bytes, where: str, folder: Path) -> Self:
-        data = parse_object(raw, where)
-        found = data.get("format")
-        if found != PROFILE_FORMAT:
-            raise ProfileError(f"{where} is not a profile: format is {found!r}, expected {PROFILE_FORMAT!r}")
-        unknown = sorted(set(data) - set(cls.model_fields))
-        if unknown:
-            logger.warning("%s: unknown keys %s are kept; a newer skipcal wrote them", where, unknown)
-        try:
-            found = cls.model_validate_json(json.dumps(data))
-        except (ValidationError, ValueError, RecursionError) as error:
-            raise ProfileError(f"{where} is malformed: {validation_message(error)}") from error
+        """A profile from the bytes of its file; `folder` is where its tensors are."""
+        found = cls._validated(raw, where)
+        if found.model_extra:
+            logger.warning(
+                "%s: unknown keys %s are kept; a newer skipcal wrote them",
+                where,
+                shown(sorted(found.model_extra)),
+            )
         found._folder = folder
         return found
+
+    @classmethod
+    def _validated(cls, raw: bytes, where: str) -> Self:
+        """A profile from the bytes of its file. Raises ProfileError naming what is wrong."""
+        found = parse_object(raw, where).get("format")
+        if found != PROFILE_FORMAT:
+            raise ProfileError(
+                f"{where} is not a profile: format is {shown(found)}, expected {PROFILE_FORMAT!r}"
+            )
+        try:
+            return cls.model_validate_json(raw)  # from JSON, where an array may be a tuple
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise ProfileError(f"{where} is malformed: {validation_message(error)}") from error
 
     def with_gate(self, gate: GateInfo, policy: GateSettings, tensors: GateTensors) -> Self:
         """This profile with a gate, whose rule is then its policy."""
@@ -258,16 +319,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
         Raises TargetOutOfReach beyond the last point and below the first; for a gate also Unavailable,
         ProfileError and ProfileMismatch when its tensors are missing or are others.
         """
-        if isinstance(self.policy, GateSettings):
-            return self.gate_policy(target_skip_ratio)
-        if isinstance(self.policy, StaticSettings):
-            if target_skip_ratio is not None:
-                raise TargetOutOfReach(
-                    f"target skip ratio {target_skip_ratio:g}: this profile's policy is a fixed set of "
-                    f"{len(self.policy.layers)} FFNs; leave the ratio out, or tune again with another budget"
-                )
-            return self.static_policy(self.policy)
-        return self.cosine_policy_for(target_skip_ratio)
+        return policies.policy_for(self, target_skip_ratio)
 
     @property
     def cosine_policy(self) -> SkipPolicy:
@@ -279,65 +331,38 @@ class SkipProfile(BaseModel, PushToHubMixin):
 
     def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
         """The paper's rule at a skip ratio; see `policy_for`."""
-        policy = self.cosine_policy
-        if target_skip_ratio is None:
-            return policy
-        threshold = threshold_for(self.operating_points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
-        return replace(policy, threshold=threshold)
+        return policies.cosine_policy_for(self, target_skip_ratio)
 
     def gate_policy(self, target_skip_ratio: float | None = None) -> GatePolicy:
         """The rule `gate` at a skip ratio; see `policy_for`. Raises ConfigError if there is no gate."""
-        from skipcal.runtime.gate import NEVER, GatePolicy
-
-        if self.gate is None:
-            raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
-        if target_skip_ratio is not None:
-            threshold = threshold_for(self.gate.operating_points, target_skip_ratio, never=NEVER)
-        elif isinstance(self.policy, GateSettings):
-            threshold = self.policy.threshold
-        else:
-            raise ConfigError(
-                "this profile's policy is not its gate, so the gate has no threshold of its own; "
-                "give a target skip ratio"
-            )
-        tensors = self.tensors()
-        return GatePolicy(
-            gates=tensors.gates,
-            surrogates=tensors.surrogates,
-            threshold=threshold,
-            warm_up_tokens=self.gate.warm_up_tokens,
-        )
+        return policies.gate_policy_for(self, target_skip_ratio)
 
     def static_policy(self, settings: StaticSettings) -> Policy:
         """A fixed set of FFNs, with surrogates for them or without; see `gate_policy` for errors."""
-        from skipcal.baselines.chosen_ffns import ChosenFFNs
-        from skipcal.runtime.substituted import Substituted
-
-        policy = ChosenFFNs(
-            method="static",
-            layers=tuple(settings.layers),
-            probability=1.0,
-            warm_up_tokens=settings.warm_up_tokens,
-        )
-        return Substituted(policy, self.tensors().surrogates) if settings.surrogates else policy
+        return policies.static_policy(self, settings)
 
     def tensors(self) -> GateTensors:
         """Gate and surrogates, read once. Raises as `gate_policy` says."""
-        from skipcal.profiles.tensors import GateTensors
+        from skipcal.profiles.tensors import GateTensors, most_bytes
 
         if self.gate is None:
             raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
+        layers, rank, hidden = self.gate.layers, self.gate.fit.rank, self.model.hidden_size
         if self._tensors is None:
             if self._folder is None:
                 raise Unavailable(
                     f"the profile was not read from a file, so {self.gate.tensors} cannot be found; load it "
                     "with SkipProfile.load(...)"
                 )
-            self._tensors = GateTensors.read(self._folder / self.gate.tensors, self.gate.sha256)
+            self._tensors = GateTensors.read(
+                self._folder / self.gate.tensors,
+                self.gate.sha256,
+                max_bytes=most_bytes(len(layers), rank, hidden),
+            )
         self._tensors.check_belongs(
-            layers=self.gate.layers,
+            layers=layers,
             num_layers=self.model.num_layers,
-            hidden_size=self.model.hidden_size,
+            hidden_size=hidden,
             fingerprint=self.model.fingerprint,
         )
         return self._tensors
@@ -347,43 +372,7 @@ class SkipProfile(BaseModel, PushToHubMixin):
 
         same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
         """
-        from skipcal.arch.loading import fingerprint
-
-        config = model.config.get_text_config()
-        asked = {
-            "model type": (self.model.model_type, config.model_type),
-            "number of layers": (self.model.num_layers, config.num_hidden_layers),
-            "hidden size": (self.model.hidden_size, config.hidden_size),
-        }
-        different = [
-            f"{what} {mine!r}, the model's is {its!r}" for what, (mine, its) in asked.items() if mine != its
-        ]
-        if different:
-            raise ProfileMismatch(
-                f"the profile was made for {self.model.name}: {'; '.join(different)}; "
-                "make one for this model with: skipcal profile --model NAME"
-            )
-        dtype = str(model.dtype).removeprefix("torch.")
-        comparable = dtype == self.model.dtype and not any(p.is_meta for p in model.parameters())
-        if dtype != self.model.dtype:
-            logger.warning("the profile was made in %s, the model runs in %s", self.model.dtype, dtype)
-        revision = getattr(model.config, "_commit_hash", None)
-        if revision and self.model.revision and revision != self.model.revision:
-            logger.warning("the profile was made on revision %s, this is %s", self.model.revision, revision)
-        if comparable and fingerprint(model) != self.model.fingerprint:
-            if self._holds_tensors() if same_weights is None else same_weights:
-                raise ProfileMismatch(
-                    f"the profile was made on other weights of {self.model.name}, and a gate holds for the "
-                    "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
-                )
-            logger.warning(
-                "the profile was made on other weights of %s: thresholds may not hold",
-                self.model.name,
-            )
-
-    def _holds_tensors(self) -> bool:
-        """Whether the policy needs tensors that were fitted to the model's weights."""
-        return isinstance(self.policy, GateSettings) or getattr(self.policy, "surrogates", False)
+        check_fits(self, model, same_weights=same_weights)
 
     def to_frame(self) -> pd.DataFrame:
         """Statistics in long form: corpus, layer, part (generated or prefill), stat, value, n."""
@@ -399,50 +388,6 @@ class SkipProfile(BaseModel, PushToHubMixin):
             for layer, value in enumerate(getattr(statistics, stat))
         ]
         return pd.DataFrame(rows, columns=["corpus", "layer", "part", "stat", "value", "n"])
-
-
-def threshold_for(
-    points: Sequence[OperatingPoint] | Sequence[GatePoint], target: float, *, never: float
-) -> float:
-    """Threshold for a skip ratio, linear between those of the two operating points around it.
-
-    never: the threshold for a skip ratio of 0.
-    """
-    if not 0 <= target <= 1:
-        raise ConfigError(
-            f"target skip ratio {target} is not within [0, 1]; it is a fraction, not a percentage"
-        )
-    if target == 0:
-        return never
-    known = {point.target_skip_ratio: point.threshold for point in points}
-    for ratio, threshold in known.items():
-        if abs(ratio - target) < 1e-9:
-            return threshold
-    if not known or not min(known) <= target <= max(known):
-        reach = f"{min(known):g} to {max(known):g}" if known else "none"
-        raise TargetOutOfReach(
-            f"target skip ratio {target:g} is out of reach: this profile has operating points from {reach}; "
-            "choose one within, 0 for the full model, or profile again with other regions"
-        )
-    below = max(ratio for ratio in known if ratio < target)
-    above = min(ratio for ratio in known if ratio > target)
-    weight = (target - below) / (above - below)
-    return known[below] + weight * (known[above] - known[below])
-
-
-def model_slug(name: str | None) -> str:
-    """File-name form of a model's name: its last part in lower case; None is the embedded model.
-
-    `meta-llama/Llama-2-7b-hf` gives `llama-2-7b-hf`.
-    """
-    last = (name or EMBEDDED_MODEL).rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-.") or "model"
-
-
-def shipped_profiles() -> list[str]:
-    """Names of the profiles that come with skipcal."""
-    files = resources.files("skipcal.profiles").iterdir()
-    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
 def _write_bytes(path: Path, raw: bytes) -> None:

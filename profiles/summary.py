@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from skipcal.profiles.parts import GateInfo
+from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
+from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.policy import SkipPolicy
 
 WIDTH = 80
 
@@ -17,8 +19,10 @@ def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
         parts.append(_layers(profile))
     parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
     if profile.gate is not None:
-        parts += [_gate(profile.gate), _gate_points(profile.gate, getattr(profile.policy, "threshold", None))]
-    return "\n\n".join(parts)
+        parts += [_gate(profile), _gate_points(profile)]
+    if isinstance(profile.policy, StaticSettings):
+        parts.append(_static(profile.policy))
+    return printable("\n\n".join(parts))
 
 
 def _head(profile: SkipProfile) -> str:
@@ -65,10 +69,10 @@ def _points(profile: SkipProfile) -> str:
         return "no operating points: no FFN can be skipped within the region"
     lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{'held-out':>10}"]
     for point in profile.operating_points:
-        mark = "  <- policy" if point.threshold == getattr(profile.policy, "threshold", None) else ""
+        mark = "  <- policy" if is_policy(profile, point) else ""
         lines.append(
             f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
-            f"{_ratio(point.realised_skip_ratio):>10}{_ratio(point.verified_skip_ratio):>10}{mark}"
+            f"{ratio(point.realised_skip_ratio):>10}{ratio(point.verified_skip_ratio):>10}{mark}"
         )
     how = {"teacher-forced": "calibration text, teacher-forced", "decode": "calibration prompts, decoded"}
     measured = how.get(profile.calibration.closed_loop or "", "not measured")
@@ -96,22 +100,37 @@ def tuning_table(profile: SkipProfile) -> str:
     lines.append(textwrap.fill(note, WIDTH))
     losers = dict.fromkeys(point.line for point in tuning.points if point.loses_to_random)
     warnings = [_warning(f"{name} diverges more than skipping as many FFNs at random") for name in losers]
-    return "\n\n".join(["\n".join(lines), *warnings])
+    return printable("\n\n".join(["\n".join(lines), *warnings]))
 
 
-def _gate(gate: GateInfo) -> str:
+def _static(policy: StaticSettings) -> str:
+    """The fixed set of FFNs that a search chose."""
+    layers = f"layers {ranges(policy.layers)}"
+    stead = "surrogates stand in for them" if policy.surrogates else "nothing stands in for them"
+    return textwrap.fill(
+        f"{'static':<14}the policy: the FFNs of {layers} are skipped, {stead}; warm-up "
+        f"{policy.warm_up_tokens} tokens",
+        WIDTH,
+        subsequent_indent=" " * 14,
+    )
+
+
+def _gate(profile: SkipProfile) -> str:
     """What was fitted, on what, and how well."""
+    gate = profile.gate
+    assert gate is not None
     fit = gate.fit
+    rule = "the policy's rule" if isinstance(profile.policy, GateSettings) else "fitted, not the policy"
     texts = ", ".join(c.name for c in fit.corpora)
-    skipped = ", ".join(f"{ratio:.3f}" for ratio in fit.sweeps)
+    skipped = ", ".join(f"{share:.3f}" for share in fit.sweeps)
     damage = {"fisher": "Fisher metric", "relative-error": "relative error, weighed by layer"}[fit.damage]
     lines = [
-        ("gate", f"the policy's rule, in {len(gate.layers)} layers: {_ranges(gate.layers)}"),
+        ("gate", f"{rule}, in {len(gate.layers)} layers: {ranges(gate.layers)}"),
         ("fitted on", f"{fit.tokens:,} tokens of {texts}"),
         ("sweeps", f"{len(fit.sweeps)}, skipping {skipped}"),
         ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
-        ("error", f"{_span(fit.surrogate_error)} of the variance of f is left"),
-        ("damage", f"by {damage}; R2 of the gates {_span(fit.gate_r_squared)}"),
+        ("error", f"{span(fit.surrogate_error)} of the variance of f is left"),
+        ("damage", f"by {damage}; R2 of the gates {span(fit.gate_r_squared)}"),
         ("warm-up", f"{gate.warm_up_tokens} tokens"),
         ("tensors", gate.tensors),
     ]
@@ -121,24 +140,32 @@ def _gate(gate: GateInfo) -> str:
     )
 
 
-def _gate_points(gate: GateInfo, threshold: float | None) -> str:
+def _gate_points(profile: SkipProfile) -> str:
+    gate = profile.gate
+    assert gate is not None
     corpora = list(gate.operating_points[0].by_corpus) if gate.operating_points else []
     names = "".join(f"{name[:9]:>10}" for name in corpora[:3])
     lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{names}"]
     for point in gate.operating_points:
-        each = "".join(f"{point.by_corpus[name]:>10.3f}" for name in corpora[:3])
-        mark = "  <- policy" if point.threshold == threshold else ""
+        each = "".join(f"{ratio(point.by_corpus.get(name)):>10}" for name in corpora[:3])
+        mark = "  <- policy" if is_policy(profile, point) else ""
         lines.append(
             f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.3f}{point.predicted_skip_ratio:>11.3f}"
-            f"{_ratio(point.realised_skip_ratio):>10}{each}{mark}"
+            f"{ratio(point.realised_skip_ratio):>10}{each}{mark}"
         )
     note = "predicted: in the last sweep; realised: on text that was not fitted on, teacher-forced"
     lines.append(textwrap.fill(note, WIDTH, break_on_hyphens=False))
     return "\n".join(lines)
 
 
-def _ranges(layers: list[int]) -> str:
-    """1 to 3, 5, 7 to 9"""
+def is_policy(profile: SkipProfile, point: OperatingPoint | GatePoint) -> bool:
+    """Whether the profile's policy is of the point's rule and has its threshold."""
+    rule = GateSettings if isinstance(point, GatePoint) else SkipPolicy
+    return isinstance(profile.policy, rule) and profile.policy.threshold == point.threshold
+
+
+def ranges(layers: list[int]) -> str:
+    """Layers in words: `1 to 3, 5, 7 to 9`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -148,11 +175,13 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
-def _span(values: list[float]) -> str:
+def span(values: list[float]) -> str:
+    """The least and the largest of some values."""
     return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """A skip ratio, or a dash where there is none."""
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -59,7 +59,7 @@ class SkipPolicy:
     Raises ConfigError for values outside these ranges.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (a misspelt key in a profile is an error)
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012  (a misspelt key is an error)
 
     cold_s: int
     cold_e: int

@@ -352,10 +352,16 @@ def test_a_name_that_leads_elsewhere_is_refused(saved: Path, name: Any, place: s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("gate"), "expected an entry 'gate' beside a policy of the rule 'gate'"),
-        (lambda d: d["gate"].update(sha256="0" * 64), "policy and gate name two"),
+        (lambda d: d.pop("gate"), "gate: expected an entry beside a policy of the rule 'gate'"),
+        (
+            lambda d: d["gate"].update(sha256="0" * 64),
+            "policy: expected the file of tensors that the gate names",
+        ),
         (lambda d: d["gate"].update(sha256="Z"), "gate.sha256"),
-        (lambda d: d["gate"].update(layers=[1, 30]), "expected gates of layers below 30"),
+        (
+            lambda d: d["gate"].update(layers=[1, 30]),
+            r"gate\.layers: expected layers below 30 .*, got \[1, 30\]",
+        ),
         (lambda d: d["gate"].update(layers=[2, 1]), "ascending layers"),
         (lambda d: d["gate"].update(layers=[1, 1]), "ascending layers"),
         (lambda d: d["policy"].update(rule="oracle"), "policy: rule is not known"),

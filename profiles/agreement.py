@@ -1,0 +1,96 @@
+"""What the parts of a profile must say together, besides what each must say for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from skipcal.profiles.parts import GateInfo, GateSettings, StaticSettings
+from skipcal.runtime.policy import SkipPolicy
+
+if TYPE_CHECKING:
+    from skipcal.profiles.schema import SkipProfile
+
+
+def check_agreement(profile: SkipProfile) -> None:
+    """Raise ValueError, naming the field, when two parts of the profile contradict each other."""
+    checks: tuple[Callable[[SkipProfile], None], ...] = (_layers, _regions, _policy, _gate, _points)
+    for check in checks:
+        check(profile)
+
+
+def _layers(profile: SkipProfile) -> None:
+    if "pooled" not in profile.layers:
+        raise ValueError("layers: expected an entry 'pooled'")
+    count = profile.model.num_layers
+    for name, statistics in profile.layers.items():
+        if len(statistics.mean) != count:
+            raise ValueError(
+                f"layers.{name}: expected {count} entries (model.num_layers), got {len(statistics.mean)}"
+            )
+
+
+def _regions(profile: SkipProfile) -> None:
+    count, regions = profile.model.num_layers, profile.regions
+    if not regions.cold_s <= regions.cold_e <= count:
+        raise ValueError(
+            f"regions: expected 0 <= cold_s <= cold_e <= {count} (model.num_layers), got cold_s "
+            f"{regions.cold_s} and cold_e {regions.cold_e}"
+        )
+    for field in ("cold_s_interval", "cold_e_interval"):
+        interval = getattr(regions, field)
+        if interval is not None and not interval[0] <= interval[1] <= count:
+            raise ValueError(
+                f"regions.{field}: expected two ascending layers up to {count}, got {list(interval)}"
+            )
+
+
+def _policy(profile: SkipProfile) -> None:
+    policy, gate, count = profile.policy, profile.gate, profile.model.num_layers
+    if isinstance(policy, GateSettings):
+        if gate is None:
+            raise ValueError("gate: expected an entry beside a policy of the rule 'gate'")
+        if (policy.tensors, policy.sha256) != (gate.tensors, gate.sha256):
+            raise ValueError("policy: expected the file of tensors that the gate names, got another")
+    if isinstance(policy, StaticSettings):
+        ascending_within("policy.layers", policy.layers, count)
+        if policy.surrogates and (gate is None or not set(policy.layers) <= set(gate.layers)):
+            raise ValueError("policy.surrogates: expected a gate with a surrogate for each of policy.layers")
+    if profile.paper_policy is None and not isinstance(policy, SkipPolicy):
+        raise ValueError("paper_policy: expected an entry beside a policy of another rule than 'cosine'")
+    for name, cosine in (("policy", policy), ("paper_policy", profile.paper_policy)):
+        if isinstance(cosine, SkipPolicy) and cosine.cold_e > count:
+            raise ValueError(
+                f"{name}.cold_e: expected at most {count} (model.num_layers), got {cosine.cold_e}"
+            )
+
+
+def _gate(profile: SkipProfile) -> None:
+    gate, model = profile.gate, profile.model
+    if gate is None:
+        return
+    ascending_within("gate.layers", gate.layers, model.num_layers)
+    if gate.fit.rank > model.hidden_size:
+        raise ValueError(
+            f"gate.fit.rank: expected at most {model.hidden_size} (model.hidden_size), got {gate.fit.rank}"
+        )
+
+
+def _points(profile: SkipProfile) -> None:
+    gate: GateInfo | None = profile.gate
+    for name, points in (
+        ("operating_points", profile.operating_points),
+        ("gate.operating_points", gate.operating_points if gate else []),
+    ):
+        targets = [point.target_skip_ratio for point in points]
+        if any(first >= second for first, second in pairwise(targets)):
+            raise ValueError(f"{name}: expected ascending target_skip_ratio, each once, got {targets}")
+
+
+def ascending_within(field: str, layers: list[int], count: int) -> None:
+    """Raise ValueError unless `layers` ascend, each once, within a model of `count` layers."""
+    if any(first >= second for first, second in pairwise(layers)):
+        raise ValueError(f"{field}: expected ascending layers, each once, got {layers}")
+    if layers and not 0 <= layers[0] <= layers[-1] < count:
+        raise ValueError(f"{field}: expected layers below {count} (model.num_layers), got {layers}")

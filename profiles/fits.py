@@ -1,0 +1,61 @@
+"""Whether a profile was made for a model."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from skipcal.errors import ProfileMismatch
+from skipcal.profiles.parts import GateSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from skipcal.profiles.schema import SkipProfile
+
+logger = logging.getLogger(__name__)
+
+
+def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bool | None = None) -> None:
+    """Raise ProfileMismatch if `model` has another shape; warn if it has other weights.
+
+    same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
+    """
+    from skipcal.arch.loading import fingerprint
+
+    made_on, config = profile.model, model.config.get_text_config()
+    asked = {
+        "model type": (made_on.model_type, config.model_type),
+        "number of layers": (made_on.num_layers, config.num_hidden_layers),
+        "hidden size": (made_on.hidden_size, config.hidden_size),
+    }
+    different = [
+        f"{what} {mine!r}, the model's is {its!r}" for what, (mine, its) in asked.items() if mine != its
+    ]
+    if different:
+        raise ProfileMismatch(
+            f"the profile was made for {made_on.name}: {'; '.join(different)}; "
+            "make one for this model with: skipcal profile --model NAME"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    comparable = dtype == made_on.dtype and not any(p.is_meta for p in model.parameters())
+    if dtype != made_on.dtype:
+        logger.warning("the profile was made in %s, the model runs in %s", made_on.dtype, dtype)
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision and made_on.revision and revision != made_on.revision:
+        logger.warning("the profile was made on revision %s, this is %s", made_on.revision, revision)
+    if comparable and fingerprint(model) != made_on.fingerprint:
+        if _holds_tensors(profile) if same_weights is None else same_weights:
+            raise ProfileMismatch(
+                f"the profile was made on other weights of {made_on.name}, and a gate holds for the "
+                "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
+            )
+        logger.warning(
+            "the profile was made on other weights of %s: thresholds may not hold",
+            made_on.name,
+        )
+
+
+def _holds_tensors(profile: SkipProfile) -> bool:
+    """Whether the policy needs tensors that were fitted to the model's weights."""
+    return isinstance(profile.policy, GateSettings) or getattr(profile.policy, "surrogates", False)
