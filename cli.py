@@ -13,6 +13,7 @@ import typer
 
 from skipcal import __version__
 from skipcal.calibrate.commands import fit, tune
+from skipcal.calibrate.profile_command import profile
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, listed, load, numbers
 from skipcal.errors import ConfigError, Unavailable
@@ -39,66 +40,7 @@ def main(version: opt.Version = False) -> None:
         raise typer.Exit
 
 
-@app.command()
-def profile(
-    ctx: typer.Context,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = None,
-    device: opt.Device = None,
-    device_map: opt.DeviceMap = None,
-    attn_implementation: opt.AttnImplementation = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    corpus: opt.Corpus = None,
-    data_files: opt.DataFiles = None,
-    text_column: opt.TextColumn = None,
-    mode: opt.Mode = None,
-    prompts: opt.Prompts = None,
-    prompt_tokens: opt.PromptTokens = None,
-    new_tokens: opt.NewTokens = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
-    target_skip_ratio: opt.TargetSkipRatio = None,
-    warm_up_tokens: opt.WarmUpTokens = None,
-    max_skips: opt.MaxSkips = None,
-    cold_s: opt.ColdS = None,
-    cold_e: opt.ColdE = None,
-    closed_loop: opt.ClosedLoop = None,
-    verify: opt.Verify = False,
-    output: opt.Output = None,
-    trace: opt.Trace = None,
-    overwrite: opt.Overwrite = False,
-    config: opt.ConfigFile = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Measure a model's FFN saturation and recommend what to skip.
-
-    Example: skipcal profile --model meta-llama/Llama-2-13b-chat-hf --verify
-    """
-    with command(as_json, debug) as console:
-        from skipcal.configs.run import load_config
-        from skipcal.profiles.files import check_output
-
-        chosen = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
-        settings = load_config(config, {k: v for k, v in chosen.items() if v is not False})
-        target = Path(settings.output or f"profiles/{_slug(settings.model)}.json")
-        traced = Path(settings.trace) if settings.trace else None
-        for path in (target, *([traced] if traced else [])):
-            check_output(path, overwrite=settings.overwrite)
-
-        from skipcal.calibrate.pipeline import calibrate_model
-        from skipcal.calibrate.saturation import write_trace
-        from skipcal.profiles.summary import summarize
-
-        result = calibrate_model(load(settings.model_dump()), settings)
-        result.profile.save(target, overwrite=settings.overwrite)
-        if traced:
-            write_trace(result.traces, traced, overwrite=settings.overwrite)
-        console.document(result.profile.to_json(), summarize(result.profile))
-        console.say(f"\nwrote {target}; next: skipcal plot {target} -o curve.png")
-
-
+app.command()(profile)
 app.command()(fit)
 app.command()(tune)
 
@@ -524,12 +466,6 @@ def _digest(value: Any) -> str:
     from skipcal.evaluation.records import digest
 
     return digest(value)
-
-
-def _slug(model: str | None) -> str:
-    from skipcal.profiles.schema import model_slug
-
-    return model_slug(model)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -14,25 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from skipcal.errors import ConfigError, SkipcalError, first_words
+from skipcal.calibrate.processes import Processes
+from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
 
 
 class Console:
-    """Where a command's result goes: text on stdout, or one JSON document with --json."""
+    """Where a command's result goes: text on stdout, or one JSON document with --json.
 
-    def __init__(self, as_json: bool) -> None:
+    processes: those that torchrun started together, of which only the first one prints.
+    """
+
+    def __init__(self, as_json: bool, processes: Processes) -> None:
         """Take stdout as it is now; libraries may find it redirected."""
         self._as_json = as_json
         self._stdout = sys.stdout
+        self.processes = processes
         self.on_interrupt = "no output was written or changed"
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
-        self._stdout.write(text if self._as_json else readable + "\n")
-        self._stdout.flush()
+        if self.processes.leads:
+            self._stdout.write(text if self._as_json else readable + "\n")
+            self._stdout.flush()
 
     def result(self, document: Any, readable: str) -> None:
         """The command's result as values for JSON, or for people."""
@@ -40,14 +46,24 @@ class Console:
 
     def say(self, text: str) -> None:
         """A remark that is no part of the result."""
-        typer.echo(text, err=self._as_json)
+        if self.processes.leads:
+            typer.echo(text, err=self._as_json)
+
+    def complain(self, text: str, *, own: bool = False) -> None:
+        """A line on stderr. own: it happened in this process alone, so that it has to speak itself."""
+        if own or self.processes.leads:
+            typer.echo(text, err=True)
 
 
 @contextlib.contextmanager
-def command(as_json: bool, debug: bool) -> Iterator[Console]:
-    """Turn errors into one line and an exit code; keep stdout for the result alone."""
-    _quieten()
-    console = Console(as_json)
+def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[Console]:
+    """Turn errors into one line and an exit code; keep stdout for the result alone.
+
+    together: the command can be run by several processes; others refuse to do the same work N times.
+    """
+    processes = _processes(together)
+    _quieten(processes)
+    console = Console(as_json, processes)
     # With --json nothing that a library prints may reach stdout.
     redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
@@ -59,17 +75,33 @@ def command(as_json: bool, debug: bool) -> Iterator[Console]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at exit
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: {console.on_interrupt}", err=True)
+        console.complain(f"interrupted: {console.on_interrupt}")
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, SkipcalError):
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            console.complain(f"error: {' '.join(str(error).split())}", own=isinstance(error, ProcessFailed))
             raise typer.Exit(error.exit_code) from None
         hint = f"({type(error).__name__}; run again with --debug for the traceback)"
-        typer.echo(f"error: {first_words(error)} {hint}", err=True)
+        console.complain(f"error: {first_words(error)} {hint}", own=True)
         raise typer.Exit(1) from None
+
+
+def _processes(together: bool) -> Processes:
+    """The processes that were started together; ends the command where they cannot run it."""
+    try:
+        found = Processes.started()
+        if found.size > 1 and not together:
+            raise ConfigError(
+                f"this command runs in one process, and {found.size} were started; start it without torchrun "
+                "(only skipcal profile divides its work)"
+            )
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    return found
 
 
 def load(options: Mapping[str, Any]) -> LoadedModel:
@@ -88,15 +120,17 @@ def load(options: Mapping[str, Any]) -> LoadedModel:
     )
 
 
-def _quieten() -> None:
+def _quieten(processes: Processes) -> None:
     """One line a warning on stderr, and no bar of any library unless stderr is a terminal."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     log = logging.getLogger("skipcal")
-    log.handlers, log.propagate = [handler], False
+    log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
-    if not sys.stderr.isatty():
+    if processes.size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection is gone is said once
+    if not (sys.stderr.isatty() and processes.leads):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
 

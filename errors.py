@@ -10,7 +10,9 @@ SkipcalError              1  failed at run time
 ├── JudgeError            5  a judge endpoint cannot be used
 ├── UnsupportedModel      1  no FFN blocks were found, or they are not what was claimed
 ├── OutputError           1  a result cannot be written
-└── SessionError          1  skipping was asked for where it cannot be done right
+├── SessionError          1  skipping was asked for where it cannot be done right
+├── ProcessFailed         1  one of several processes failed at its share of the work
+└── ProcessLost           1  another process of the run is gone
 
 Every message is one line: what was given, what was expected, what to do next.
 """
@@ -73,6 +75,14 @@ class OutputError(SkipcalError):
 
 class SessionError(SkipcalError):
     """Skipping was asked for in a situation where it could not be done right."""
+
+
+class ProcessFailed(SkipcalError):
+    """One of several processes failed at its share of the work."""
+
+
+class ProcessLost(SkipcalError):
+    """Another process of the run is gone."""
 
 
 def first_words(error: BaseException, limit: int = 200) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
 from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, resolve_corpora
+from skipcal.calibrate.retry import retried
 from skipcal.errors import Unavailable, first_words
 
 __all__ = [
@@ -68,19 +69,22 @@ def sample_corpus(
     wanted = prompts + held_out
     on_hub = not corpus.local and corpus.source != "embedded"
     if on_hub and (corpus.revision is None or corpus.revision.startswith("refs/")):
-        corpus = replace(corpus, revision=_commit(corpus))
+        found = retried(lambda: _commit(corpus), f"corpus {corpus.name!r}")
+        corpus = replace(corpus, revision=found)
     digest = file_sha256(Path(corpus.source)) if corpus.local else None
     used = _Runs(avoid)
+
+    def draw() -> tuple[list[list[int]], int, int]:
+        if corpus.format in JOINED_FORMATS:
+            return _joined(corpus, tokenizer, (prompts, held_out), prompt_tokens, seed, used)
+        read = _windows if corpus.stream else _openings
+        return read(corpus, tokenizer, wanted, prompt_tokens, seed, used)
+
+    rows, documents, short = retried(draw, f"corpus {corpus.name!r}") if on_hub else draw()
     if corpus.format in JOINED_FORMATS:
         what = "windows over joined questions"
-        rows, documents = _joined(corpus, tokenizer, (prompts, held_out), prompt_tokens, seed, used)
-        short = 0
-    elif corpus.stream:
-        what = "windows"
-        rows, documents, short = _windows(corpus, tokenizer, wanted, prompt_tokens, seed, used)
     else:
-        rows, documents, short = _openings(corpus, tokenizer, wanted, prompt_tokens, seed, used)
-        what = f"documents (of {documents})"
+        what = "windows" if corpus.stream else f"documents (of {documents})"
     if len(rows) < wanted:
         apart = " apart from the text to be avoided" if used else ""
         raise Unavailable(
@@ -152,8 +156,8 @@ def _openings(
 
 def _joined(
     corpus: Corpus, tokenizer: Any, wanted: tuple[int, int], length: int, seed: int, used: _Runs
-) -> tuple[list[list[int]], int]:
-    """Windows over joined items for prompts and held-out prompts, and the number of items read.
+) -> tuple[list[list[int]], int, int]:
+    """Windows over joined items for prompts and held-out prompts, the number of items read, and 0.
 
     Each of the two draws from items of its own, in proportion to the windows wanted.
     """
@@ -164,7 +168,7 @@ def _joined(
     draw = random.Random(seed)
     parts = ((free[:cut], wanted[0]), (free[cut:], wanted[1]))
     rows = [row for texts, count in parts for row in _item_windows(texts, tokenizer, count, length, draw)]
-    return rows, len(items)
+    return rows, len(items), 0
 
 
 def _item_windows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.capture import capture
 from skipcal.calibrate.influence import layer_cosines
-from skipcal.calibrate.saturation import Trace
+from skipcal.calibrate.trace_store import Held, as_ids
 from skipcal.configs.run import ProfileConfig
-from skipcal.errors import Unavailable
+from skipcal.errors import SkipcalError, Unavailable
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.policy import Policy, SkipPolicy
@@ -26,6 +26,8 @@ ENDED_EARLY = (
     "every text ended within the warm-up, so no skip ratio can be measured; lower --warm-up-tokens or "
     "take more prompts"
 )
+
+SkipCounts = tuple[int, int]  # skipped FFN blocks, decode steps past the warm-up
 
 
 class Passes:
@@ -41,12 +43,13 @@ class Passes:
         self._device = input_device(loaded.model)
         self._batch_size = config.batch_size
         self._new_tokens = config.new_tokens
+        self._generates = config.mode == "generate"
         self._cut = config.prompt_tokens
-        self.prompt_tokens = config.prompt_tokens if config.mode == "generate" else 1
+        self.prompt_tokens = config.prompt_tokens if self._generates else 1
 
     def continued(self, prompts: list[list[int]], what: str) -> list[list[int]]:
         """Each prompt with what the model, as it is set up now, writes after it greedily."""
-        with self._bar(what, len(prompts)) as bar:
+        with progress(what, len(prompts)) as bar:
             rows = []
             for batch in batches(prompts, self._batch_size):
                 rows += self._continue(batch)
@@ -62,58 +65,53 @@ class Passes:
         length = ids.shape[1]
         return [row[:length] + until_stop(row[length:], stops) for row in output.tolist()]
 
-    def trace(self, corpus: str, rows: list[list[int]]) -> Trace:
-        """One clean forward over every row; cosines of the positions past the prompt."""
-        parts = []
-        first = self.prompt_tokens
+    def captured(self, prompts: list[list[int]], first: int) -> Held:
+        """One batch: its prompts continued, then a clean forward; cosines of the positions past the prompt.
+
+        first: number of the first prompt within its corpus. In mode prefill nothing is continued.
+        """
+        rows = self._continue(prompts) if self._generates else prompts
+        ids, mask = padded(rows, self._device, side="right")
         with (
             capture(self._model, architecture=self._architecture) as recorder,
             layer_cosines(self._architecture) as layers,
-            self._bar(f"capture {corpus}", len(rows)) as bar,
         ):
-            done = 0
-            for batch in batches(rows, self._batch_size):
-                ids, mask = padded(batch, self._device, side="right")
-                _stack_pass(self._architecture, ids, mask)
-                cosine, norm_ratio = recorder.take()
-                kept = mask.cpu().numpy().astype(bool)
-                kept[:, :first] = False
-                row, position = np.nonzero(kept)
-                parts.append(
-                    Trace(
-                        corpus=corpus,
-                        prompt=(row + done).astype(np.int32),
-                        position=position.astype(np.int32),
-                        cosine=cosine[kept.ravel()],
-                        norm_ratio=norm_ratio[kept.ravel()],
-                        prompt_tokens=first,
-                        layer_cosine_sum=layers.take(kept.ravel()),
-                    )
-                )
-                done += len(batch)
-                bar.update(len(batch))
-        return Trace.merge(parts)
-
-    def teacher_forced(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
-        """Skip ratio with skipping on, over known rows."""
-        return teacher_forced_ratio(
-            self._model,
-            self._architecture,
-            policy,
-            rows,
-            batch_size=self._batch_size,
-            prompt_tokens=self.prompt_tokens,
+            _stack_pass(self._architecture, ids, mask)
+        kept = mask.cpu().numpy().astype(bool)
+        kept[:, : self.prompt_tokens] = False
+        row, position = np.nonzero(kept)
+        cosine, norm_ratio = (values[kept.ravel()].T for values in recorder.take())  # [layers, tokens]
+        _refuse_overflow(cosine, str(self._model.dtype))
+        return Held(
+            {
+                **as_ids(rows),
+                "prompt": (row + first).astype(np.int32),
+                "position": position.astype(np.int32),
+                "cosine": cosine,
+                "norm_ratio": norm_ratio,
+                "layer_cosine_sum": layers.take(kept.ravel()),
+            }
         )
 
-    def decoded(self, policy: SkipPolicy, rows: list[list[int]]) -> float:
-        """Skip ratio of decoding the prompts that `rows` begin with."""
-        with skipping(self._model, policy=policy, architecture=self._architecture) as run:
-            self.continued([row[: self._cut] for row in rows], "decode")
-        return _known_ratio(run.report)
+    def teacher_forced(self, policy: SkipPolicy, groups: Iterable[list[list[int]]]) -> SkipCounts:
+        """Counts with skipping on, over known rows in batches."""
+        return _counts(
+            teacher_forced_report(
+                self._model, self._architecture, policy, groups, prompt_tokens=self.prompt_tokens
+            )
+        )
 
-    @staticmethod
-    def _bar(what: str, total: int) -> Any:
-        return tqdm(total=total, desc=what, unit="prompt", leave=False, disable=None)
+    def decoded(self, policy: SkipPolicy, groups: Iterable[list[list[int]]]) -> SkipCounts:
+        """Counts of decoding the prompts that the rows of each batch begin with."""
+        with skipping(self._model, policy=policy, architecture=self._architecture) as run:
+            for group in groups:
+                self._continue([row[: self._cut] for row in group])
+        return _counts(run.report)
+
+
+def progress(what: str, total: int, unit: str = "prompt") -> Any:
+    """A bar with the time that is left, on stderr where that is a terminal."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 
 
 def teacher_forced_ratio(
@@ -129,13 +127,35 @@ def teacher_forced_ratio(
 
     Raises Unavailable when no token lies past the warm-up.
     """
+    groups = batches(rows, batch_size)
+    report = teacher_forced_report(model, architecture, policy, groups, prompt_tokens=prompt_tokens)
+    return skip_ratio(_counts(report), architecture.num_layers)
+
+
+def teacher_forced_report(
+    model: Any,
+    architecture: Architecture,
+    policy: Policy,
+    groups: Iterable[list[list[int]]],
+    *,
+    prompt_tokens: int,
+) -> SkipReport:
+    """The report of `policy` over batches of known rows, in parallel passes."""
     device = input_device(model)
     with skipping(
         model, policy=policy, teacher_forced=True, prompt_tokens=prompt_tokens, architecture=architecture
     ) as run:
-        for batch in batches(rows, batch_size):
-            _stack_pass(architecture, *padded(batch, device, side="right"))
-    return _known_ratio(run.report)
+        for group in groups:
+            _stack_pass(architecture, *padded(group, device, side="right"))
+    return run.report
+
+
+def skip_ratio(counts: SkipCounts, num_layers: int) -> float:
+    """Skipped blocks / (L x decode steps past the warm-up). Raises Unavailable when there is no such step."""
+    skipped, steps = counts
+    if not steps:
+        raise Unavailable(ENDED_EARLY)
+    return skipped / (num_layers * steps)
 
 
 @torch.no_grad()
@@ -144,7 +164,15 @@ def _stack_pass(architecture: Architecture, ids: torch.Tensor, mask: torch.Tenso
     architecture.stack(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
-def _known_ratio(report: SkipReport) -> float:
-    if math.isnan(report.skip_ratio):
-        raise Unavailable(ENDED_EARLY)
-    return report.skip_ratio
+def _counts(report: SkipReport) -> SkipCounts:
+    return report.skipped_blocks, report.decode_steps_after_warm_up
+
+
+def _refuse_overflow(cosine: np.ndarray, dtype: str) -> None:
+    """Raise SkipcalError for cosines that are no numbers: hours later no statistic of them would be one."""
+    wrong = ~np.isfinite(cosine).all(axis=1)
+    if wrong.any():
+        raise SkipcalError(
+            f"the cosines of layer {int(wrong.argmax())} are not finite: the model overflows in "
+            f"{dtype.removeprefix('torch.')}; try --dtype float32 or bfloat16"
+        )

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
+from skipcal.calibrate.checkpoint import Checkpoint
 from skipcal.calibrate.corpora import CorpusSample, resolve_corpora, sample_corpus
-from skipcal.calibrate.passes import ENDED_EARLY, Passes
-from skipcal.calibrate.provenance import corpus_info, environment, model_info
+from skipcal.calibrate.gather import first_rows, gather
+from skipcal.calibrate.passes import ENDED_EARLY, Passes, progress, skip_ratio
+from skipcal.calibrate.processes import ALONE, Counts, Processes
+from skipcal.calibrate.provenance import corpus_info, environment, model_info, what_decides
 from skipcal.calibrate.recommend import (
+    Prediction,
+    arming_layers,
     check_reachable,
     cosine_curve,
-    predicted_skip_ratio,
-    predicted_threshold,
     target_ratios,
 )
 from skipcal.calibrate.regions import check_region, find_regions
 from skipcal.calibrate.saturation import Trace, pooled_statistics
 from skipcal.configs.run import ProfileConfig
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.profiles.parts import CalibrationInfo, OperatingPoint, Regions
+from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
 from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile, threshold_for
+from skipcal.runtime.batching import batches
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
 logger = logging.getLogger(__name__)
@@ -37,59 +46,108 @@ MISSED = 0.02  # a realised skip ratio this far from its target is worth a warni
 
 @dataclass(frozen=True)
 class Calibration:
-    """A profile and the traces it was made from, one per corpus."""
+    """A profile and the traces it was made from, one per corpus.
+
+    checkpoint: where the traces are kept, if they are in files; to be removed when all is written.
+    """
 
     profile: SkipProfile
     traces: list[Trace]
+    checkpoint: Checkpoint | None = None
 
 
-def calibrate_model(loaded: LoadedModel, config: ProfileConfig | None = None) -> Calibration:
+@dataclass(frozen=True)
+class Measurement:
+    """What the closed loop asks all processes to do: run the policy, count the skips.
+
+    held_out: over the held-out prompts instead of the calibration text.
+    """
+
+    policy: SkipPolicy
+    how: Literal["teacher-forced", "decode"]
+    held_out: bool = False
+
+
+Ask = Callable[[Measurement], Counts]
+
+
+def calibrate_model(
+    loaded: LoadedModel, config: ProfileConfig | None = None, *, keep_in: Path | None = None
+) -> Calibration:
     """Profile a loaded model. Progress bars go to stderr when it is a terminal.
 
+    keep_in: a folder for finished batches. The same calibration goes on from them, and memory does not grow
+             with the number of prompts; the caller removes `checkpoint` in the end. None: all is in memory.
     Raises Unavailable when text is missing or too short, TargetOutOfReach for an explicit
     `target_skip_ratio` beyond the region, UnsupportedModel when no FFN blocks are located.
     """
-    config = config or ProfileConfig()
-    architecture = locate(loaded.model)
-    run = _Calibrator(loaded, architecture, config)
-    run.check()
-    samples = run.samples()
-    rows = [run.rows(sample) for sample in samples]
-    traces = [run.trace(sample, text) for sample, text in zip(samples, rows, strict=True)]
-    regions = run.regions(traces)
-    policy, points = run.recommend(regions, traces, rows)
-    if config.verify:
-        points = run.verify(policy, points, samples)
-    profile = SkipProfile(
-        format=PROFILE_FORMAT,
-        model=model_info(loaded, architecture, trust_remote_code=config.trust_remote_code),
-        calibration=CalibrationInfo(
-            mode=config.mode,
-            corpora=[corpus_info(s, t) for s, t in zip(samples, traces, strict=True)],
-            prompt_tokens=config.prompt_tokens,
-            new_tokens=config.new_tokens if config.mode == "generate" else 0,
-            seed=config.seed,
-            chat_template=False,
-            closed_loop=config.closed_loop if config.closed_loop_prompts else None,
-        ),
-        layers={"pooled": pooled_statistics(traces), **{t.corpus: t.statistics() for t in traces}},
-        regions=regions,
-        policy=policy,
-        operating_points=points,
-        environment=environment(architecture),
-        config=config.recorded(),
-    )
-    return Calibration(profile=profile, traces=traces)
+    result = calibrate_together(loaded, config or ProfileConfig(), ALONE, keep_in)
+    assert result is not None
+    return result
+
+
+def calibrate_together(
+    loaded: LoadedModel, config: ProfileConfig, processes: Processes, keep_in: Path | None
+) -> Calibration | None:
+    """`calibrate_model` by several processes, each of which loaded the model and calls this.
+
+    Batches are shared out whole, so the result is that of one process.
+    keep_in: a folder that all processes see.
+    Returns None in all but process 0.
+    """
+    started = time.monotonic()
+    if processes.size > 1 and keep_in is None:
+        raise ConfigError("several processes need a folder for what they capture; give keep_in")
+    architecture = processes.agree(lambda: locate(loaded.model))
+    run = _Calibrator(loaded, architecture, config, processes)
+    processes.agree(run.check)
+    samples = processes.share(run.samples)
+    checkpoint = run.open_checkpoint(keep_in, samples) if keep_in else None
+    try:
+        traces = run.traces(samples, checkpoint)
+        run.prepare_loop(samples, traces)
+
+        def conclude(ask: Ask) -> Calibration:
+            profile = run.profile(samples, traces, _remembering(ask, checkpoint))
+            again = checkpoint is not None and checkpoint.resumed
+            seconds = None if again else round(time.monotonic() - started, 1)
+            made = environment(architecture, seconds=seconds, processes=processes.size)
+            return Calibration(profile.model_copy(update={"environment": made}), traces, checkpoint)
+
+        return processes.directed(conclude, run.measure)
+    except BaseException:
+        if checkpoint is not None and processes.size == 1:
+            checkpoint.remove_if_unused()
+        raise
+
+
+def _remembering(ask: Ask, checkpoint: Checkpoint | None) -> Ask:
+    """`ask`, but what the checkpoint holds is not measured again."""
+    if checkpoint is None:
+        return ask
+
+    def asked(measurement: Measurement) -> Counts:
+        name = json.dumps(asdict(measurement), sort_keys=True)
+        if name not in checkpoint.measured:
+            checkpoint.keep_measured(name, ask(measurement))
+        return tuple(checkpoint.measured[name])
+
+    return asked
 
 
 class _Calibrator:
     """The steps of one calibration; what they share is the model and the configuration."""
 
-    def __init__(self, loaded: LoadedModel, architecture: Architecture, config: ProfileConfig) -> None:
+    def __init__(
+        self, loaded: LoadedModel, architecture: Architecture, config: ProfileConfig, processes: Processes
+    ) -> None:
         self._loaded = loaded
         self._architecture = architecture
         self._config = config
+        self._processes = processes
         self._passes = Passes(loaded, architecture, config)
+        self._rows: list[list[int]] = []
+        self._held_out: list[list[int]] = []
 
     def check(self) -> None:
         """Refuse what can be refused before any text is read."""
@@ -115,7 +173,10 @@ class _Calibrator:
             return None
         return config.cold_s, config.cold_e
 
+    # In every process
+
     def samples(self) -> list[CorpusSample]:
+        """The prompts of each corpus; in process 0 alone, for the hub limits how often it is asked."""
         config = self._config
         corpora = resolve_corpora(config.corpora(), config.data_files, text_column=config.text_column)
         return [
@@ -130,33 +191,84 @@ class _Calibrator:
             for corpus in corpora
         ]
 
-    def rows(self, sample: CorpusSample) -> list[list[int]]:
-        """Prompts with the full model's greedy continuations; in mode prefill the windows alone."""
-        if self._config.mode == "prefill":
-            return sample.prompts
-        return self._passes.continued(sample.prompts, f"generate {sample.corpus.name}")
-
-    def trace(self, sample: CorpusSample, rows: list[list[int]]) -> Trace:
-        return self._passes.trace(sample.corpus.name, rows)
-
-    def regions(self, traces: list[Trace]) -> Regions:
-        config = self._config
-        curve = np.average(
-            [trace.cosine.mean(axis=0, dtype=np.float64) for trace in traces],
-            axis=0,
-            weights=[len(trace.cosine) for trace in traces],
+    def open_checkpoint(self, root: Path, samples: list[CorpusSample]) -> Checkpoint:
+        """The folder for finished batches. Raises ConfigError where a process does not see it."""
+        processes = self._processes
+        found = processes.share(
+            lambda: Checkpoint.open(
+                root.absolute(), what_decides(self._loaded, self._architecture, self._config, samples)
+            )
         )
+        processes.agree(lambda: found.check_visible(processes.rank))
+        return found
+
+    def traces(self, samples: list[CorpusSample], checkpoint: Checkpoint | None) -> list[Trace]:
+        """One trace for each corpus: greedy continuations (in mode prefill the text itself), captured."""
+        return gather(
+            self._passes,
+            samples,
+            self._config.batch_size,
+            processes=self._processes,
+            checkpoint=checkpoint,
+        )
+
+    def prepare_loop(self, samples: list[CorpusSample], traces: list[Trace]) -> None:
+        """Hand out the rows that the closed loop measures on."""
+        count = self._config.closed_loop_prompts
+        self._rows = self._processes.share(lambda: [r for trace in traces for r in first_rows(trace, count)])
+        self._held_out = [row for sample in samples for row in sample.held_out]
+
+    def measure(self, asked: Measurement) -> Counts:
+        """This process's share of a measurement."""
+        rows = self._held_out if asked.held_out else self._rows
+        mine = self._processes.mine(list(batches(rows, self._config.batch_size)))
+        if not mine:
+            return 0, 0
+        run = self._passes.decoded if asked.how == "decode" else self._passes.teacher_forced
+        return run(asked.policy, _watched(mine, asked.how))
+
+    # In process 0
+
+    def profile(self, samples: list[CorpusSample], traces: list[Trace], ask: Ask) -> SkipProfile:
+        """Statistics, regions and operating points from the traces."""
+        config, architecture = self._config, self._architecture
+        pooled = pooled_statistics(traces)
+        regions = self._regions(traces, pooled)
+        policy, points = self._recommend(regions, traces, ask)
+        if config.verify:
+            points = self._verify(policy, points, ask)
+        return SkipProfile(
+            format=PROFILE_FORMAT,
+            model=model_info(self._loaded, architecture, trust_remote_code=config.trust_remote_code),
+            calibration=CalibrationInfo(
+                mode=config.mode,
+                corpora=[corpus_info(s, t) for s, t in zip(samples, traces, strict=True)],
+                prompt_tokens=config.prompt_tokens,
+                new_tokens=config.new_tokens if config.mode == "generate" else 0,
+                seed=config.seed,
+                chat_template=False,
+                closed_loop=config.closed_loop if config.closed_loop_prompts else None,
+            ),
+            layers={"pooled": pooled, **{t.corpus: t.statistics() for t in traces}},
+            regions=regions,
+            policy=policy,
+            operating_points=points,
+            environment=environment(architecture),
+            config=config.recorded(),
+        )
+
+    def _regions(self, traces: list[Trace], pooled: LayerStatistics) -> Regions:
         per_prompt = [trace.prompt_sums() for trace in traces]
         return find_regions(
-            curve,
+            np.array(pooled.mean),
             np.concatenate([sums for sums, _ in per_prompt]),
             np.concatenate([counts for _, counts in per_prompt]),
-            seed=config.seed,
+            seed=self._config.seed,
             given=self._given_region(),
         )
 
-    def recommend(
-        self, regions: Regions, traces: list[Trace], texts: list[list[list[int]]]
+    def _recommend(
+        self, regions: Regions, traces: list[Trace], ask: Ask
     ) -> tuple[SkipPolicy, list[OperatingPoint]]:
         """Operating points for all target ratios, and the policy of the one asked for."""
         config = self._config
@@ -168,16 +280,16 @@ class _Calibrator:
             max_skips=config.max_skips,
         )
         layers = self._architecture.num_layers
-        if config.target_skip_ratio is not None:
-            check_reachable(base, config.target_skip_ratio, layers)
-        cosine = np.concatenate([trace.after_warm_up(config.warm_up_tokens) for trace in traces])
-        if not len(cosine):
+        wanted = config.target_skip_ratio
+        if wanted is not None:
+            check_reachable(base, wanted, layers)
+        prediction = Prediction(lambda: _past_warm_up(traces, base), base, layers)
+        if not prediction.tokens:
             raise Unavailable(ENDED_EARLY)
         targets = target_ratios(base, layers)
-        wanted = config.target_skip_ratio
         if wanted is not None and wanted > 0 and not any(math.isclose(wanted, t) for t in targets):
             targets = sorted([*targets, wanted])
-        points = self._operating_points(base, cosine, targets, texts)
+        points = self._operating_points(prediction, targets, ask)
         if not points:
             logger.warning("no FFN can be skipped within [%d, %d)", base.cold_s, base.cold_e)
             return base, []
@@ -193,44 +305,63 @@ class _Calibrator:
         return replace(base, threshold=threshold), points
 
     def _operating_points(
-        self, base: SkipPolicy, cosine: np.ndarray, targets: list[float], texts: list[list[list[int]]]
+        self, prediction: Prediction, targets: list[float], ask: Ask
     ) -> list[OperatingPoint]:
-        rows = [row for text in texts for row in text[: self._config.closed_loop_prompts]]
-        passes = self._passes
-        measure = passes.decoded if self._config.closed_loop == "decode" else passes.teacher_forced
-        curve = cosine_curve(cosine, base, lambda policy: measure(policy, rows))
+        curve = cosine_curve(prediction, lambda policy: self._ratio(ask, policy, self._config.closed_loop))
         points = []
         for target in tqdm(targets, desc="close the loop", unit="point", disable=None):
             realised = None
-            if rows:
+            if self._rows:
                 threshold, realised = curve.threshold(target)
                 if abs(realised - target) > MISSED:
                     logger.warning("target %.2f: the closest threshold found realises %.3f", target, realised)
             else:
-                threshold = predicted_threshold(cosine, base, target)
+                threshold = prediction.threshold(target)
             points.append(
                 OperatingPoint(
                     target_skip_ratio=target,
                     threshold=threshold,
-                    predicted_skip_ratio=predicted_skip_ratio(cosine, replace(base, threshold=threshold)),
+                    predicted_skip_ratio=prediction.skip_ratio(threshold),
                     realised_skip_ratio=realised,
                 )
             )
         return points
 
-    def verify(
-        self, policy: SkipPolicy, points: list[OperatingPoint], samples: list[CorpusSample]
-    ) -> list[OperatingPoint]:
+    def _verify(self, policy: SkipPolicy, points: list[OperatingPoint], ask: Ask) -> list[OperatingPoint]:
         """Decode held-out prompts at every operating point up to the recommended one."""
-        prompts = [row for sample in samples for row in sample.held_out]
         checked = []
         for point in tqdm(points, desc="verify", unit="point", disable=None):
-            if point.threshold >= policy.threshold and prompts:
+            if point.threshold >= policy.threshold and self._held_out:
                 try:
-                    ratio = self._passes.decoded(replace(policy, threshold=point.threshold), prompts)
+                    tried = replace(policy, threshold=point.threshold)
+                    ratio = self._ratio(ask, tried, "decode", held_out=True)
                 except Unavailable as error:  # no reason to lose what was measured so far
                     logger.warning("target %.2f not verified: %s", point.target_skip_ratio, error)
                     ratio = None
                 point = point.model_copy(update={"verified_skip_ratio": ratio})
             checked.append(point)
         return checked
+
+    def _ratio(
+        self,
+        ask: Ask,
+        policy: SkipPolicy,
+        how: Literal["teacher-forced", "decode"],
+        *,
+        held_out: bool = False,
+    ) -> float:
+        skipped, steps = ask(Measurement(policy, how, held_out))
+        return skip_ratio((skipped, steps), self._architecture.num_layers)
+
+
+def _past_warm_up(traces: list[Trace], policy: SkipPolicy) -> Iterator[np.ndarray]:
+    layers = arming_layers(policy)
+    return (block for trace in traces for block in trace.after_warm_up(policy.warm_up_tokens, layers))
+
+
+def _watched(groups: list[list[list[int]]], what: str) -> Iterator[list[list[int]]]:
+    """The batches, with a bar that moves when one is done."""
+    with progress(what, sum(map(len, groups))) as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))

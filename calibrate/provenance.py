@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +18,9 @@ from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.corpora import CorpusSample
 from skipcal.calibrate.saturation import Trace
+from skipcal.configs.run import ProfileConfig
 from skipcal.profiles.parts import CorpusInfo, Environment, ModelInfo
+from skipcal.runtime.greedy import final_ids
 
 
 def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:
@@ -37,7 +43,7 @@ def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_
 
 def corpus_info(sample: CorpusSample, trace: Trace) -> CorpusInfo:
     """Where a sample came from and how much of it was traced."""
-    return sample_info(sample, len(trace.cosine))
+    return sample_info(sample, trace.tokens)
 
 
 def sample_info(sample: CorpusSample, tokens: int) -> CorpusInfo:
@@ -58,8 +64,36 @@ def sample_info(sample: CorpusSample, tokens: int) -> CorpusInfo:
     )
 
 
-def environment(architecture: Architecture) -> Environment:
-    """Versions, device and time."""
+def what_decides(
+    loaded: LoadedModel, architecture: Architecture, config: ProfileConfig, samples: Sequence[CorpusSample]
+) -> dict[str, Any]:
+    """All that decides the numbers of a calibration, as plain values: a run that differs is another run."""
+    rows = [[sample.prompts, sample.held_out] for sample in samples]
+    return {
+        "config": config.recorded(),
+        "model": model_info(loaded, architecture, trust_remote_code=config.trust_remote_code).model_dump(),
+        # The fingerprint looks at a few values of each tensor; files that were replaced show here.
+        "model_files": _files(Path(loaded.name)),
+        "attention": str(loaded.model.config._attn_implementation),
+        "end_of_sequence": sorted(final_ids(loaded.model.generation_config)),
+        "device": input_device(architecture.stack).type,
+        "text_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "versions": [skipcal.__version__, torch.__version__, transformers.__version__],
+    }
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of a model folder; of a hub id nothing, for its commit is known."""
+    if not folder.is_dir():
+        return []
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+
+
+def environment(
+    architecture: Architecture, *, seconds: float | None = None, processes: int | None = None
+) -> Environment:
+    """Versions, device and time. seconds: what the run took; processes: how many it were."""
     device = input_device(architecture.stack)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return Environment(
@@ -69,4 +103,6 @@ def environment(architecture: Architecture) -> Environment:
         transformers=transformers.__version__,
         device=f"{device.type} ({name})",
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=seconds,
+        processes=processes,
     )

@@ -1,25 +1,28 @@
 """From a trace to operating points: which threshold skips how much.
 
 A token that is armed at layer a of the region skips the FFNs after a, so with
-m_j = max(cos_i, cold_s <= i < j) FFN j is skipped iff m_j >= threshold (`max_skips=None`). The
-predicted ratio is a step function of the threshold that only changes at values of m: the best
-threshold for a target is found by bisection over them, with or without `max_skips`.
+m_j = max(cos_i, cold_s <= i < j) FFN j is skipped iff m_j >= threshold (`max_skips=None`). m does not fall
+with j, so a token that skips at most k FFNs skips as many of its last k as have m_j >= threshold. Either
+way the skipped FFNs are the values of one multiset that reach the threshold: the best threshold for a target
+is the value of a rank in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from skipcal.calibrate.closed_loop import RealisedCurve
+from skipcal.calibrate.running_maxima import RunningMaxima
 from skipcal.errors import TargetOutOfReach
 from skipcal.runtime.policy import SkipPolicy
 
 TARGET_STEP = 0.05
 _SLACK = 1e-9  # ratios are quotients of counts; 0.1 + 0.2 style rounding is no reason to refuse one
+_ROUNDING = 1e-12  # of a target that is itself a quotient of counts
 
 
 def predicted_skip_ratio(cosine: np.ndarray, policy: SkipPolicy) -> float:
@@ -35,23 +38,52 @@ def predicted_skip_ratio(cosine: np.ndarray, policy: SkipPolicy) -> float:
     return float(skips.sum(dtype=np.int64) / cosine.size)
 
 
-def predicted_threshold(cosine: np.ndarray, policy: SkipPolicy, target: float) -> float:
-    """The highest threshold whose predicted skip ratio reaches `target`.
+class Prediction:
+    """Skip ratios that a clean trace predicts for the region and the bounds of a policy.
 
-    cosine: [tokens, layers] past the warm-up. The threshold of `policy` is not looked at.
-    Raises TargetOutOfReach when even skipping after every first FFN does not reach it.
+    blocks: called for each pass over the trace, gives cosines [layers of `arming_layers`, tokens] float32
+            of the tokens past the warm-up.
     """
-    region = cosine[:, policy.cold_s : policy.cold_e - 1]
-    check_reachable(policy, target, cosine.shape[1])
-    values = np.unique(np.maximum.accumulate(region, axis=1))[::-1]  # from never to always
-    low, high = 0, len(values) - 1  # values[high] reaches the target, all tokens are armed there
-    while low < high:
-        middle = (low + high) // 2
-        if predicted_skip_ratio(cosine, replace(policy, threshold=float(values[middle]))) >= target - 1e-12:
-            high = middle
-        else:
-            low = middle + 1
-    return float(values[high])
+
+    def __init__(
+        self, blocks: Callable[[], Iterable[np.ndarray]], policy: SkipPolicy, num_layers: int
+    ) -> None:
+        """Make one pass over the trace. The threshold of `policy` is not looked at."""
+        self.policy, self.num_layers = policy, num_layers
+        self._maxima = RunningMaxima(blocks, policy.max_skips)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens past the warm-up."""
+        return self._maxima.tokens
+
+    def skip_ratio(self, threshold: float) -> float:
+        """Share of all FFNs of these tokens that are skipped."""
+        return self._maxima.at_least(threshold) / (self.num_layers * self.tokens)
+
+    def threshold(self, target: float) -> float:
+        """The highest threshold whose skip ratio reaches `target`.
+
+        Raises TargetOutOfReach when even skipping after every first FFN does not reach it.
+        """
+        check_reachable(self.policy, target, self.num_layers)
+        skips = math.ceil((target - _ROUNDING) * self.num_layers * self.tokens)
+        return self._maxima.largest(min(max(skips, 1), len(self._maxima)))
+
+
+def arming_layers(policy: SkipPolicy) -> slice:
+    """The layers whose cosines decide: the last FFN of the region arms nothing that is skipped."""
+    return slice(policy.cold_s, max(policy.cold_e - 1, policy.cold_s))
+
+
+def predicted_threshold(cosine: np.ndarray, policy: SkipPolicy, target: float) -> float:
+    """`Prediction.threshold` of cosines [tokens, layers] past the warm-up, all in memory."""
+    return in_memory(cosine, policy).threshold(target)
+
+
+def in_memory(cosine: np.ndarray, policy: SkipPolicy) -> Prediction:
+    """A prediction from cosines [tokens, layers] past the warm-up."""
+    return Prediction(lambda: [cosine[:, arming_layers(policy)].T], policy, cosine.shape[1])
 
 
 def check_reachable(policy: SkipPolicy, target: float, num_layers: int) -> None:
@@ -74,16 +106,15 @@ def target_ratios(policy: SkipPolicy, num_layers: int) -> list[float]:
     return steps or ([largest] if largest else [])
 
 
-def cosine_curve(
-    cosine: np.ndarray, policy: SkipPolicy, measure: Callable[[SkipPolicy], float]
-) -> RealisedCurve:
-    """Realised ratios of the rule `cosine`, from a clean trace [tokens, layers] past the warm-up.
+def cosine_curve(prediction: Prediction, measure: Callable[[SkipPolicy], float]) -> RealisedCurve:
+    """Realised ratios of the rule `cosine`, from what a clean trace predicts.
 
     The largest ratio is realised as predicted: every token is armed by the region's first FFN.
     """
+    policy = prediction.policy
     return RealisedCurve(
-        largest=policy.most_skips() / cosine.shape[1],
-        threshold_at=lambda ratio: predicted_threshold(cosine, policy, ratio),
-        predicted_at=lambda threshold: predicted_skip_ratio(cosine, replace(policy, threshold=threshold)),
+        largest=policy.most_skips() / prediction.num_layers,
+        threshold_at=prediction.threshold,
+        predicted_at=prediction.skip_ratio,
         measure=lambda threshold: measure(replace(policy, threshold=threshold)),
     )

@@ -157,7 +157,12 @@ class OperatingPoint(Part):
 
 
 class Environment(Part):
-    """What made the file."""
+    """What made the file.
+
+    seconds:   wall time of the calibration; None where it went on from an earlier run's finished work, and
+               in profiles of versions that did not measure it.
+    processes: how many shared the work.
+    """
 
     skipcal: str
     python: str
@@ -165,6 +170,15 @@ class Environment(Part):
     transformers: str
     device: str
     created_at: str
+    seconds: float | None = None
+    processes: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles from before these were measured stay as they are."""
+        fields: dict[str, Any] = serialize(self)
+        optional = ("seconds", "processes")
+        return {name: value for name, value in fields.items() if name not in optional or value is not None}
 
 
 TENSORS_SUFFIX = ".surrogates.safetensors"  # after the stem of the profile beside it

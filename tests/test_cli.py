@@ -323,7 +323,7 @@ def test_an_interrupt_leaves_no_file(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("skipcal.calibrate.pipeline.calibrate_model", "os.fsync"):
+    for place in ("skipcal.calibrate.pipeline.calibrate_together", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             done = run(*quick(tiny_folder, text_file), "-o", "p.json", code=130)

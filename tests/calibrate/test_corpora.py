@@ -212,11 +212,57 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         sample_corpus(local(tmp_path / name), Words(), prompts=1, prompt_tokens=4, seed=0)
 
 
-def test_a_hub_set_while_offline_is_refused_with_advice() -> None:
+def test_a_hub_set_while_offline_is_refused_with_advice_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited for {seconds} s"))
     corpus = resolve_corpora(["nobody/no-such-set"], [])[0]
     with pytest.raises(Unavailable, match="pass local text with --data-files PATH") as refused:
         sample_corpus(corpus, Words(), prompts=1, prompt_tokens=4, seed=0)
     assert "\n" not in str(refused.value)
+
+
+class Answer(Exception):
+    """A hub's answer with an error's status, as the hub library raises it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} from the hub")
+        self.response = type("Response", (), {"status_code": status})()
+
+
+@pytest.mark.parametrize(
+    ("failures", "attempts"),
+    [
+        ([ConnectionResetError("gone"), Answer(429)], 3),
+        ([TimeoutError("slow"), Answer(503), Answer(500)], 4),
+        ([Answer(429)] * 4, 4),  # and no more
+        ([Answer(404)], 1),
+        ([Answer(401)], 1),
+        ([ValueError("no such config")], 1),
+    ],
+)
+def test_a_busy_hub_is_asked_again_and_a_refusal_is_taken(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Exception], attempts: int
+) -> None:
+    from datasets import Dataset
+
+    waited: list[float] = []
+    asked = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        if len(asked) <= len(failures):
+            raise failures[len(asked) - 1]
+        return Dataset.from_list([{"text": words(5, 30)}]).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("time.sleep", waited.append)
+    c4 = resolve_corpora(["c4"], [])[0]
+    if attempts > len(failures):
+        assert sample_corpus(c4, Words(), prompts=1, prompt_tokens=4, seed=0).prompts == [[5, 6, 7, 8]]
+    else:
+        with pytest.raises(Unavailable, match=str(failures[-1])):
+            sample_corpus(c4, Words(), prompts=1, prompt_tokens=4, seed=0)
+    assert len(asked) == attempts
+    assert waited == [2, 8, 30][: attempts - 1]
 
 
 def test_batches_keep_order_and_lose_nothing() -> None:

@@ -11,10 +11,12 @@ from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERA
 from skipcal.calibrate.recommend import (
     check_reachable,
     cosine_curve,
+    in_memory,
     predicted_skip_ratio,
     predicted_threshold,
     target_ratios,
 )
+from skipcal.calibrate.running_maxima import RunningMaxima
 from skipcal.errors import TargetOutOfReach
 from skipcal.runtime.policy import SkipPolicy
 
@@ -48,7 +50,9 @@ POLICIES = [
 @pytest.mark.parametrize("threshold", [-1.0, 0.1, 0.6, 0.93, 1.5])
 def test_the_predicted_ratio_is_that_of_the_rule(policy: SkipPolicy, threshold: float) -> None:
     policy = replace(policy, threshold=threshold)
-    assert predicted_skip_ratio(clean(), policy) == pytest.approx(naive_ratio(clean(), policy), abs=1e-12)
+    expected = pytest.approx(naive_ratio(clean(), policy), abs=1e-12)
+    assert predicted_skip_ratio(clean(), policy) == expected
+    assert in_memory(clean(), policy).skip_ratio(threshold) == expected
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -72,6 +76,22 @@ def test_without_a_bound_the_threshold_is_a_quantile_of_the_running_maxima() -> 
     maxima = np.sort(np.maximum.accumulate(cosine[:, 2:9], axis=1).ravel())[::-1]
     needed = int(np.ceil(0.3 * cosine.size))
     assert predicted_threshold(cosine, policy, 0.3) == float(maxima[needed - 1])
+
+
+@pytest.mark.parametrize("last", [None, 1, 3])
+def test_ranks_among_running_maxima_are_those_of_the_sorted_values(last: int | None) -> None:
+    """Negative cosines, both zeros, equal values, blocks of unlike sizes and of none."""
+    rng = np.random.default_rng(0)
+    whole = np.round(rng.uniform(-1, 1, (5, 300)), 2).astype(np.float32)
+    whole[:, 7], whole[:, 8] = 0.0, -0.0
+    whole[2, 100:] += rng.uniform(-1e-6, 1e-6, 200).astype(np.float32)
+    maxima = RunningMaxima(lambda: np.split(whole, [1, 1, 90, 250], axis=1), last)
+    values = [max(whole[: j + 1, token]) for token in range(300) for j in range(5)[-(last or 5) :]]
+    values.sort(reverse=True)
+    assert len(maxima) == len(values)
+    assert [maxima.largest(rank) for rank in range(1, len(values) + 1)] == values
+    for threshold in [-2.0, -0.5, -0.0, 0.0, 0.3, float(values[40]), 1.0, 1.5]:
+        assert maxima.at_least(threshold) == sum(value >= np.float32(threshold) for value in values)
 
 
 def test_reach_and_targets() -> None:
@@ -99,7 +119,7 @@ def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
         calls.append(tried.threshold)
         return predicted_skip_ratio(cosine * np.float32(0.97), tried)
 
-    curve = cosine_curve(cosine, policy, drifting)
+    curve = cosine_curve(in_memory(cosine, policy), drifting)
     targets = target_ratios(policy, 12)
     for target in targets[:-1]:
         threshold, realised = curve.threshold(target)
@@ -113,7 +133,7 @@ def test_the_loop_closes_on_a_drift_with_few_measurements() -> None:
 def test_the_largest_ratio_is_reached_though_its_digits_round_up() -> None:
     policy = SkipPolicy(cold_s=1, cold_e=10, threshold=0.0)
     cosine = clean(layers=30)
-    curve = cosine_curve(cosine, policy, lambda tried: predicted_skip_ratio(cosine, tried))
+    curve = cosine_curve(in_memory(cosine, policy), lambda tried: predicted_skip_ratio(cosine, tried))
     assert curve.threshold(0.2666666667)[1] == pytest.approx(8 / 30)
 
 
@@ -127,7 +147,7 @@ def test_the_loop_ends_where_no_threshold_meets_the_target() -> None:
         calls.append(tried.threshold)
         return 0.1 if tried.threshold > 0.9 else 0.6
 
-    threshold, realised = cosine_curve(cosine, policy, jumping).threshold(0.3)
+    threshold, realised = cosine_curve(in_memory(cosine, policy), jumping).threshold(0.3)
     assert realised == 0.1
     assert threshold > 0.9
     assert len(calls) <= CLOSED_LOOP_PASSES

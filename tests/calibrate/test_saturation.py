@@ -8,21 +8,33 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from skipcal.calibrate import saturation
 from skipcal.calibrate.saturation import Trace, pooled_statistics, write_trace
+from skipcal.calibrate.trace_store import Held, store
 from skipcal.errors import OutputExists
 
+LENGTH = 9  # counted tokens of a prompt
 
-def trace(seed: int = 0, prompts: int = 5, length: int = 9, layers: int = 4, corpus: str = "a") -> Trace:
+
+def trace(
+    seed: int = 0, prompts: int = 5, layers: int = 4, corpus: str = "a", folder: Path | None = None
+) -> Trace:
+    """Random values in parts of 1 and 2 prompts; in files, if a folder is given."""
     rng = np.random.default_rng(seed)
-    tokens = prompts * length
-    return Trace(
-        corpus=corpus,
-        prompt=np.repeat(np.arange(prompts, dtype=np.int32), length),
-        position=np.tile(np.arange(3, 3 + length, dtype=np.int32), prompts),
-        cosine=rng.uniform(-1, 1, (tokens, layers)).astype(np.float32),
-        norm_ratio=rng.random((tokens, layers)).astype(np.float32),
-        prompt_tokens=3,
-    )
+    parts = []
+    for first in range(0, prompts, 2):
+        count = min(2, prompts - first)
+        part = Held(
+            {
+                "prompt": np.repeat(np.arange(first, first + count, dtype=np.int32), LENGTH),
+                "position": np.tile(np.arange(3, 3 + LENGTH, dtype=np.int32), count),
+                "cosine": rng.uniform(-1, 1, (layers, count * LENGTH)).astype(np.float32),
+                "norm_ratio": rng.random((layers, count * LENGTH)).astype(np.float32),
+                "layer_cosine_sum": rng.random(layers) * count * LENGTH,
+            }
+        )
+        parts.append(store(part, folder / f"{first}.safetensors") if folder else part)
+    return Trace(corpus, 3, parts)
 
 
 def test_statistics_are_those_of_the_values() -> None:
@@ -43,24 +55,45 @@ def test_statistics_are_those_of_the_values() -> None:
 
 
 def test_means_are_summed_in_float64() -> None:
-    tokens = 200_001
-    cosine = np.full((tokens, 1), 0.1, np.float32)
-    long = Trace("a", np.zeros(tokens, np.int32), np.arange(tokens, dtype=np.int32), cosine, cosine, 0)
-    assert abs(long.statistics().mean[0] - float(np.float32(0.1))) < 1e-13
+    values = np.full((1, 200_001), 0.1, np.float32)
+    part = Held({"prompt": np.zeros(200_001, np.int32), "cosine": values, "norm_ratio": values})
+    assert abs(Trace("a", 0, [part]).statistics().mean[0] - float(np.float32(0.1))) < 1e-13
 
 
-def test_parts_merge_to_the_same_statistics_in_any_order() -> None:
-    whole = trace(prompts=6)
+def test_quantiles_are_numpys() -> None:
+    for prompts in (1, 2, 5):
+        whole = trace(prompts=prompts)
+        statistics = whole.statistics()
+        for name, share in {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}.items():
+            expected = np.quantile(whole.cosine.astype(float), share, axis=0)
+            np.testing.assert_allclose(getattr(statistics, name), expected, rtol=0, atol=1e-15)
 
-    def part(prompts: list[int]) -> Trace:
-        kept = np.isin(whole.prompt, prompts)
-        return Trace(
-            "a", whole.prompt[kept], whole.position[kept], whole.cosine[kept], whole.norm_ratio[kept], 3
-        )
 
-    merged = Trace.merge([part([4, 1]), part([0, 5]), part([2, 3])])
-    np.testing.assert_array_equal(merged.cosine, whole.cosine)
-    assert merged.statistics() == whole.statistics()
+def test_block_influence_is_of_all_parts_or_of_none() -> None:
+    whole = trace()
+    sums = np.sum([part.read("layer_cosine_sum") for part in whole.parts], axis=0)
+    assert whole.statistics().block_influence == pytest.approx(1 - sums / 45, rel=1e-12)
+    lacking = Held({k: v for k, v in trace(1).parts[0].arrays.items() if k != "layer_cosine_sum"})  # type: ignore[attr-defined]
+    assert pooled_statistics([whole, Trace("b", 3, [lacking])]).block_influence is None
+
+
+def test_a_trace_in_files_gives_what_one_in_memory_gives(tmp_path: Path) -> None:
+    held, stored = trace(), trace(folder=tmp_path)
+    assert stored.statistics() == held.statistics()
+    np.testing.assert_array_equal(stored.cosine, held.cosine)
+    for one, other in zip(
+        held.after_warm_up(4, slice(1, 3)), stored.after_warm_up(4, slice(1, 3)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_sums_by_prompt_are_those_of_its_tokens() -> None:
+    whole = trace()
+    sums, counts = whole.prompt_sums()
+    for prompt in range(5):
+        expected = whole.cosine[whole.prompt == prompt].astype(float).sum(axis=0)
+        np.testing.assert_allclose(sums[prompt], expected, rtol=1e-14)
+    assert counts.tolist() == [LENGTH] * 5
 
 
 def test_pooled_counts_every_token_once() -> None:
@@ -71,12 +104,19 @@ def test_pooled_counts_every_token_once() -> None:
 
 
 def test_tokens_after_the_warm_up_are_counted_from_the_prompt() -> None:
-    assert len(trace().after_warm_up(0)) == 45
-    assert len(trace().after_warm_up(4)) == 25
-    np.testing.assert_array_equal(trace().after_warm_up(8), trace().cosine[8::9])
+    def ruled(warm_up: int) -> np.ndarray:
+        return np.concatenate(list(trace().after_warm_up(warm_up, slice(1, 4))), axis=1)
+
+    assert ruled(0).shape == (3, 45)
+    assert ruled(4).shape == (3, 25)
+    np.testing.assert_array_equal(ruled(8), trace().cosine[8::9, 1:4].T)
 
 
-def test_a_trace_file_holds_every_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("row_group", [1, 80, 1 << 18])
+def test_a_trace_file_holds_every_value(
+    tmp_path: Path, row_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saturation, "ROW_GROUP", row_group)
     first, second = trace(0), trace(1, prompts=2, corpus="b")
     path = tmp_path / "trace.parquet"
     write_trace([first, second], path, overwrite=False)
@@ -85,5 +125,11 @@ def test_a_trace_file_holds_every_value(tmp_path: Path) -> None:
     assert len(frame) == (45 + 18) * 4
     row = frame[(frame.corpus == "b") & (frame.prompt == 1) & (frame.position == 5) & (frame.layer == 3)]
     assert row.cosine.item() == second.cosine[9 + 2, 3]
+    for name in ("cosine", "norm_ratio"):
+        np.testing.assert_array_equal(
+            frame[name], np.concatenate([getattr(t, name).ravel() for t in (first, second)])
+        )
+    assert frame.layer.tolist() == list(range(4)) * 63
+    assert frame.prompt[frame.corpus == "a"].tolist() == np.repeat(first.prompt, 4).tolist()
     with pytest.raises(OutputExists):
         write_trace([first], path, overwrite=False)

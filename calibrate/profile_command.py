@@ -1,0 +1,113 @@
+"""`skipcal profile`, which cli.py registers. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from skipcal.calibrate.processes import Processes, with_own_device
+from skipcal.configs import options as opt
+from skipcal.console import Console, command, load
+
+if TYPE_CHECKING:
+    from skipcal.calibrate.pipeline import Calibration
+    from skipcal.configs.run import ProfileConfig
+
+UNFINISHED = ".unfinished"  # after the output's name: the folder beside it that keeps finished batches
+
+
+def profile(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    attn_implementation: opt.AttnImplementation = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    corpus: opt.Corpus = None,
+    data_files: opt.DataFiles = None,
+    text_column: opt.TextColumn = None,
+    mode: opt.Mode = None,
+    prompts: opt.Prompts = None,
+    prompt_tokens: opt.PromptTokens = None,
+    new_tokens: opt.NewTokens = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    warm_up_tokens: opt.WarmUpTokens = None,
+    max_skips: opt.MaxSkips = None,
+    cold_s: opt.ColdS = None,
+    cold_e: opt.ColdE = None,
+    closed_loop: opt.ClosedLoop = None,
+    verify: opt.Verify = False,
+    output: opt.Output = None,
+    trace: opt.Trace = None,
+    overwrite: opt.Overwrite = False,
+    config: opt.ConfigFile = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure a model's FFN saturation and recommend what to skip.
+
+    Under torchrun the prompts are divided over the processes. A run that was interrupted goes on where it
+    stopped when the same command is given again.
+
+    Example: skipcal profile --model meta-llama/Llama-2-13b-chat-hf --verify
+    """
+    with command(as_json, debug, together=True) as console:
+        from skipcal.configs.run import load_config
+
+        chosen = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
+        settings = load_config(config, {k: v for k, v in chosen.items() if v is not False})
+        with console.processes.connected():
+            _calibrate(console, settings)
+
+
+def _calibrate(console: Console, settings: ProfileConfig) -> None:
+    from skipcal.profiles.files import check_output
+    from skipcal.profiles.schema import model_slug
+
+    processes = console.processes
+    target = Path(settings.output or f"profiles/{model_slug(settings.model)}.json")
+    traced = Path(settings.trace) if settings.trace else None
+
+    def check_outputs() -> None:
+        for path in (target, *([traced] if traced else [])):
+            check_output(path, overwrite=settings.overwrite)
+
+    processes.share(check_outputs)
+
+    from skipcal.calibrate.pipeline import calibrate_together
+    from skipcal.calibrate.saturation import write_trace
+    from skipcal.profiles.summary import summarize
+
+    options = processes.agree(lambda: with_own_device(settings.model_dump(), processes))
+    loaded = processes.in_turn(lambda: load(options))
+    unfinished = target.with_name(target.name + UNFINISHED)
+    try:
+        result = calibrate_together(loaded, settings, processes, unfinished)
+        if result is None:  # not process 0
+            return
+        if traced:
+            write_trace(result.traces, traced, overwrite=settings.overwrite)
+        result.profile.save(target, overwrite=settings.overwrite)
+    except BaseException:
+        if unfinished.exists():
+            console.on_interrupt = f"what is finished is kept in {unfinished}; give the same command again"
+        raise
+    if result.checkpoint:
+        result.checkpoint.remove()
+    console.document(result.profile.to_json(), summarize(result.profile))
+    console.say(f"\n{_work(result, processes)}\nwrote {target}; next: skipcal plot {target} -o curve.png")
+
+
+def _work(result: Calibration, processes: Processes) -> str:
+    """What was done in which time."""
+    tokens = sum(corpus.tokens for corpus in result.profile.calibration.corpora)
+    seconds = result.profile.environment.seconds
+    took = "the last part of it in this run" if seconds is None else f"{seconds:.0f} s"
+    by = "" if processes.size == 1 else f" by {processes.size} processes"
+    return f"{tokens:,} tokens captured and thresholds measured{by}: {took}"
