@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from skipcal.configs.run import PositiveInt, load_settings
+from skipcal.configs.run import PositiveInt, load_settings, without_places
 from skipcal.runtime.engines.choice import check_engine
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -29,7 +29,9 @@ class BenchConfig(BaseModel):
     model: str | None = None
     shape: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = None
     device: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -55,8 +57,9 @@ class BenchConfig(BaseModel):
                 f"model {self.model!r} and shape {self.shape!r} were both given; give --model for its "
                 "weights, or --shape for random ones"
             )
-        if self.shape is not None and self.revision is not None:
-            raise ValueError(f"revision {self.revision!r} has no effect on a shape; leave it out")
+        for name in ("revision", "adapter", "quantization") if self.shape is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} {getattr(self, name)!r} has no effect on a shape; leave it out")
         for name in ("ratios", "batch_size", "context_tokens"):
             values = getattr(self, name)
             repeated = next((v for v in values if values.count(v) > 1), None)
@@ -66,10 +69,7 @@ class BenchConfig(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
-        kept = self.model_dump(mode="json")
-        if self.model is not None and Path(self.model).exists():
-            kept["model"] = Path(self.model).name
-        return kept
+        return without_places(self.model_dump(mode="json"))
 
 
 def load_bench(path: Path | None, options: dict[str, Any]) -> BenchConfig:

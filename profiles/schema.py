@@ -348,6 +348,8 @@ class SkipProfile(BaseModel, PushToHubMixin):
         same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
         """
         from skipcal.arch.loading import fingerprint
+        from skipcal.arch.locate import unwrap
+        from skipcal.arch.quantization import quantization_name
 
         config = model.config.get_text_config()
         asked = {
@@ -364,13 +366,25 @@ class SkipProfile(BaseModel, PushToHubMixin):
                 "make one for this model with: skipcal profile --model NAME"
             )
         dtype = str(model.dtype).removeprefix("torch.")
-        comparable = dtype == self.model.dtype and not any(p.is_meta for p in model.parameters())
         if dtype != self.model.dtype:
             logger.warning("the profile was made in %s, the model runs in %s", self.model.dtype, dtype)
+        quantization = quantization_name(unwrap(model))
+        if quantization != self.model.quantization:
+            logger.warning(
+                "the profile was made with quantization %s, the model has %s: thresholds may not hold",
+                self.model.quantization or "none",
+                quantization or "none",
+            )
+        if bool(getattr(model, "peft_config", None)) != (self.model.adapter is not None):
+            logger.warning(
+                "the profile was made %s, the model %s: thresholds may not hold",
+                f"with the adapter {self.model.adapter}" if self.model.adapter else "without an adapter",
+                "has none" if self.model.adapter else "has one",
+            )
         revision = getattr(model.config, "_commit_hash", None)
         if revision and self.model.revision and revision != self.model.revision:
             logger.warning("the profile was made on revision %s, this is %s", self.model.revision, revision)
-        if comparable and fingerprint(model) != self.model.fingerprint:
+        if dtype == self.model.dtype and fingerprint(model) != self.model.fingerprint:
             if self._holds_tensors() if same_weights is None else same_weights:
                 raise ProfileMismatch(
                     f"the profile was made on other weights of {self.model.name}, and a gate holds for the "
