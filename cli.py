@@ -95,9 +95,13 @@ def generate(
     target_skip_ratio: opt.TargetSkipRatio = None,
     model: opt.Model = None,
     revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
     dtype: opt.Dtype = None,
+    quantization: opt.Quantization = None,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
+    max_memory: opt.MaxMemory = None,
+    offload_folder: opt.OffloadFolder = None,
     attn_implementation: opt.AttnImplementation = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     new_tokens: opt.NewTokens = None,
@@ -153,9 +157,13 @@ def evaluate(
     target_skip_ratio: opt.TargetSkipRatio = None,
     model: opt.Model = None,
     revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
     dtype: opt.Dtype = None,
+    quantization: opt.Quantization = None,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
+    max_memory: opt.MaxMemory = None,
+    offload_folder: opt.OffloadFolder = None,
     attn_implementation: opt.AttnImplementation = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
@@ -214,9 +222,13 @@ def sweep(
     tasks: opt.Tasks = None,
     model: opt.Model = None,
     revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
     dtype: opt.Dtype = None,
+    quantization: opt.Quantization = None,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
+    max_memory: opt.MaxMemory = None,
+    offload_folder: opt.OffloadFolder = None,
     attn_implementation: opt.AttnImplementation = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
@@ -258,12 +270,17 @@ app.command()(bench)
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     sources: opt.Profiles,
     model: opt.Model = None,
     revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
     dtype: opt.Dtype = None,
+    quantization: opt.Quantization = None,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
+    max_memory: opt.MaxMemory = None,
+    offload_folder: opt.OffloadFolder = None,
     attn_implementation: opt.AttnImplementation = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
@@ -286,7 +303,7 @@ def compare(
     """
     with command(as_json, debug) as console:
         from skipcal.calibrate.compare import CompareConfig, run_compare
-        from skipcal.configs.run import given_options
+        from skipcal.configs.run import ModelSettings, given_options
 
         given: dict[str, Any] = {
             "corpus": corpus,
@@ -300,15 +317,7 @@ def compare(
             "seed": seed,
         }
         given = given_options(given)
-        loading = {
-            "model": model,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map,
-            "attn_implementation": attn_implementation,
-            "trust_remote_code": trust_remote_code,
-        }
+        loading = {name: ctx.params[name] for name in ModelSettings.model_fields}
         if not corpus and not data_files:
             for key in given_options({**given, **loading, "trust_remote_code": trust_remote_code or None}):
                 if key != "target_skip_ratio":
@@ -377,8 +386,9 @@ def _evaluation_options(ctx: typer.Context) -> dict[str, Any]:
 
 
 _FOR_LM_EVAL = (
-    "profile", "methods", "ratios", "model", "revision", "dtype", "device", "device_map",
-    "attn_implementation", "trust_remote_code", "warm_up_tokens", "batch_size", "chat_template", "seed",
+    "profile", "methods", "ratios", "model", "revision", "adapter", "dtype", "quantization", "device",
+    "device_map", "max_memory", "offload_folder", "attn_implementation", "trust_remote_code",
+    "warm_up_tokens", "batch_size", "chat_template", "seed",
 )  # fmt: skip
 
 

@@ -107,16 +107,17 @@ def _processes(together: bool) -> Processes:
 def load(options: Mapping[str, Any]) -> LoadedModel:
     """The model that options or settings name, without bars unless stderr is a terminal."""
     from skipcal.arch.loading import load_model
+    from skipcal.arch.placement import memory_limits
+    from skipcal.configs.run import ModelSettings
 
     quiet_loading()
+    asked = {name: options[name] for name in ModelSettings.model_fields}
     return load_model(
-        options["model"],
-        revision=options["revision"],
-        dtype=options["dtype"] or "auto",
-        device=options["device"],
-        device_map=options["device_map"],
-        attn_implementation=options["attn_implementation"],
-        trust_remote_code=options["trust_remote_code"],
+        asked.pop("model"),
+        dtype=asked.pop("dtype") or "auto",
+        max_memory=memory_limits(asked.pop("max_memory")),
+        trust_remote_code=bool(asked.pop("trust_remote_code")),
+        **asked,
     )
 
 
@@ -126,6 +127,8 @@ def _quieten(processes: Processes) -> None:
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of an input
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
     if processes.size > 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from skipcal.arch.families import FAMILIES, Family
+from skipcal.arch.stored import stored_bytes
 from skipcal.errors import UnsupportedModel
 
 PROOF_TOKENS = 8
@@ -69,6 +70,12 @@ BlockObserver = Callable[[int, Tensor, Tensor], None]
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside adapters' wrappers, or refuse what is none."""
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise UnsupportedModel(
+            "an adapter that learns a prompt puts tokens of its own before a text, so that positions are not "
+            "those of the text; adapters inside the layers, such as LoRA, work"
+        )
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModel(
@@ -97,7 +104,8 @@ def locate(model: nn.Module) -> Architecture:
             continue
         error, where = _prove(inner, candidate)
         if where is None:
-            return Architecture(**{**candidate.__dict__, "proof_error": error})
+            settled = _resolve(inner, model_type, family, found)  # some formats pack weights in a first pass
+            return Architecture(**{**settled.__dict__, "proof_error": error})
         tried.append(f"{' -> '.join(family.chain)}: {where}")
     raise UnsupportedModel(_refusal(inner, model_type, tried))
 
@@ -212,7 +220,7 @@ def _bytes_read(chain: tuple[nn.Module, ...], config: Any) -> int:
     for module in chain:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             part = share if name.startswith("experts.") or ".experts." in name else 1.0
-            seen[id(tensor)] = part * tensor.numel() * tensor.element_size()
+            seen[id(tensor)] = part * stored_bytes(tensor)
     return round(sum(seen.values()))
 
 

@@ -25,19 +25,15 @@ from skipcal.runtime.greedy import final_ids
 
 def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:
     """The model as it was loaded; a folder gives its name, not its place."""
-    quantization = getattr(loaded.model.config, "quantization_config", None)
-    method = getattr(quantization, "quant_method", None)
+    found = loaded.described()
+    found["trust_remote_code"] |= trust_remote_code
     return ModelInfo(
-        name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
-        revision=loaded.revision,
+        **found,
         model_type=architecture.model_type,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.intermediate_size,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        quantization=None if quantization is None else str(getattr(method, "value", method)),
         fingerprint=fingerprint(loaded.model),
-        trust_remote_code=trust_remote_code,
     )
 
 

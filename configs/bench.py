@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from skipcal.configs.run import PositiveInt, load_settings
+from skipcal.configs.run import PositiveInt, load_settings, without_places
 from skipcal.runtime.engines.choice import check_engine
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -33,7 +33,9 @@ class BenchConfig(BaseModel):
     profile: str | None = None
     rule: Literal["cosine", "gate"] | None = None
     revision: str | None = None
+    adapter: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = None
     device: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -59,8 +61,9 @@ class BenchConfig(BaseModel):
                 f"model {self.model!r} and shape {self.shape!r} were both given; give --model for its "
                 "weights, or --shape for random ones"
             )
-        if self.shape is not None and self.revision is not None:
-            raise ValueError(f"revision {self.revision!r} has no effect on a shape; leave it out")
+        for name in ("revision", "adapter", "quantization") if self.shape is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} {getattr(self, name)!r} has no effect on a shape; leave it out")
         if self.shape is not None and self.profile is not None:
             raise ValueError(
                 f"profile {self.profile!r} was not made for a shape; give --model or leave it out"
@@ -87,11 +90,7 @@ class BenchConfig(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
-        kept = self.model_dump(mode="json")
-        for name in ("model", "profile"):
-            if kept[name] is not None and Path(kept[name]).exists():
-                kept[name] = Path(kept[name]).name
-        return kept
+        return without_places(self.model_dump(mode="json"))
 
 
 def load_bench(path: Path | None, options: dict[str, Any]) -> BenchConfig:

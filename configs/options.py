@@ -16,14 +16,40 @@ def _option(*names: str, help: str, **settings: Any) -> Any:
 
 Model = Annotated[
     str | None,
-    _option("--model", help="Hub id or folder. Default: the embedded SmolLM2-135M-Instruct."),
+    _option(
+        "--model",
+        help="Hub id, folder, FILE.gguf or HUB-ID:FILE.gguf. Default: the embedded SmolLM2-135M-Instruct.",
+    ),
 ]
 Revision = Annotated[str | None, _option("--revision", help="Branch, tag or commit of the model on the hub.")]
+Adapter = Annotated[
+    str | None, _option("--adapter", help="Hub id or folder of a LoRA adapter, put on the model by peft.")
+]
 Dtype = Annotated[str | None, _option("--dtype", help="auto, bfloat16, float16 or float32. Default: auto.")]
+Quantization = Annotated[
+    str | None,
+    _option(
+        "--quantization",
+        help="Quantize while loading: bitsandbytes:int8, bitsandbytes:nf4 or torchao:int8.",
+    ),
+]
 Device = Annotated[
     str | None, _option("--device", help="cpu, cuda, cuda:1, ... Default: the accelerator, or cpu.")
 ]
-DeviceMap = Annotated[str | None, _option("--device-map", help="Spread the model over devices, e.g. auto.")]
+DeviceMap = Annotated[
+    str | None,
+    _option("--device-map", help="auto: spread the model over GPUs, CPU and disk, as transformers does."),
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    _option("--max-memory", help="With --device-map auto: 0=20GiB, cpu=48GiB; the rest goes on; repeatable."),
+]
+OffloadFolder = Annotated[
+    str | None,
+    _option(
+        "--offload-folder", help="For weights on disk that the checkpoint has in another form (MoE, .bin)."
+    ),
+]
 AttnImplementation = Annotated[
     str | None, _option("--attn-implementation", help="eager, sdpa, flash_attention_2, ...")
 ]

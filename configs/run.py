@@ -19,15 +19,23 @@ DEFAULT_CORPORA = ["wikitext", "c4"]
 
 
 class ModelSettings(BaseModel):
-    """Which model, and how it is loaded. model: hub id or local folder; None is the embedded model."""
+    """Which model, and how it is loaded: the arguments of `load_model`.
+
+    model:      hub id, local folder or GGUF file; None is the embedded model.
+    max_memory: entries such as 0=20GiB and cpu=48GiB.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = None
     device: str | None = None
     device_map: str | None = None
+    max_memory: list[str] | None = None
+    offload_folder: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -58,10 +66,7 @@ class CalibrationSettings(ModelSettings):
         kept = self.model_dump(mode="json", exclude=set(self._places))
         kept["corpus"] = self.corpora()
         kept["data_files"] = [without_folder(entry) for entry in self.data_files]
-        for name in ("model", "profile"):
-            if kept.get(name) is not None and Path(kept[name]).exists():
-                kept[name] = Path(kept[name]).name
-        return kept
+        return without_places(kept)
 
 
 class ProfileConfig(CalibrationSettings):
@@ -206,6 +211,15 @@ def _fields(kind: type[BaseModel], place: list[str]) -> Collection[str]:
 
 def _is_settings(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings: of what lies on this computer the name, and no folder for its weights."""
+    kept = {name: value for name, value in settings.items() if name != "offload_folder"}
+    for name in ("model", "adapter", "profile"):
+        if kept.get(name) is not None and Path(kept[name]).exists():
+            kept[name] = Path(kept[name]).name
+    return kept
 
 
 def without_folder(entry: str) -> str:

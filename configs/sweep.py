@@ -14,6 +14,7 @@ from skipcal.configs.run import (
     read_yaml,
     validated,
     without_folder,
+    without_places,
 )
 from skipcal.errors import ConfigError, suggestion
 
@@ -250,10 +251,7 @@ class SweepConfig(_Settings, ModelSettings):
 
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
-        kept = self.model_dump(mode="json")
-        for name in ("model", "profile"):
-            if kept[name] is not None and Path(kept[name]).exists():
-                kept[name] = Path(kept[name]).name
+        kept = without_places(self.model_dump(mode="json"))
         if kept["judge"]:
             for key in _ENDPOINT:
                 del kept["judge"][key]

@@ -90,12 +90,12 @@ def write_results(
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Model, hardware and versions."""
+    model = loaded.described()
     device = input_device(loaded.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "model": Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
-        "revision": loaded.revision,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "model": model.pop("name"),
+        **model,
         "device": f"{device.type} ({name})",
         "python": platform.python_version(),
         "skipcal": skipcal.__version__,

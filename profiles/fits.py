@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from skipcal.errors import ProfileMismatch
-from skipcal.profiles.parts import GateSettings
+from skipcal.profiles.parts import GateSettings, ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,8 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
     same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
     """
     from skipcal.arch.loading import fingerprint
+    from skipcal.arch.locate import unwrap
+    from skipcal.arch.quantization import quantization_name
 
     made_on, config = profile.model, model.config.get_text_config()
     asked = {
@@ -38,13 +40,13 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
             "make one for this model with: skipcal profile --model NAME"
         )
     dtype = str(model.dtype).removeprefix("torch.")
-    comparable = dtype == made_on.dtype and not any(p.is_meta for p in model.parameters())
     if dtype != made_on.dtype:
         logger.warning("the profile was made in %s, the model runs in %s", made_on.dtype, dtype)
+    _warn_of_other_form(made_on, quantization_name(unwrap(model)), bool(getattr(model, "peft_config", None)))
     revision = getattr(model.config, "_commit_hash", None)
     if revision and made_on.revision and revision != made_on.revision:
         logger.warning("the profile was made on revision %s, this is %s", made_on.revision, revision)
-    if comparable and fingerprint(model) != made_on.fingerprint:
+    if dtype == made_on.dtype and fingerprint(model) != made_on.fingerprint:
         if _holds_tensors(profile) if same_weights is None else same_weights:
             raise ProfileMismatch(
                 f"the profile was made on other weights of {made_on.name}, and a gate holds for the "
@@ -53,6 +55,22 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
         logger.warning(
             "the profile was made on other weights of %s: thresholds may not hold",
             made_on.name,
+        )
+
+
+def _warn_of_other_form(made_on: ModelInfo, quantization: str | None, adapted: bool) -> None:
+    """Warn where the weights of the profile and the model's were quantized or adapted in other ways."""
+    if quantization != made_on.quantization:
+        logger.warning(
+            "the profile was made with quantization %s, the model has %s: thresholds may not hold",
+            made_on.quantization or "none",
+            quantization or "none",
+        )
+    if adapted != (made_on.adapter is not None):
+        logger.warning(
+            "the profile was made %s, the model %s: thresholds may not hold",
+            f"with the adapter {made_on.adapter}" if made_on.adapter else "without an adapter",
+            "has one" if adapted else "has none",
         )
 
 

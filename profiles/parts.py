@@ -35,7 +35,11 @@ class Part(BaseModel):
 
 
 class ModelInfo(Part):
-    """Which model was measured. `revision` is the commit where the name is a hub id."""
+    """Which model was measured. `revision` is the commit where the name is a hub id.
+
+    quantization: format of the weights, as `bitsandbytes:nf4`; None where they are plain.
+    adapter:      folder name or hub id of what was put on the model; profiles without one do not name it.
+    """
 
     name: str
     revision: str | None
@@ -47,6 +51,12 @@ class ModelInfo(Part):
     quantization: str | None
     fingerprint: str
     trust_remote_code: bool = False
+    adapter: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_adapter(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "adapter" or value is not None}
 
 
 class CorpusInfo(Part):

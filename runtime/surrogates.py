@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skipcal.arch.stored import compute_place
+
 if TYPE_CHECKING:
     from skipcal.arch.locate import Architecture, Block
 
@@ -92,7 +94,7 @@ class Surrogates:
     def bytes_at(self, block: Block) -> int:
         """`weight_bytes` of the block's map in the precision in which its layer computes."""
         found = self.maps.get(block.index)
-        return 0 if found is None else found.elements * _place(block)[1].itemsize
+        return 0 if found is None else found.elements * compute_place(block.layer)[1].itemsize
 
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""
@@ -104,20 +106,11 @@ class Surrogates:
         """The maps in the precision and on the device of their layers."""
         return Surrogates(
             {
-                block.index: self.maps[block.index].to(*_place(block))
+                block.index: self.maps[block.index].to(*compute_place(block.layer))
                 for block in architecture.blocks
                 if block.index in self.maps
             }
         )
-
-
-def _place(block: Block) -> tuple[torch.device, torch.dtype]:
-    """Where a block computes; offloaded weights are moved to the CPU's or the accelerator's memory later."""
-    for parameter in block.layer.parameters():
-        if parameter.is_floating_point():
-            device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
-            return device, parameter.dtype
-    return torch.device("cpu"), torch.float32
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from skipcal.arch.loading import LoadedModel, load_model, pick_device
+from skipcal.arch.loading import load_model
 from skipcal.arch.locate import Architecture, input_device, locate
+from skipcal.arch.placement import pick_device
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.bench import BenchConfig
 from skipcal.errors import ConfigError, SkipcalError
@@ -51,6 +51,8 @@ class Subject:
     name: str
     random_weights: bool
     profile: SkipProfile | None = None
+    adapter: str | None = None
+    quantization: str | None = None
 
 
 def load_subject(config: BenchConfig) -> Subject:
@@ -63,16 +65,25 @@ def load_subject(config: BenchConfig) -> Subject:
         profile = SkipProfile.load(config.profile)
         profile.gate_policy(0.0)
     if config.shape is None:
-        loaded: LoadedModel = load_model(
+        loaded = load_model(
             config.model,
             revision=config.revision,
+            adapter=config.adapter,
             dtype=config.dtype,
+            quantization=config.quantization,
             device=config.device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-        name = Path(loaded.name).name if Path(loaded.name).exists() else loaded.name
-        return Subject(loaded.model, name, random_weights=False, profile=profile)
+        found = loaded.described()
+        return Subject(
+            loaded.model,
+            found["name"],
+            random_weights=False,
+            profile=profile,
+            adapter=found["adapter"],
+            quantization=found["quantization"],
+        )
     device = pick_device(config.device)
     by_device = torch.bfloat16 if device.type == "cuda" else torch.float32
     with told_of_memory(f"weights of shape {config.shape!r}"):
@@ -122,6 +133,8 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
         "model": {
             "name": subject.name,
             "random_weights": subject.random_weights,
+            "adapter": subject.adapter,
+            "quantization": subject.quantization,
             "model_type": architecture.model_type,
             "num_layers": architecture.num_layers,
             "hidden_size": architecture.hidden_size,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcal.arch.locate import Architecture
+from skipcal.arch.stored import stored_bytes
 from skipcal.errors import TargetOutOfReach
 
 
@@ -75,11 +76,7 @@ def step_bytes(model: Any, architecture: Architecture, *, batch_size: int, token
     inside = {id(p) for block in architecture.blocks for p in block.layer.parameters()}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     unread = set() if head is not None and head.weight is embedding else {id(embedding)}
-    outside = sum(
-        p.numel() * p.element_size()
-        for p in model.parameters()
-        if id(p) not in inside and id(p) not in unread
-    )
+    outside = sum(stored_bytes(p) for p in model.parameters() if id(p) not in inside and id(p) not in unread)
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -109,9 +109,8 @@ def smollm_profile(smollm: LoadedModel) -> SkipProfile:
         return calibrate_model(smollm, config).profile
 
 
-@pytest.fixture(scope="session")
-def worded() -> LoadedModel:
-    """A lively Llama of 8 layers with a tokenizer of 97 words."""
+def word_tokenizer() -> Any:
+    """A tokenizer of 97 words, w0 to w96."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -119,11 +118,23 @@ def worded() -> LoadedModel:
 
     words = Tokenizer(WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+
+
+def saved(model: Any, folder: Path) -> str:
+    """A folder with the model and a tokenizer of words, as `--model` takes it."""
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def worded() -> LoadedModel:
+    """A lively Llama of 8 layers with a tokenizer of 97 words."""
     torch.manual_seed(0)
     with torch.no_grad():
         model = lively("llama", num_hidden_layers=8)
-    return LoadedModel(model=model, tokenizer=tokenizer, name="tiny", revision=None)
+    return LoadedModel(model=model, tokenizer=word_tokenizer(), name="tiny", revision=None)
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +154,15 @@ def worded_profile(worded: LoadedModel, worded_text: Path) -> SkipProfile:
     )  # fmt: skip
     with torch.no_grad():
         return calibrate_model(worded, config).profile
+
+
+def quick_profile(loaded: LoadedModel, text: Path) -> SkipProfile:
+    """By the paper's rule, of a model of 4 layers, in a second or two."""
+    config = ProfileConfig(
+        data_files=[str(text)], prompts=4, prompt_tokens=8, new_tokens=8, warm_up_tokens=2,
+        closed_loop_prompts=2, cold_s=1, cold_e=3,
+    )  # fmt: skip
+    return calibrate_model(loaded, config).profile
 
 
 def fit_config(worded_text: Path, **changes: Any) -> FitConfig:

@@ -28,6 +28,7 @@ def ffn_engine(
 
     surrogates: what is added to the stream in place of a skipped FFN; None: nothing.
     """
+    from skipcal.arch.stored import compute_place
     from skipcal.runtime.engines.eager import EagerEngine
     from skipcal.runtime.engines.graph import GraphEngine, refusal
 
@@ -36,7 +37,7 @@ def ffn_engine(
 
     if asked == "eager":
         return eager("asked for")
-    device = next(architecture.stack.parameters()).device.type
+    device = compute_place(architecture.stack)[0].type  # offloaded weights lie on none
     if asked == "auto" and device != "cuda":
         return eager(f"a {device} gains nothing by graphs")
     if reason := refusal(architecture):

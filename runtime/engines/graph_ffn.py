@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipcal.arch.locate import Block
+from skipcal.arch.stored import is_wrapper
 from skipcal.runtime.engines.graph_rules import StepRule
 from skipcal.runtime.engines.if_node import IfNode
 from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
@@ -151,6 +152,8 @@ def fused_weights(block: Block, rows: int) -> FFNWeights | str:
     linears: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(type(linear) is nn.Linear for linear in linears):
         return f"{type(module).__name__} is not three plain linears"
+    if any(is_wrapper(linear.weight) for linear in linears):
+        return f"the weights of {type(module).__name__} are quantized"
     if any(linear.bias is not None for linear in linears):
         return f"the linears of {type(module).__name__} have biases"
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):

@@ -34,7 +34,7 @@ def test_default_corpora_depend_on_the_model() -> None:
     ("text", "message"),
     [
         ("promtps: 3", "unknown key 'promtps'; did you mean 'prompts'"),
-        ("zzz: 3", "unknown key 'zzz'; known: attn_implementation"),
+        ("zzz: 3", "unknown key 'zzz'; known: adapter"),
         ("prompts: 0", "prompts 0 cannot be used"),
         ("prompts: many", "prompts 'many' cannot be used"),
         ("target_skip_ratio: 25", "target_skip_ratio 25 cannot be used"),
