@@ -17,6 +17,7 @@ from skipcal.calibrate.profile_command import profile
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, listed, load, numbers
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.profiles.commands import push
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.speed.command import bench
 
@@ -362,6 +363,9 @@ def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug
                 ]
             ),
         )
+
+
+app.command()(push)
 
 
 def _evaluation_options(ctx: typer.Context) -> dict[str, Any]:

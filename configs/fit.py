@@ -15,7 +15,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class FitConfig(CalibrationSettings):
     """Everything that decides the result of `skipcal fit`.
 
-    profile:          file or shipped name; its model and warm-up are taken. None: the embedded model's.
+    profile:          file, folder, shipped name or hub id; its model and warm-up are taken. None: the
+                      embedded model's.
     prompts:          windows of text per corpus; None: 28, or 12 of the short embedded text.
     prompt_tokens:    tokens of a window.
     target_skip_ratio: share of all FFNs skipped in the sweep on policy. Serves smaller ratios well,

@@ -9,6 +9,8 @@ import typer
 
 from skipcal.runtime.engines.choice import ENGINES
 
+PROFILE_FORMS = "file, folder, shipped name or hub id org/name[@revision]"
+
 
 def _option(*names: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, **settings)
@@ -104,16 +106,14 @@ Figure = Annotated[Path, _option("--output", "-o", help="Figure to write: .png, 
 Trace = Annotated[str | None, _option("--trace", help="Parquet file for all cosines, token by token.")]
 Overwrite = Annotated[bool, _option("--overwrite", help="Replace an output that exists.")]
 ConfigFile = Annotated[Path | None, _option("--config", help="YAML file; options given here win over it.")]
-ProfileOption = Annotated[
-    str, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
-]
+ProfileOption = Annotated[str, _option("--profile", metavar="PROFILE", help=f"Profile: {PROFILE_FORMS}.")]
 PlotArgument = Annotated[
     str,
-    typer.Argument(metavar="PROFILE", help="Profile, name of a shipped one, or result of skipcal bench."),
+    typer.Argument(metavar="PROFILE", help=f"Profile: {PROFILE_FORMS}; or a result of skipcal bench."),
 ]
 ProfileArgument = Annotated[
     str,
-    typer.Argument(metavar="PROFILE", help="Profile file, or the name of a shipped one."),
+    typer.Argument(metavar="PROFILE", help=f"Profile: {PROFILE_FORMS}."),
 ]
 Task = Annotated[
     list[str] | None,
@@ -170,10 +170,10 @@ TimedRule = Annotated[
     _option("--rule", help="cosine, or gate: a profile's, or random ones of a shape. Default: cosine."),
 ]
 OptionalProfile = Annotated[
-    str | None, _option("--profile", metavar="PROFILE", help="Profile file, or the name of a shipped one.")
+    str | None, _option("--profile", metavar="PROFILE", help=f"Profile: {PROFILE_FORMS}.")
 ]
 Profiles = Annotated[
-    list[str], typer.Argument(metavar="PROFILE...", help="Profiles of one model: files or shipped names.")
+    list[str], typer.Argument(metavar="PROFILE...", help=f"Profiles of one model: {PROFILE_FORMS}.")
 ]
 TextTokens = Annotated[
     int | None, _option("--text-tokens", help="Tokens of a text a profile is tried on. Default: 256.")

@@ -182,7 +182,7 @@ _ENDPOINT = ("base_url", "api_key_env", "timeout_s", "retries", "retry_wait_s", 
 class SweepConfig(_Settings, ModelSettings):
     """Everything that decides the result of a sweep; `evaluate` is a sweep of one method.
 
-    profile:      file, or name of a shipped one.
+    profile:      file, folder, name of a shipped one, or hub id.
     methods:      besides the full model, which is always run: it is what the others are compared with.
     ratios:       target skip ratios; None: the one the profile recommends.
     warm_ups:     lengths of the warm-up to run every method with, for the ablation; None: the tasks'.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -20,6 +20,7 @@ from skipcal.errors import ProfileError, Unavailable
 
 MAX_PROFILE_BYTES = 16 * 2**20  # a layer takes 1 kB for each corpus: 126 layers and 50 corpora, 7 MB
 MAX_STRUCTURE = 100_000  # brackets and colons; 126 layers and 50 corpora have 8,000
+MAX_OTHERS_BYTES = 2**20  # of all sections but `layers`; the shipped profile has 7 kB of them
 MAX_INTEGER = 2**63 - 1  # what tables and tensors can hold
 _LARGE_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # without one of these, none has to be looked at
 MAX_MESSAGE = 400  # characters of a fault: a key may be a megabyte long
@@ -29,7 +30,7 @@ _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 60
 _shorten.maxlevel = 2
 
 
-def read_bytes(path: Path, what: str = "a profile") -> bytes:
+def read_bytes(path: Path) -> bytes:
     """The file's content. Raises Unavailable if it cannot be read, ProfileError if it is too large."""
     try:
         with path.open("rb") as file:
@@ -37,11 +38,11 @@ def read_bytes(path: Path, what: str = "a profile") -> bytes:
     except OSError as error:
         raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
     if len(raw) > MAX_PROFILE_BYTES:
-        raise ProfileError(f"{path} is not {what}: it is larger than {MAX_PROFILE_BYTES >> 20} MiB")
+        raise ProfileError(f"{path} is not a profile: it is larger than {MAX_PROFILE_BYTES >> 20} MiB")
     return raw
 
 
-def parse_object(raw: bytes, where: str, what: str = "a profile") -> dict[str, Any]:
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object that a file holds. Raises ProfileError for anything else.
 
     Refused too is what JSON allows and nobody means: a key twice in one object, a number that is no
@@ -49,40 +50,68 @@ def parse_object(raw: bytes, where: str, what: str = "a profile") -> dict[str, A
     """
     if sum(map(raw.count, (b"{", b"[", b":"))) > MAX_STRUCTURE:
         raise ProfileError(
-            f"{where} is not {what}: it has more than {MAX_STRUCTURE:,} entries, which none has"
+            f"{where} is not a profile: it has more than {MAX_STRUCTURE:,} entries, which none has"
         )
     try:
-        numbers: dict[str, Callable[[str], Any]] = {}
-        if _LARGE_NUMBER.search(raw):
-            numbers = {"parse_float": _finite, "parse_int": _bounded}
+        large = _LARGE_NUMBER.search(raw) is not None
         data = json.loads(
             raw.decode("utf-8"),
             parse_constant=_no_constant,
+            parse_float=_finite if large else None,
+            parse_int=_bounded if large else None,
             object_pairs_hook=_each_key_once,
-            **numbers,
         )
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{where} is not {what}: no valid JSON ({one_line(str(error))})") from error
+        raise ProfileError(f"{where} is not a profile: no valid JSON ({one_line(str(error))})") from error
     if not isinstance(data, dict):
-        raise ProfileError(f"{where} is not {what}: expected an object, got {type(data).__name__}")
+        raise ProfileError(f"{where} is not a profile: expected an object, got {type(data).__name__}")
     return data
 
 
-def validation_message(error: Exception) -> str:
-    """The first fault that pydantic found, in one line: field, what is wrong, the value."""
+def check_before_validation(
+    data: dict[str, Any], sections: Collection[str], statistics: Collection[str]
+) -> None:
+    """Raise ValueError for what would take gigabytes to refuse later.
+
+    For each key that an object lacks, pydantic keeps a copy of the object. So the keys (`statistics`) of
+    `layers`, which may be large, are looked for here, and all other `sections` are small.
+    """
+    layers = data.get("layers")
+    for name, part in layers.items() if isinstance(layers, dict) else ():
+        lacking = [key for key in statistics if key not in part] if isinstance(part, dict) else []
+        if lacking:
+            raise ValueError(f"layers.{name}: expected an entry {lacking[0]!r}")
+    others = {key: data[key] for key in sections if key in data and key != "layers"}
+    if len(json.dumps(others)) > MAX_OTHERS_BYTES:
+        raise ValueError(f"expected less than {MAX_OTHERS_BYTES >> 20} MiB in all sections but layers")
+
+
+def validation_message(error: Exception, data: dict[str, Any]) -> str:
+    """The first fault that pydantic found in `data`, in one line: field, what is wrong, the value."""
     if not isinstance(error, ValidationError):
         return one_line(str(error))
-    first, *rest = error.errors(include_url=False, include_context=False)
-    place = [str(part) for part in first["loc"]]
+    # With its inputs, each error would have a copy of what is around it.
+    first, *rest = error.errors(include_url=False, include_context=False, include_input=False)
+    place = [*first["loc"]]
     if place[:1] == ["policy"]:
         del place[1:2]  # the rule, by which pydantic chose among policies
     message = first["msg"].removeprefix("Value error, ")
     if place:
-        message = f"{one_line('.'.join(place), 120)}: {message}"
+        message = f"{one_line('.'.join(map(str, place)), 120)}: {message}"
         if ", got " not in message:
-            message += f", got {shown(first.get('input'))}"
+            message += f", got {shown(_value_at(data, place))}"
     more = f" (and {len(rest)} more)" if rest else ""
     return one_line(f"{message}{more}")
+
+
+def _value_at(data: Any, place: Sequence[int | str]) -> Any:
+    """What stands there; of what is missing, the part that lacks it."""
+    for key in place:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            break
+    return data
 
 
 def shown(value: Any) -> str:

@@ -32,7 +32,13 @@ from skipcal.profiles.parts import (
     Tuning,
 )
 from skipcal.profiles.policies import threshold_for as threshold_for
-from skipcal.profiles.reading import parse_object, read_bytes, shown, validation_message
+from skipcal.profiles.reading import (
+    check_before_validation,
+    parse_object,
+    read_bytes,
+    shown,
+    validation_message,
+)
 from skipcal.profiles.sources import PROFILE_FILE as PROFILE_FILE
 from skipcal.profiles.sources import commit_of, fetch, locate
 from skipcal.profiles.sources import model_slug as model_slug
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REQUIRED_STATISTICS = [name for name, field in LayerStatistics.model_fields.items() if field.is_required()]
 PROFILE_FORMAT: Literal["skipcal.profile/1"] = "skipcal.profile/1"
 
 
@@ -264,10 +271,7 @@ class SkipProfile(BaseModel):
         )
 
     def model_card(self, source: str = PROFILE_FILE) -> str:
-        """The profile as a section of a model card, in Markdown; its figure is `skip_profile.png`.
-
-        source: how the commands and lines in it name the profile: a file or a hub id.
-        """
+        """The profile as a section of a model card; its commands name it `source`, a file or a hub id."""
         from skipcal.profiles.card import card_section
 
         return card_section(self, source)
@@ -277,26 +281,25 @@ class SkipProfile(BaseModel):
         """A profile from the bytes of its file; `folder` is where its tensors are."""
         found = cls._validated(raw, where)
         if found.model_extra:
-            logger.warning(
-                "%s: unknown keys %s are kept; a newer skipcal wrote them",
-                where,
-                shown(sorted(found.model_extra)),
-            )
+            keys = shown(sorted(found.model_extra))
+            logger.warning("%s: unknown keys %s are kept; a newer skipcal wrote them", where, keys)
         found._folder = folder
         return found
 
     @classmethod
     def _validated(cls, raw: bytes, where: str) -> Self:
         """A profile from the bytes of its file. Raises ProfileError naming what is wrong."""
-        found = parse_object(raw, where).get("format")
+        data = parse_object(raw, where)
+        found = data.get("format")
         if found != PROFILE_FORMAT:
             raise ProfileError(
                 f"{where} is not a profile: format is {shown(found)}, expected {PROFILE_FORMAT!r}"
             )
         try:
+            check_before_validation(data, cls.model_fields, REQUIRED_STATISTICS)
             return cls.model_validate_json(raw)  # from JSON, where an array may be a tuple
         except (ValidationError, ValueError, RecursionError) as error:
-            raise ProfileError(f"{where} is malformed: {validation_message(error)}") from error
+            raise ProfileError(f"{where} is malformed: {validation_message(error, data)}") from error
 
     def with_gate(self, gate: GateInfo, policy: GateSettings, tensors: GateTensors) -> Self:
         """This profile with a gate, whose rule is then its policy."""

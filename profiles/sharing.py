@@ -122,6 +122,7 @@ def push(
     api = HfApi(token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        _check_visibility(api, repository, private)
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         if model_card:
@@ -144,6 +145,17 @@ def push(
             "check the name, the network and your access token (hf auth login)"
         ) from error
     return str(commit.pr_url or commit.commit_url)
+
+
+def _check_visibility(api: HfApi, repository: str, private: bool | None) -> None:
+    """Refuse what the hub would pass over: a repository that is there and not as private as asked."""
+    found = private if private is None else api.repo_info(repository).private
+    if found != private:
+        names = {True: "private", False: "public"}
+        raise ConfigError(
+            f"{repository} is there already and is {names[bool(found)]}, not {names[bool(private)]}; nothing "
+            "was uploaded. Change it in its settings on the hub, or do not ask for it"
+        )
 
 
 def _card_of(api: HfApi, repository: str, revision: str | None) -> str | None:

@@ -20,8 +20,16 @@ class FakeHub:
         self.commits: list[dict[str, Any]] = []
         self.created: list[dict[str, Any]] = []
         self.branches: list[str] = []
+        self.private: dict[str, bool] = {}
         self._folder = folder
-        for name in ("create_repo", "create_branch", "file_exists", "hf_hub_download", "create_commit"):
+        for name in (
+            "create_repo",
+            "create_branch",
+            "file_exists",
+            "hf_hub_download",
+            "create_commit",
+            "repo_info",
+        ):
             monkeypatch.setattr(HfApi, name, getattr(self, f"_{name}"))
 
     def _create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
@@ -29,7 +37,11 @@ class FakeHub:
         name = repo_id if "/" in repo_id else f"me/{repo_id}"
         self.created.append({"name": name, "private": private})
         self.repositories.setdefault(name, {})
+        self.private.setdefault(name, bool(private))
         return SimpleNamespace(repo_id=name)
+
+    def _repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=self.private[repo_id])
 
     def _create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
         assert exist_ok and repo_id in self.repositories

@@ -14,7 +14,8 @@ from skipcal.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^\$ skipcal (.+?)(?<!\\)$", README.replace("\\\n", " "), re.M)
+SHARING = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ skipcal (.+?)(?<!\\)$", (README + SHARING).replace("\\\n", " "), re.M)
 
 
 def test_there_are_commands() -> None:
@@ -29,6 +30,7 @@ def test_there_are_commands() -> None:
         "bench",
         "fit",
         "models",
+        "push",
         "tune",
     }
 
@@ -53,7 +55,7 @@ def test_a_file_of_the_readme_exists(path: tuple[str, str]) -> None:
 
 
 def test_the_python_of_the_readme_compiles() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README + SHARING, re.S)
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")

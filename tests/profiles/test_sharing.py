@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from command_line import refused, run
 from documents import document, write
 from fake_hub import FakeHub
 from gated import with_gate
@@ -171,6 +172,14 @@ def test_a_push_uploads_profile_card_and_figure(profile: SkipProfile, hub: FakeH
     assert not hub.branches
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(profile: SkipProfile, hub: FakeHub) -> None:
+    """The hub leaves the option out for a repository that is there."""
+    profile.push_to_hub("me/tiny", model_card=False)
+    with pytest.raises(ConfigError, match="me/tiny is there already and is public, not private"):
+        profile.push_to_hub("me/tiny", model_card=False, private=True)
+    assert len(hub.commits) == 1
+
+
 @pytest.mark.usefixtures("drawn")
 def test_a_push_takes_the_tensors_along(profile: SkipProfile, hub: FakeHub) -> None:
     gated = with_gate(profile)
@@ -242,6 +251,44 @@ def test_a_hub_that_refuses_is_one_line(
 def test_offline_a_push_is_one_line(profile: SkipProfile) -> None:
     with pytest.raises(OutputError, match=r"could not be pushed to 'me/tiny' \(\w+: "):
         profile.push_to_hub("me/tiny", model_card=False)
+
+
+# The command
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_command_pushes(tmp_path: Path, profile: SkipProfile, hub: FakeHub) -> None:
+    source = tmp_path / "valid.json"
+    done = run("push", source, "me/tiny", "--private", "--revision", "v2")
+    assert "pushed to https://hub/me/tiny/commit/1; next: skipcal show me/tiny@v2" in done.stdout
+    assert hub.created == [{"name": "me/tiny", "private": True}]
+    assert hub.commits[0]["files"] == [CARD_FILE, PROFILE_FILE, "skip_profile.png"]
+    assert hub.commits[0]["revision"] == "v2"
+    done = run("push", source, "me/tiny", "--no-model-card", "--create-pr", "--json")
+    assert json.loads(done.stdout) == {"url": "https://hub/me/tiny/commit/1"}
+    assert hub.commits[1]["files"] == [PROFILE_FILE] and hub.commits[1]["create_pr"] is True
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_dry_run_shows_what_would_be_pushed(tmp_path: Path, profile: SkipProfile, hub: FakeHub) -> None:
+    source = tmp_path / "valid.json"
+    done = run("push", source, "me/tiny", "--dry-run")
+    assert profile.model_card("me/tiny") in done.stdout
+    assert f"{len(profile.to_json()):>12,} bytes  {PROFILE_FILE}\n" in done.stdout
+    document = json.loads(run("push", source, "me/tiny", "--dry-run", "--no-model-card", "--json").stdout)
+    assert document == {"files": {PROFILE_FILE: len(profile.to_json())}, "section": ""}
+    assert not hub.created and not hub.commits
+
+
+@pytest.mark.parametrize("repository", ["tiny", "me/tiny@v2", "a/b/c", "", "me/"])
+def test_the_command_wants_a_hub_id(tmp_path: Path, profile: SkipProfile, repository: str) -> None:
+    line = refused("push", tmp_path / "valid.json", repository, code=2)
+    assert "expected org/name (a branch goes to --revision)" in line
+
+
+def test_the_command_tells_of_a_hub_that_refuses(tmp_path: Path, profile: SkipProfile) -> None:
+    line = refused("push", tmp_path / "valid.json", "me/tiny", "--no-model-card", code=1)
+    assert "could not be pushed to 'me/tiny'" in line
 
 
 # What is written can be read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from skipcal.errors import (
     TargetOutOfReach,
     Unavailable,
 )
-from skipcal.profiles.parts import tensors_file
+from skipcal.profiles.parts import GateSettings, tensors_file
 from skipcal.profiles.schema import PROFILE_FILE, SkipProfile, shipped_profiles
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensors import TENSORS_FORMAT, GateTensors
@@ -406,6 +407,15 @@ def test_a_gate_that_is_not_the_policy_needs_a_ratio(gated: SkipProfile) -> None
     assert aside.gate_policy(0.1).threshold == gated.gate_policy(0.1).threshold
     with pytest.raises(ConfigError, match="give a target skip ratio"):
         aside.gate_policy()
+
+
+def test_a_gate_keeps_the_warm_up_that_a_search_chose(gated: SkipProfile) -> None:
+    """The gate was fitted with a warm-up of 3; what a search measured and chose had another."""
+    assert isinstance(gated.policy, GateSettings)
+    chosen = gated.model_copy(update={"policy": replace(gated.policy, warm_up_tokens=7)})
+    chosen._tensors = gated.tensors()
+    assert chosen.policy_for().warm_up_tokens == chosen.policy_for(0.2).warm_up_tokens == 7
+    assert gated.policy_for().warm_up_tokens == 3
 
 
 def test_tensors_are_found_from_another_folder(

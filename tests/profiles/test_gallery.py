@@ -1,0 +1,26 @@
+"""The gallery tells what is shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skipcal.profiles.gallery import GALLERY_FILE, gallery
+from skipcal.profiles.schema import SkipProfile, shipped_profiles
+
+FOLDER = Path(__file__).resolve().parents[2] / "profiles"
+
+
+def test_the_gallery_is_up_to_date() -> None:
+    """If not: python -m skipcal.profiles.gallery"""
+    assert (FOLDER / GALLERY_FILE).read_text(encoding="utf-8") == gallery()
+
+
+def test_every_shipped_profile_has_its_row() -> None:
+    rows = [line for line in gallery().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == shipped_profiles()
+    for row, name in zip(rows, shipped_profiles(), strict=True):
+        profile = SkipProfile.load(name)
+        assert profile.model.name in row and f"| {profile.model.num_layers} |" in row
+        first, last = profile.operating_points[0], profile.operating_points[-1]
+        assert f"| {first.realised_skip_ratio:.2f} to {last.realised_skip_ratio:.2f} |" in row
+        assert ("| no |" in row) == (profile.gate is None)
