@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
+from skipcal.calibrate.chat import sample_prompts
 from skipcal.calibrate.checkpoint import Checkpoint
-from skipcal.calibrate.corpora import CorpusSample, resolve_corpora, sample_corpus
+from skipcal.calibrate.corpora import CorpusSample, resolve_corpora
 from skipcal.calibrate.gather import first_rows, gather
 from skipcal.calibrate.passes import ENDED_EARLY, Passes, progress, skip_ratio
 from skipcal.calibrate.processes import ALONE, Counts, Processes
@@ -180,9 +181,10 @@ class _Calibrator:
         config = self._config
         corpora = resolve_corpora(config.corpora(), config.data_files, text_column=config.text_column)
         return [
-            sample_corpus(
+            sample_prompts(
                 corpus,
                 self._loaded.tokenizer,
+                chat_template=config.chat_template,
                 prompts=config.prompts,
                 prompt_tokens=config.prompt_tokens,
                 seed=config.seed,
@@ -246,7 +248,7 @@ class _Calibrator:
                 prompt_tokens=config.prompt_tokens,
                 new_tokens=config.new_tokens if config.mode == "generate" else 0,
                 seed=config.seed,
-                chat_template=False,
+                chat_template=config.chat_template,
                 closed_loop=config.closed_loop if config.closed_loop_prompts else None,
             ),
             layers={"pooled": pooled, **{t.corpus: t.statistics() for t in traces}},

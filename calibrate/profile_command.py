@@ -35,6 +35,7 @@ def profile(
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
     mode: opt.Mode = None,
+    chat_template: opt.ChatPrompts = False,
     prompts: opt.Prompts = None,
     prompt_tokens: opt.PromptTokens = None,
     new_tokens: opt.NewTokens = None,

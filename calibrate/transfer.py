@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device, locate
+from skipcal.calibrate.chat import sample_prompts
 from skipcal.calibrate.corpora import Corpus, CorpusSample, file_sha256, sample_corpus
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.parts import CorpusInfo
@@ -145,7 +146,7 @@ def calibration_prompts(profile: SkipProfile, corpus: Corpus, tokenizer: Any) ->
     for info in calibration.corpora:
         if not _same_source(info, corpus, digest):
             continue
-        sample = sample_corpus(
+        sample = sample_prompts(
             replace(
                 corpus,
                 name=info.name,
@@ -155,6 +156,7 @@ def calibration_prompts(profile: SkipProfile, corpus: Corpus, tokenizer: Any) ->
                 format=info.format,  # type: ignore[arg-type]  # a profile that names another fails to load
             ),
             tokenizer,
+            chat_template=calibration.chat_template,
             prompts=info.prompts,
             prompt_tokens=calibration.prompt_tokens,
             seed=calibration.seed,

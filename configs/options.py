@@ -71,6 +71,9 @@ Mode = Annotated[
     str | None,
     _option("--mode", help="generate (default): measure generated tokens. prefill: the text."),
 ]
+ChatPrompts = Annotated[
+    bool, _option("--chat-template", help="Prompts are messages in the model's chat template.")
+]
 Prompts = Annotated[int | None, _option("--prompts", help="Prompts per corpus. Default: 32.")]
 PromptTokens = Annotated[int | None, _option("--prompt-tokens", help="Tokens of a prompt. Default: 64.")]
 NewTokens = Annotated[

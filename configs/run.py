@@ -72,6 +72,7 @@ class CalibrationSettings(ModelSettings):
 class ProfileConfig(CalibrationSettings):
     """Everything that decides the result of `skipcal profile`.
 
+    chat_template: prompts are messages in the model's chat template; it counts to `prompt_tokens`.
     prompts:   per corpus. prompt_tokens and new_tokens: of each prompt and its continuation.
     closed_loop: how realised skip ratios are measured. "teacher-forced": over the calibration text,
                fast and comparable. "decode": over what the policy itself writes, which is what
@@ -82,6 +83,7 @@ class ProfileConfig(CalibrationSettings):
     _places: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "trace"})
 
     mode: Literal["generate", "prefill"] = "generate"
+    chat_template: bool = False
     prompts: PositiveInt = 32
     prompt_tokens: Annotated[int, Field(ge=2)] = 64
     new_tokens: PositiveInt = 128
@@ -104,6 +106,8 @@ class ProfileConfig(CalibrationSettings):
             raise ValueError("cold_s and cold_e belong together; give both --cold-s and --cold-e, or neither")
         if self.closed_loop == "decode" and self.mode == "prefill":
             raise ValueError("closed_loop decode needs generated text; it does not go with mode prefill")
+        if self.chat_template and self.mode == "prefill":
+            raise ValueError("chat_template has no effect on mode prefill; leave it out, or measure answers")
         decoded = (
             self.new_tokens if self.mode == "generate" else self.prompt_tokens - 1
         ) - self.warm_up_tokens
