@@ -100,7 +100,9 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
-        flat = parameter.detach().reshape(-1)
+        # A sharded tensor is put together for a moment, in all processes of tensor parallelism at once.
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        flat = whole.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)][:_VALUES_PER_TENSOR]
         digest.update(picked.to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
