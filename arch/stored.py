@@ -19,8 +19,11 @@ _COMPUTES_BITS = 16  # no layer computes in less; floating point of 8 bits only 
 
 
 def stored(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold a parameter or buffer, always in the same order."""
-    if is_wrapper(tensor):
+    """The plain tensors that hold a parameter or buffer, always in the same order.
+
+    One that tensor parallelism has divided over processes counts as the whole that it stands for.
+    """
+    if is_wrapper(tensor) and not _is_sharded(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         for name in names:
             yield from stored(getattr(tensor, name))
@@ -34,6 +37,10 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor only poses as one of its dtype, and others hold its values."""
     return hasattr(tensor, "__tensor_flatten__")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -60,7 +67,9 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         place, _, own = name.rpartition(".")
         module = model.get_submodule(place)
         with align_module_device(module):
-            yield name, getattr(module, own)
+            weight = getattr(module, own)
+            # A sharded one is put together for a moment, in all processes of tensor parallelism at once.
+            yield name, weight.full_tensor() if _is_sharded(weight) else weight
 
 
 def compute_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
