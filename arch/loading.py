@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.locate import unwrap
 from skipcal.arch.placement import SPREADS, place
-from skipcal.arch.quantization import quantization_config, quantization_name
+from skipcal.arch.quantization import check_quantization, quantization_config, quantization_name
 from skipcal.arch.source import Source, check_source, find_source, refuse_tokenizer_code, unavailable
 from skipcal.arch.stored import named_weights, stored
 from skipcal.errors import ConfigError, SkipcalError, Unavailable, first_words, suggestion
@@ -94,12 +94,13 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     placement = place(device, device_map, max_memory, offload_folder)
     _check_attention(attn_implementation)
-    quantized = quantization_config(quantization, dtype)
+    check_quantization(quantization)
     if adapter is not None and importlib.util.find_spec("peft") is None:
         raise Unavailable(f"adapter {adapter!r} needs the package peft; run: pip install 'skipcal[peft]'")
     source = find_source(name, revision)
     check_source(source, trust_remote_code=trust_remote_code, quantization=quantization)
     _check_attention_of(source, attn_implementation, trust_remote_code)
+    quantized = quantization_config(quantization, dtype)
     tokenizer = _tokenizer(source, trust_remote_code)
     model = _model(
         source,

@@ -17,6 +17,12 @@ from skipcal.errors import ConfigError, Unavailable, suggestion
 QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 
 
+def check_quantization(name: str | None) -> None:
+    """Raise ConfigError for a name that is not among QUANTIZATIONS."""
+    if name is not None and name not in QUANTIZATIONS:
+        raise ConfigError(f"quantization {name!r} is not known; {suggestion(name, QUANTIZATIONS)}")
+
+
 def quantization_config(name: str | None, dtype: str) -> Any:
     """What transformers calls the quantization of that name: linear layers, all but the LM head.
 
@@ -25,8 +31,7 @@ def quantization_config(name: str | None, dtype: str) -> Any:
     """
     if name is None:
         return None
-    if name not in QUANTIZATIONS:
-        raise ConfigError(f"quantization {name!r} is not known; {suggestion(name, QUANTIZATIONS)}")
+    check_quantization(name)
     library = name.partition(":")[0]
     if importlib.util.find_spec(library) is None:
         raise Unavailable(f"quantization {name!r} needs the package {library}; run: pip install {library}")
