@@ -166,8 +166,8 @@ def command_line() -> str:
 
 
 def quiet_loading() -> None:
-    """No bar of transformers unless stderr is a terminal."""
+    """No bar of transformers unless stderr is a terminal, and this process the one that draws there."""
     from transformers.utils.logging import disable_progress_bar
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE") == "1":
         disable_progress_bar()

@@ -42,7 +42,7 @@ def gather(
     """
     planned = _planned(samples, batch_size)
     pending = _pending(planned, processes, checkpoint)
-    held = processes.working(lambda: _run(passes, processes.mine(pending), checkpoint))
+    held = processes.working(lambda: _run(passes, processes.mine(pending), checkpoint, processes.leads))
     processes.agree(lambda: None)  # all parts are there
     return [
         Trace(
@@ -98,10 +98,12 @@ def _pending(planned: list[Batch], processes: Processes, checkpoint: Checkpoint 
     return pending
 
 
-def _run(passes: Passes, mine: list[Batch], checkpoint: Checkpoint | None) -> dict[tuple[int, int], Part]:
+def _run(
+    passes: Passes, mine: list[Batch], checkpoint: Checkpoint | None, shown: bool
+) -> dict[tuple[int, int], Part]:
     """Run batches; what is returned is empty where a checkpoint keeps the parts."""
     held: dict[tuple[int, int], Part] = {}
-    with progress("calibrate", sum(len(batch.prompts) for batch in mine)) as bar:
+    with progress("calibrate", sum(len(batch.prompts) for batch in mine), shown=shown) as bar:
         for batch in mine:
             part: Held = passes.captured(batch.prompts, batch.first)
             if checkpoint is None:

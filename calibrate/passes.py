@@ -109,9 +109,9 @@ class Passes:
         return _counts(run.report)
 
 
-def progress(what: str, total: int, unit: str = "prompt") -> Any:
-    """A bar with the time that is left, on stderr where that is a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
+def progress(what: str, prompts: int, *, shown: bool = True) -> Any:
+    """A bar with the time that is left, where stderr is a terminal; shown: False in all processes but one."""
+    return tqdm(total=prompts, desc=what, unit="prompt", leave=False, disable=None if shown else True)
 
 
 def teacher_forced_ratio(

@@ -227,7 +227,7 @@ class _Calibrator:
         if not mine:
             return 0, 0
         run = self._passes.decoded if asked.how == "decode" else self._passes.teacher_forced
-        return run(asked.policy, _watched(mine, asked.how))
+        return run(asked.policy, _watched(mine, asked.how, self._processes.leads))
 
     # In process 0
 
@@ -361,9 +361,9 @@ def _past_warm_up(traces: list[Trace], policy: SkipPolicy) -> Iterator[np.ndarra
     return (block for trace in traces for block in trace.after_warm_up(policy.warm_up_tokens, layers))
 
 
-def _watched(groups: list[list[list[int]]], what: str) -> Iterator[list[list[int]]]:
+def _watched(groups: list[list[list[int]]], what: str, shown: bool) -> Iterator[list[list[int]]]:
     """The batches, with a bar that moves when one is done."""
-    with progress(what, sum(map(len, groups))) as bar:
+    with progress(what, sum(map(len, groups)), shown=shown) as bar:
         for group in groups:
             yield group
             bar.update(len(group))

@@ -113,6 +113,6 @@ def _work(result: Calibration, processes: Processes) -> str:
     """What was done in which time."""
     tokens = sum(corpus.tokens for corpus in result.profile.calibration.corpora)
     seconds = result.profile.environment.seconds
-    took = "the last part of it in this run" if seconds is None else f"{seconds:.0f} s"
+    took = "in this run and earlier ones" if seconds is None else f"in {seconds:.0f} s"
     by = "" if processes.size == 1 else f" by {processes.size} processes"
-    return f"{tokens:,} tokens captured and thresholds measured{by}: {took}"
+    return f"{tokens:,} tokens captured and thresholds measured {took}{by}"
