@@ -15,13 +15,14 @@ gradients tell how much: a linear probe of log |g|^2 from what a gate sees says 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from skipcal.arch.blocks import observe_sums
 from skipcal.arch.locate import Architecture, observe
 from skipcal.calibrate.gate import gate_inputs
 from skipcal.calibrate.moments import Linear, Moments, ridge
@@ -125,7 +126,7 @@ def _with_streams(
     entering: dict[int, Tensor] = {}
 
     def keep(layer: int, h: Tensor, _f: Tensor) -> None:
-        entering[layer] = h.detach()
+        entering[layer] = h.detach().clone()  # some layers go on to change it in place
 
     with observe(architecture.blocks, keep):
         gradients = loss_gradients(model, architecture, ids, first, generator)
@@ -135,29 +136,33 @@ def _with_streams(
 def loss_gradients(
     model: Any, architecture: Architecture, ids: Tensor, first: int, generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """Gradients of the summed loss of sampled labels for the stream after each layer.
+    """Gradients of the summed loss of sampled labels for the stream h + f after each block.
 
     ids [batch, seq] -> [batch, seq, hidden] by layer. The model is left as it was.
     """
     streams: dict[int, Tensor] = {}
     blocks = architecture.blocks
-    handles = [blocks[0].layer.register_forward_pre_hook(_as_leaf, with_kwargs=True)]
-    handles += [block.layer.register_forward_hook(_keep(streams, block.index)) for block in blocks]
+    handle = blocks[0].layer.register_forward_pre_hook(_as_leaf, with_kwargs=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, first:].float().flatten(0, 1)
+            with observe_sums(blocks, lambda index, total, _output: streams.update({index: total})):
+                logits = model(input_ids=ids, use_cache=False).logits[:, first:].float().flatten(0, 1)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             found = torch.autograd.grad(loss, [streams[block.index] for block in blocks])
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-    return {block.index: gradient for block, gradient in zip(blocks, found, strict=True)}
+    return {
+        block.index: (gradient if block.returns_the_sum else gradient * block.output_scale).view(
+            *ids.shape, -1
+        )
+        for block, gradient in zip(blocks, found, strict=True)
+    }
 
 
 def _as_leaf(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,13 +170,6 @@ def _as_leaf(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
-
-
-def _keep(streams: dict[int, Tensor], index: int) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        streams[index] = output[0] if isinstance(output, tuple) else output
-
-    return hook
 
 
 def _shrunk(metric: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipcal.arch.blocks import first_output
 from skipcal.arch.locate import Architecture
 
 
@@ -47,7 +48,7 @@ def layer_cosines(architecture: Architecture) -> Iterator[LayerCosines]:
     def hook(index: int) -> Callable[..., None]:
         def after(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             entering = args[0] if args else kwargs["hidden_states"]
-            recorder.observe(index, entering, output[0] if isinstance(output, tuple) else output)
+            recorder.observe(index, entering, first_output(output))
 
         return after
 

@@ -38,11 +38,12 @@ def relative_damage(
         with observe(architecture.blocks, collect):
             full = _log_chances(model, ids, first)
         for block in architecture.blocks:
-            handle = block.chain[-1].register_forward_hook(_damped)
+            handles = [module.register_forward_hook(_damped) for module in block.outputs]
             try:
                 damped = _log_chances(model, ids, first)
             finally:
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
             divergence[block.index] += float((full.exp() * (full - damped)).sum())
     weights = {
         i: max(d, 1e-12) / max(e, 1e-12) for i, (d, e) in enumerate(zip(divergence, error, strict=True))

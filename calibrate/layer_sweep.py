@@ -7,6 +7,7 @@ one batch, one layer's moments and one layer's weights are in use at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from skipcal.arch.blocks import first_input, first_output
 from skipcal.arch.locate import Architecture, Block, observe
+from skipcal.errors import UnsupportedModel
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with, less the stream
 
 
 class LayerRunner:
@@ -22,26 +27,39 @@ class LayerRunner:
 
     What a layer is given besides the stream (masks, rotary angles) depends on the shape of a batch
     only, for all rows are of one length and nothing is padded. So it is caught once for each shape.
+    Models where it depends on the text too are refused.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         """Nothing is caught yet."""
         self._architecture = architecture
-        self._caught: dict[torch.Size, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._caught: dict[torch.Size, dict[int, Given]] = {}
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """The stream that enters the first layer, [batch, seq, hidden], of ids [batch, seq]."""
-        entering: list[Tensor] = []
-        caught: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        """The stream that enters the first layer, [batch, seq, hidden], of ids [batch, seq].
+
+        Raises UnsupportedModel where the layers are given more that depends on the text.
+        """
+        if ids.shape not in self._caught:
+            _, given = self._entering(ids, whole=True)
+            other = (ids + 1) % self._architecture.stack.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+            _refuse_other_text(given, self._entering(other, whole=True)[1])
+            self._caught[ids.shape] = given
+        return self._entering(ids, whole=False)[0]
+
+    def _entering(self, ids: Tensor, *, whole: bool) -> tuple[Tensor, dict[int, Given]]:
+        """The stream that enters the first layer, and what layers are given besides; whole: all of them."""
+        streams: list[Tensor] = []
+        caught: dict[int, Given] = {}
 
         def catch(index: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 caught[index] = (args[1:], rest)
                 if index == 0:
-                    entering.append(args[0] if args else kwargs["hidden_states"])
-                    if ids.shape in self._caught:
+                    streams.append(first_input(args, kwargs).clone())
+                    if not whole:
                         raise _Enough
 
             return hook
@@ -53,24 +71,69 @@ class LayerRunner:
         stack: Any = self._architecture.stack
         try:
             stack(input_ids=ids, use_cache=False)
-            self._caught[ids.shape] = caught
         except _Enough:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return entering[0]
+        return streams[0], caught
 
     @torch.no_grad()
-    def run(self, block: Block, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h, f and the layer's output, each [batch, seq, hidden], of the stream that enters the layer."""
+    def run(self, block: Block, stream: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """h, f and the layer's output, each [batch, seq, hidden], of the stream that enters the layer.
+
+        added: what the FFN block adds instead of its own f.
+        """
         seen: list[tuple[Tensor, Tensor]] = []
         args, kwargs = self._caught[stream.shape[:2]][block.index]
-        with observe((block,), lambda _index, h, f: seen.append((h, f))):
+        with (
+            nullcontext() if added is None else _adding(block, added),
+            observe((block,), lambda _index, h, f: seen.append((h.clone(), f.clone()))),
+        ):
             output = block.layer(stream, *args, **kwargs)
         h, f = seen[0]
-        first = output[0] if isinstance(output, tuple) else output
-        return h.reshape(stream.shape), f.reshape(stream.shape), first
+        return h.reshape(stream.shape), f.reshape(stream.shape), first_output(output)
+
+
+@contextmanager
+def _adding(block: Block, added: Tensor) -> Iterator[None]:
+    """The layer with `added` [batch, seq, hidden] in place of f."""
+
+    def replace(module: nn.Module, _args: Any, output: Any) -> Any:
+        y = first_output(output)
+        last = module is block.chain[-1]
+        mine = (added / block.scale).to(y.dtype).reshape(y.shape) if last else torch.zeros_like(y)
+        return (mine, *output[1:]) if isinstance(output, tuple) else mine
+
+    handles = [module.register_forward_hook(replace) for module in block.outputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_other_text(given: dict[int, Given], other: dict[int, Given]) -> None:
+    """Raise UnsupportedModel where a layer is given other things for another text of the same shape."""
+    for index, (args, kwargs) in given.items():
+        mine = {**{f"argument {place + 1}": value for place, value in enumerate(args)}, **kwargs}
+        theirs = [*other[index][0], *other[index][1].values()]
+        for (name, value), another in zip(mine.items(), theirs, strict=True):
+            if not _alike(value, another):
+                raise UnsupportedModel(
+                    f"layer {index} is given {name} besides the stream, which depends on the text, so its "
+                    "blocks cannot be fitted one after the other; use the rule cosine (skipcal profile)"
+                )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return isinstance(one, Tensor) == isinstance(other, Tensor)
 
 
 class _Enough(Exception):

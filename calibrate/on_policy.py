@@ -126,7 +126,7 @@ class Sweep:
                     self._pass(block, store)
                     continue
                 fitted = self._fit_layer(block, store, rule, threshold)
-                skips += self._apply(block.index, fitted, store, threshold, scores)
+                skips += self._apply(block, fitted, store, threshold, scores)
                 found[block.index] = fitted
         tokens = len(self._rows) * (len(self._rows[0]) - self._first)
         return _collected(found, scores, skips / (tokens * self._architecture.num_layers))
@@ -148,7 +148,8 @@ class Sweep:
         moments: Moments | None = None
         for number, kept in store.read(self._device):
             h, f, _ = self._runner.run(block, kept["stream"])
-            store.write(number, h=h, f=f)
+            again = {} if block.returns_the_sum else {"stream": kept["stream"]}
+            store.write(number, h=h, f=f, **again)
             tokens, targets = self._counted(h), self._counted(f)
             weights = None
             if rule is not None and block.index in rule.layers:
@@ -170,7 +171,7 @@ class Sweep:
         return LayerFit(surrogate, sharp, explained, unexplained(moments, surrogate))
 
     def _apply(
-        self, layer: int, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram
+        self, block: Block, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram
     ) -> int:
         """Skip, where the gate says so; count the scores. Returns the number of skips."""
         skips = 0
@@ -182,7 +183,11 @@ class Sweep:
             skip[:, : self._first] = False
             skips += int(skip.sum())
             s = fitted.surrogate(direction(h)).to(h.dtype)
-            store.write(number, stream=h + torch.where(skip[..., None], s, f))
+            added = torch.where(skip[..., None], s, f)
+            if block.returns_the_sum:
+                store.write(number, stream=h + added)
+            else:  # the layer goes on with the sum
+                store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
         return skips
 
     def _counted(self, x: Tensor) -> Tensor:

@@ -50,6 +50,12 @@ from skipcal.profiles.schema import SkipProfile  # noqa: E402
 
 matplotlib.use("Agg")
 
+# Families whose layers every engine can run; all kinds of layers are in arch/test_architectures.py.
+DENSE = (
+    "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo", "olmo2", "olmo3", "opt",
+    "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:

@@ -7,7 +7,8 @@ region, which a CPU does not feel.
 Skipping needs more than hooks, for a hook cannot keep a module from running. So `forward` of the
 modules in each chain is set on the instance, and taken off again by `detach`. A token's way
 through a chain: its first module gathers the tokens that run, its last scatters what they return
-into zeros. Modules in between, and the layer's own code, see fewer tokens and need not know.
+into zeros. Modules in between, and the layer's own code, see fewer tokens and need not know. Where
+attention and FFN are parallel, attention's part of the sum is the layer's own and stays.
 
 A single token, the usual decode step, has a shorter way: it runs or it skips, so there is nothing
 to gather or to scatter, and on a CPU each small tensor operation left out counts.
@@ -19,9 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from skipcal.arch.blocks import StreamReader
 from skipcal.arch.locate import Architecture, Block
+from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import Rule, RuleState
@@ -53,26 +56,27 @@ class EagerEngine:
         self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
         self._patches = InstancePatches()
-        self._extras: dict[int, int] = {}  # by block, outputs besides f: router scores of some MoEs
+        self._streams = StreamReader(self._blocks, wanted=lambda: self._active is not None)
+        self._extras: dict[nn.Module, int] = {}  # outputs besides f: router scores of some MoEs
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
         self.begin(FULL_PASS)
 
     def attach(self) -> None:
         """Set `forward` on the modules of every chain."""
+        self._streams.attach()
         for block in self._blocks:
-            for place, module in enumerate(block.chain):
-                first, last = place == 0, place == len(block.chain) - 1
-                wrapped = self._wrapped(block, module.forward, first=first, last=last)
-                self._patches.set(module, "forward", wrapped)
+            for module in block.chain:
+                self._patches.set(module, "forward", self._wrapped(block, module))
 
     def detach(self) -> None:
         """Put back what `attach` found. A second call does nothing."""
         self._patches.restore()
+        self._streams.detach()
 
     def extras(self, layer: int) -> int:
         """How many outputs besides f the FFN module of a layer was seen to have."""
-        return self._extras.get(layer, 0)
+        return next((self._extras.get(b.chain[-1], 0) for b in self._blocks if b.index == layer), 0)
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass."""
@@ -81,53 +85,61 @@ class EagerEngine:
         self._single = tokens.active is not None and len(tokens.active) == 1
         self._state: RuleState | None = None
 
-    def _wrapped(
-        self, block: Block, inner: Callable[..., Any], *, first: bool, last: bool
-    ) -> Callable[..., Any]:
+    def _wrapped(self, block: Block, module: nn.Module) -> Callable[..., Any]:
+        inner = module.forward
+        first, adds = module is block.chain[0], module in block.outputs
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._active is None:
                 y = inner(*args, **kwargs)
-                if last and isinstance(y, tuple):
-                    self._extras[block.index] = len(y) - 1
+                if adds and isinstance(y, tuple):
+                    self._extras[module] = len(y) - 1
                 return y
             name = None if args else next(iter(kwargs))  # of the hidden states, if passed by name
             x = args[0] if name is None else kwargs[name]
             if first:
-                x = self._enter_single(block, x) if self._single else self._enter(block, x)
+                x = self._enter(block, x)
             if self._rows is None:
-                return self._all_skipped(block) if last else x
+                return self._all_skipped(block, module) if adds else x
             if self._rows is _ALL:
                 y = inner(*args, **kwargs)
-            elif name is None:
-                y = inner(x, *args[1:], **kwargs)
             else:
-                y = inner(**{**kwargs, name: x})
-            return self._leave(block, y) if last else y
+                # The first module has gathered; the others are given what it made of the gathered.
+                y = inner(x, *args[1:], **kwargs) if name is None else inner(**{**kwargs, name: x})
+            return self._leave(block, module, y) if adds else y
 
         return forward
 
+    def _enter(self, block: Block, x: Tensor) -> Tensor:
+        """Decide who skips; return the input of those who run (of all, if nobody does)."""
+        stream = self._streams.h(block, x)
+        if stream is None:
+            raise SessionError(
+                f"layer {block.index} called its FFN before its attention, so the stream is not known; "
+                "open the session with the model in the state in which it was located"
+            )
+        self._shape = x.shape  # [batch, seq, hidden], or [batch * seq, hidden]
+        self._h = stream.reshape(-1, x.shape[-1])
+        self._rows: Tensor | slice | None = _ALL  # those that run the FFN; None: nobody does
+        self._masked = False  # all run, and what some of them get is thrown away
+        self._added: Tensor | None = None
+        return self._enter_single(block, x) if self._single else self._enter_many(block, x)
+
     def _enter_single(self, block: Block, x: Tensor) -> Tensor:
         """Decide whether the only token skips."""
-        self._shape = x.shape
-        self._h = x.reshape(1, -1)
         self._ran: Tensor | bool = True
-        self._rows: Tensor | slice | None = _ALL
         skip, self._state = self._rule.before(block.index, self._state_on(x.device), self._h)
         if skip:  # a rule may answer with a tensor; it is read here
             self._count(block, skip, 1)
             self._rows = None
         return x
 
-    def _enter(self, block: Block, x: Tensor) -> Tensor:
-        """Decide who skips; return the input of those who run (of all, if nobody does)."""
-        self._shape = x.shape  # [batch, seq, hidden], or [batch * seq, hidden]
-        self._h = x.reshape(-1, x.shape[-1])
+    def _enter_many(self, block: Block, x: Tensor) -> Tensor:
         skip, self._state = self._rule.before(block.index, self._state_on(x.device), self._h)
         assert self._active is not None and isinstance(skip, Tensor)
         self._active = self._active.to(x.device)
         skip = skip & self._active
         self._ran = ~skip
-        self._rows = _ALL
         skipping = int(skip.sum())
         if skipping == 0:
             return x
@@ -135,8 +147,11 @@ class EagerEngine:
         if skipping == len(self._h):
             self._rows = None
             return x
+        if block.family.whole:
+            self._masked = True
+            return x
         self._rows = self._ran.nonzero().squeeze(-1)
-        running = self._h[self._rows]
+        running = x.reshape(-1, x.shape[-1])[self._rows]
         return running if x.dim() == 2 else running[None]  # FFNs with a router want three axes
 
     def _state_on(self, device: torch.device) -> RuleState:
@@ -145,24 +160,35 @@ class EagerEngine:
             self._state = self._rule.start(self._tokens, device)
         return self._state.to(device)
 
-    def _all_skipped(self, block: Block) -> Any:
-        """Return what the layer adds when the FFN did not run at all."""
-        self.weight_bytes_saved += block.weight_bytes
-        stand_in = self._stand_in(block).reshape(self._shape)
-        extras = self.extras(block.index)
+    def _all_skipped(self, block: Block, module: nn.Module) -> Any:
+        """Return what one of the block's outputs adds when the FFN did not run at all."""
+        if module is block.chain[-1]:
+            self.weight_bytes_saved += block.weight_bytes
+        stand_in = self._in_place_of(block, module).reshape(self._shape)
+        extras = self._extras.get(module, 0)
         return (stand_in, *[None] * extras) if extras else stand_in
 
-    def _leave(self, block: Block, y: Any) -> Any:
+    def _leave(self, block: Block, module: nn.Module, y: Any) -> Any:
         """Return what the layer adds: the FFN's output for tokens that ran, its stand-in for the rest."""
         output, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         f = output.reshape(-1, output.shape[-1])
         if isinstance(self._rows, Tensor):
-            f = self._stand_in(block).index_copy_(0, self._rows, f)
+            f = self._in_place_of(block, module).to(f.dtype).index_copy_(0, self._rows, f)
             output = f.reshape(self._shape)
-        assert self._state is not None
-        scaled = f if block.scale == 1.0 else f * block.scale
-        self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)
+        elif self._masked:
+            assert isinstance(self._ran, Tensor)
+            f = torch.where(self._ran[:, None], f, self._in_place_of(block, module).to(f.dtype))
+            output = f.reshape(self._shape)
+        self._added = f if self._added is None else self._added + f
+        if module is block.chain[-1]:
+            assert self._state is not None
+            scaled = self._added if block.scale == 1.0 else self._added * block.scale
+            self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)
         return output if rest is None else (output, *rest)
+
+    def _in_place_of(self, block: Block, module: nn.Module) -> Tensor:
+        """What tokens that skip get from one of the block's outputs: the last of them stands in for all."""
+        return self._stand_in(block) if module is block.chain[-1] else torch.zeros_like(self._h)
 
     def _stand_in(self, block: Block) -> Tensor:
         """What tokens that skip add, for all tokens [tokens, hidden]; the layer will multiply by `scale`."""

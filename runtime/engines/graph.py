@@ -195,6 +195,12 @@ def refusal(architecture: Architecture) -> str | None:
     if attention not in _ATTENTION:
         return f"attention {attention!r} takes no mask for one token; {' or '.join(_ATTENTION)} does"
     kinds = set(getattr(stack.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if any(block.attention is not None for block in architecture.blocks):
+        return "attention and FFN are parallel, and a captured step knows no stream between them"
+    if not all(block.adds_to_its_input and block.family.summed == 1 for block in architecture.blocks):
+        return "the layers scale the stream, or add up several outputs, where a captured step would not"
+    if any(block.family.whole for block in architecture.blocks):
+        return "the layers mix other paths into their FFNs"
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))} keep no plain keys and values"
     return None

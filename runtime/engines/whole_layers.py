@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipcal.arch.blocks import first_output
 from skipcal.arch.locate import Architecture, Block
 from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
@@ -115,7 +116,7 @@ class SkippedLayers:
             skip = self._skip(block, stream)
             if skip is None:
                 output = inner(*args, **kwargs)
-                self._tuples[block.index] = len(output) - 1 if isinstance(output, tuple) else 0
+                self._tuples[block.index] = len(output) - 1 if isinstance(output, list | tuple) else 0
                 return output
             if not isinstance(self._tokens.step, Tensor):  # every row is at the same step
                 if block.index not in self._tuples:
@@ -124,9 +125,9 @@ class SkippedLayers:
                 self.weight_bytes_saved += block.layer_bytes
                 return (stream, *[None] * extras) if extras else stream
             output = inner(*args, **kwargs)
-            first = output[0] if isinstance(output, tuple) else output
+            first = first_output(output)
             passed = torch.where(skip.reshape(*stream.shape[:-1], 1), stream, first)
-            return (passed, *output[1:]) if isinstance(output, tuple) else passed
+            return (passed, *output[1:]) if isinstance(output, list | tuple) else passed
 
         return forward
 

@@ -32,6 +32,11 @@ FAMILIES = {
     "llama": {},
     "gpt2": {},
     "opt": {},
+    "granitemoeshared": {},
+    "gpt_neox": {},
+    "falcon": {},
+    "mixtral": {},
+    "minimax": {},
     "granite": {},
     "olmo2": {},
     "gemma2": {"sliding_window": 4},
@@ -69,7 +74,7 @@ def test_layers_one_by_one_are_the_whole_stack(family: str) -> None:
     parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: int, h: Tensor, f: Tensor) -> None:
-        parts[layer] = (h, f)
+        parts[layer] = (h.clone(), f.clone())
 
     for ids in (torch.tensor(ROWS[:3]), torch.tensor(ROWS[3:6]), torch.tensor(ROWS[6:7])):
         with observe(architecture.blocks, keep):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import left_padded, lively
+from conftest import DENSE, left_padded, lively
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from skipcal.arch.check import tiny_model
-from skipcal.arch.families import FAMILIES
 from skipcal.arch.loading import LoadedModel
 from skipcal.errors import ConfigError, ProfileMismatch, SessionError, UnsupportedModel
 from skipcal.profiles.schema import SkipProfile
@@ -494,7 +493,7 @@ def test_a_profile_drives_a_session(smollm: LoadedModel, smollm_profile: SkipPro
 # Every family
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", DENSE)
 def test_every_family_skips_restores_and_agrees_with_teacher_forcing(model_type: str) -> None:
     model: Any = lively(model_type)
     state = state_of(model)
