@@ -389,25 +389,25 @@ def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug
     Example: skipcal models --check
     """
     with command(as_json, debug) as console:
-        from skipcal.arch.families import FAMILIES
+        from skipcal.arch.families import UNSUPPORTED, families_listed
         from skipcal.profiles.schema import shipped_profiles
 
-        rows: list[dict[str, Any]] = [
-            {"family": name, "chain": list(family.chain)} for name, family in sorted(FAMILIES.items())
-        ]
+        rows = families_listed()
         if check:
-            from skipcal.arch.check import proof_error
+            from skipcal.arch.check import checked
 
-            for row in rows:
-                row["proof_error"] = proof_error(row["family"])
+            rows = checked(rows)
+        refused = [{"family": name, "reason": reason} for name, reason in sorted(UNSUPPORTED.items())]
         console.result(
-            {"families": rows, "profiles": shipped_profiles()},
+            {"families": rows, "unsupported": refused, "profiles": shipped_profiles()},
             "\n".join(
                 [
-                    f"{'family':<14}{'proof error':<13}chain of modules from h to f",
+                    f"{'family':<20}{'found':<11}{'kind':<25}{'proof error':<13}chain of modules to f",
                     *map(_family_line, rows),
-                    "\nOther families are tried by structure; every model is proven before use.",
-                    f"Shipped profiles: {', '.join(shipped_profiles()) or 'none'}",
+                    "\nOther families are found by structure; every model is proven before use.",
+                    "\nThese cannot be skipped:",
+                    *(f"{row['family']:<20}{row['reason']}" for row in refused),
+                    f"\nShipped profiles: {', '.join(shipped_profiles()) or 'none'}",
                 ]
             ),
         )
@@ -563,8 +563,10 @@ def _generated(done: Generation) -> str:
 
 
 def _family_line(row: dict[str, Any]) -> str:
-    error = f"{row['proof_error']:.1e}" if "proof_error" in row else "-"
-    return f"{row['family']:<14}{error:<13}{' -> '.join(row['chain'])}"
+    error = row.get("proof_error")
+    words = "-" if error is None else f"{error:.1e}"
+    chain = " -> ".join(row["chain"])
+    return f"{row['family']:<20}{row['found'] or 'not here':<11}{row['kind']:<25}{words:<13}{chain}"
 
 
 if __name__ == "__main__":
