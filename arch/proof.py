@@ -71,7 +71,8 @@ def proof_ids(model: PreTrainedModel) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(1, PROOF_TOKENS + 1).repeat(2, 1)
     ids[1, _ALIKE:] += PROOF_TOKENS
-    return (ids % vocabulary).to(input_device(model))
+    picked: Tensor = (ids % vocabulary).to(input_device(model))
+    return picked
 
 
 @contextmanager
@@ -105,10 +106,9 @@ def _judged(block: Block, h: Tensor, f: Tensor, total: Tensor, x: Tensor | None)
     terms = stream.abs() + added.abs()
     if block.attention is not None and x is not None:
         terms += 2 * _exact(x).abs()
-    scale = block.output_scale
-    scale = scale.detach().cpu().double() if isinstance(scale, Tensor) else scale
+    scale = torch.as_tensor(block.output_scale).detach().cpu().double()
     # Element by element: an element that is huge must not hide the errors of the others.
-    error = float((((stream + added) * scale - summed).abs() / (terms * abs(scale) + floor)).max())
+    error = float((((stream + added) * scale - summed).abs() / (terms * scale.abs() + floor)).max())
     limit = PROOF_TOLERANCE_EPS * eps
     if not error <= limit:
         return f"|h + f - sum| is {error:.1e} of its scale, over {limit:.1e}"

@@ -25,12 +25,12 @@ def alike(names: str, oddity: Oddity = Oddity()) -> dict[str, tuple[str, Oddity,
 
 # What a layer adds where it is not `mlp`, by hand from the families' code.
 CASES: dict[str, tuple[str, Oddity, dict[str, Any]]] = {
-    **alike("arcee bitnet cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge"),
+    **alike("cohere cohere2 cohere2_moe deepseek_v3 deepseek_v32 diffllama doge modernbert-decoder youtu"),
     **alike("ernie4_5_moe glm4_moe glm_moe_dsa gpt_oss hunyuan_v1_moe jetmoe kimi_linear llama mixtral"),
-    **alike("nanochat nemotron olmo olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text"),
-    **alike("qwen3_moe qwen3_next smollm3 stablelm starcoder2 youtu modernbert-decoder vaultgemma apertus"),
-    **alike("gemma2 gemma3_text olmo2 olmo3 exaone4 flex_olmo", SANDWICHED),
-    **alike("codegen gpt2 gpt_bigcode gpt_neo gptj falcon", GPT2),
+    **alike("nemotron olmoe phi phi3 phimoe qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next stablelm"),
+    **alike("vaultgemma apertus"),
+    **alike("gemma2 gemma3_text olmo2 exaone4 flex_olmo", SANDWICHED),
+    **alike("codegen gpt2 gpt_neo gptj falcon", GPT2),
     **alike("bamba falcon_h1 jamba lfm2 lfm2_moe llama4_text", HYBRID),
     **alike("afmoe glm4", Oddity(adds=("post_mlp_layernorm",))),
     **alike("granite", GRANITE),
