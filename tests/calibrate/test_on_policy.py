@@ -120,9 +120,9 @@ class Watched:
         self.streams: dict[int, Tensor] = {}
         apply, write = Sweep._apply, StreamStore.write
 
-        def applied(sweep: Any, layer: int, *args: Any) -> int:
-            self.skips[layer] = apply(sweep, layer, *args)
-            return self.skips[layer]
+        def applied(sweep: Any, block: Any, *args: Any) -> int:
+            self.skips[block.index] = apply(sweep, block, *args)
+            return self.skips[block.index]
 
         def written(store: Any, number: int, **tensors: Tensor) -> None:
             if "stream" in tensors:
