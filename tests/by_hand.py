@@ -30,7 +30,8 @@ class Oddity:
 
 
 def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class ByHand:
@@ -46,7 +47,8 @@ class ByHand:
 
     def start(self) -> None:
         self.streams, self.skipped, self.cosines = [], [], []
-        self.armed, self.now_skipping, self.f = False, False, None
+        self.armed, self.now_skipping = False, False
+        self.f: Tensor | None = None
 
     def _added(self, module: str) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
