@@ -13,7 +13,7 @@ from conftest import attentive, lively
 from safetensors.torch import load_file
 from torch import Tensor
 
-from skipcal.arch.locate import Architecture, locate, observe
+from skipcal.arch.locate import Architecture, Block, locate, observe
 from skipcal.calibrate.damage import FisherDamage, fisher_damage
 from skipcal.calibrate.gate import fit_gate, gate_inputs, sharpened
 from skipcal.calibrate.layer_sweep import LayerRunner, StreamStore
@@ -120,7 +120,7 @@ class Watched:
         self.streams: dict[int, Tensor] = {}
         apply, write = Sweep._apply, StreamStore.write
 
-        def applied(sweep: Any, block: Any, *args: Any) -> int:
+        def applied(sweep: Any, block: Block, *args: Any) -> int:
             self.skips[block.index] = apply(sweep, block, *args)
             return self.skips[block.index]
 
