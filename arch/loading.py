@@ -98,9 +98,9 @@ def load_model(
     if adapter is not None and importlib.util.find_spec("peft") is None:
         raise Unavailable(f"adapter {adapter!r} needs the package peft; run: pip install 'skipcal[peft]'")
     source = find_source(name, revision)
+    quantized = None if source.gguf_file else quantization_config(quantization, dtype)
     check_source(source, trust_remote_code=trust_remote_code, quantization=quantization)
     _check_attention_of(source, attn_implementation, trust_remote_code)
-    quantized = quantization_config(quantization, dtype)
     tokenizer = _tokenizer(source, trust_remote_code)
     model = _model(
         source,
