@@ -22,7 +22,7 @@ _LAYER = {
 
 
 def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """Write a Llama with 97 tokens: three special ones, printable characters, and `ab`."""
+    """Write a Llama with 97 tokens: three special ones, printable characters, `ab` and `cd`."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -35,8 +35,8 @@ def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *map(chr, range(33, 126)), "ab"])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *map(chr, range(33, 125)), "ab", "cd"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_token_types([3, 3, 3] + [1] * 94)
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)

@@ -17,6 +17,7 @@ from skipcal.arch.check import tiny_model
 from skipcal.arch.loading import LoadedModel, fingerprint, load_model
 from skipcal.arch.locate import locate
 from skipcal.arch.placement import memory_limits
+from skipcal.arch.source import check_source, find_source
 from skipcal.calibrate.provenance import model_info
 from skipcal.errors import ConfigError, OutputError, Unavailable
 
@@ -137,7 +138,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, gguf_model: A
     write_gguf(gguf_model, tmp_path / "tiny.gguf", kind_of)
     loaded = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert loaded.described()["name"] == "tiny.gguf" and loaded.described()["quantization"] == "gguf"
-    assert loaded.tokenizer("abc")["input_ids"] == [96, 69]
+    assert loaded.tokenizer("abc")["input_ids"] == [95, 69]
     ids = torch.arange(3, 20)[None]
     mine, its = loaded.model(ids).logits, gguf_model(ids).logits
     if kind == "F32":
@@ -160,7 +161,9 @@ def test_a_gguf_file_that_is_not_there_or_is_none(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"'nobody/none:file\.gguf' could not be loaded"):
         load_model("nobody/none:file.gguf")
     with pytest.raises(ConfigError, match="has no effect on a GGUF file"):
-        load_model("nobody/none:file.gguf", quantization="bitsandbytes:int8")
+        check_source(
+            find_source("nobody/none:file.gguf", None), trust_remote_code=False, quantization="torchao:int8"
+        )
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
