@@ -161,7 +161,7 @@ def _check_attention(name: str | None) -> None:
     known = ["eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in k)]
     if name is not None and name not in known and "/" not in name:
         raise ConfigError(
-            f"attn_implementation {name!r} is not one of {', '.join(known)}, nor a kernel's hub id; "
+            f"attn_implementation {name!r} is neither one of transformers' nor a kernel's hub id; "
             f"{suggestion(name, known)}"
         )
 
