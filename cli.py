@@ -358,7 +358,7 @@ def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug
                     *map(_family_line, rows),
                     "\nOther families are found by structure; every model is proven before use.",
                     "\nThese cannot be skipped:",
-                    *(f"{row['family']:<20}{row['reason']}" for row in refused),
+                    *(f"{row['family']:<19} {row['reason']}" for row in refused),
                     f"\nShipped profiles: {', '.join(shipped_profiles()) or 'none'}",
                 ]
             ),
@@ -516,7 +516,7 @@ def _family_line(row: dict[str, Any]) -> str:
     error = row.get("proof_error")
     words = "-" if error is None else f"{error:.1e}"
     chain = " -> ".join(row["chain"])
-    return f"{row['family']:<20}{row['found'] or 'not here':<11}{row['kind']:<25}{words:<13}{chain}"
+    return f"{row['family']:<19} {row['found'] or 'not here':<11}{row['kind']:<25}{words:<13}{chain}"
 
 
 if __name__ == "__main__":
