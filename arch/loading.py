@@ -161,8 +161,8 @@ def _check_attention(name: str | None) -> None:
     known = ["eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in k)]
     if name is not None and name not in known and "/" not in name:
         raise ConfigError(
-            f"attn_implementation {name!r} is neither one of transformers' nor a kernel's hub id; "
-            f"{suggestion(name, known)}"
+            f"attn_implementation {name!r} cannot be used: it is no hub id of a kernel, and transformers has "
+            f"none of that name; {suggestion(name, known)}"
         )
 
 

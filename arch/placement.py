@@ -78,6 +78,6 @@ def _check_device_map(name: str) -> None:
     except RuntimeError:
         hint = suggestion(name, SPREADS)
         raise ConfigError(
-            f"device_map {name!r} is not one of {', '.join(SPREADS)}, nor a device; {hint}"
+            f"device_map {name!r} cannot be used: it is neither a device nor a way to spread a model; {hint}"
         ) from None
     pick_device(name)

@@ -96,7 +96,7 @@ def test_bench_hands_over_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
         (
             ["--model", "nobody/auto", "--device-map", "everywhere"],
             2,
-            "device_map 'everywhere' is not one of",
+            "device_map 'everywhere' cannot be used",
         ),
         (["--model", "nobody/auto", "--attn-implementation", "quick"], 2, "attn_implementation 'quick'"),
         (["--model", "nobody/auto", "--quantization", "int3"], 2, "quantization 'int3' is not known"),
