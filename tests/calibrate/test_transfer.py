@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
+from skipcal.calibrate.chat import sample_prompts
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.calibrate.passes import Passes
 from skipcal.calibrate.pipeline import calibrate_model
@@ -212,10 +213,10 @@ def test_a_profiles_prompts_are_found_again(
     from skipcal.calibrate import pipeline
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        drawn.append(sample_corpus(*args, **kwargs))
+        drawn.append(sample_prompts(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(pipeline, "sample_corpus", spy)
+    monkeypatch.setattr(pipeline, "sample_prompts", spy)
     settings = {**SETTINGS, "closed_loop_prompts": 0, "verify": verify, "verify_prompts": 3}
     entries = [f"some={files['stream']}", str(files["documents"])]
     profile = calibrate_model(loaded, ProfileConfig(data_files=entries, **settings)).profile
