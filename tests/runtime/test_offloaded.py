@@ -65,7 +65,7 @@ def policies(model: Any) -> dict[str, Policy]:
     return {
         "cosine": SOME,
         "cosine+surrogates": Substituted(SOME, surrogates),
-        "gate": GatePolicy(gates=gates, surrogates=surrogates, threshold=0.0, warm_up_tokens=1),
+        "gate": GatePolicy(gates=gates, surrogates=surrogates, threshold=0.3, warm_up_tokens=1),
     }
 
 
