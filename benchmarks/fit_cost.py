@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def main() -> None:
     assert gate is not None
     save(
         "fit_cost",
-        "python benchmarks/fit_cost.py",
+        f"python benchmarks/fit_cost.py --fitted {Path(options.fitted).name}",
         {
             "memory": measured_memory(),
             "rates": rate,
