@@ -31,13 +31,13 @@ class Block:
     layer: nn.Module
     chain: tuple[nn.Module, ...]
     scale: float
-    weight_bytes: int
-    layer_bytes: int
     family: Family
     stream_scale: float | Tensor = 1.0
     output_scale: float | Tensor = 1.0
     attention: nn.Module | None = None
     into: nn.Module | None = None
+    weight_bytes: int = 0
+    layer_bytes: int = 0
     mixture: bool = False
 
     @property
@@ -48,12 +48,12 @@ class Block:
     @property
     def adds_to_its_input(self) -> bool:
         """Whether h is the very tensor that `chain[0]` is given, and the layer adds f to it as it is."""
-        return self.attention is None and isinstance(self.stream_scale, float) and self.stream_scale == 1.0
+        return self.attention is None and is_one(self.stream_scale)
 
     @property
     def returns_the_sum(self) -> bool:
         """Whether the layer's output is h + f."""
-        return self.into is None and isinstance(self.output_scale, float) and self.output_scale == 1.0
+        return self.into is None and is_one(self.output_scale)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Architecture:
         """`sequential` or `parallel`, and `mixture` where a layer has experts."""
         order = "parallel" if any(block.attention is not None for block in self.blocks) else "sequential"
         return f"{order} mixture" if any(block.mixture for block in self.blocks) else order
+
+
+def is_one(scale: float | Tensor) -> bool:
+    """Whether scaling by it changes nothing; a tensor's values are not looked at."""
+    return isinstance(scale, float) and scale == 1.0
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,9 +146,7 @@ class StreamReader:
             if given is None or attended is None or given.shape != attended.shape:
                 return None
             stream = given.to(attended.device) + attended  # split models move a layer's input inside it
-        if isinstance(block.stream_scale, float) and block.stream_scale == 1.0:
-            return stream
-        return stream * block.stream_scale
+        return stream if is_one(block.stream_scale) else stream * block.stream_scale
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -82,13 +83,11 @@ def _architecture(
     errors: Sequence[float | str],
 ) -> Architecture:
     config = model.config.get_text_config()
-    # Counted again: some formats pack their weights in a first pass, which the proof was.
-    blocks = [_block(block.index, block.layer, block.family, config) for block in blocks]
     return Architecture(
         model_type=config.model_type,
         found=found,
         stack=model.get_submodule(blocks[0].family.layers.rpartition(".")[0]),
-        blocks=tuple(blocks),
+        blocks=tuple(_counted(block, config) for block in blocks),
         hidden_size=config.hidden_size,
         intermediate_size=_ffn_width(config),
         proof_error=max(error for error in errors if isinstance(error, float)),
@@ -102,24 +101,22 @@ def _listed(model: PreTrainedModel, variants: Sequence[Family]) -> list[Block] |
         layers: Any = model.get_submodule(path)
     except AttributeError:
         return f"{path}: no such list of layers"
-    config = model.config.get_text_config()
     blocks = []
     for index, layer in enumerate(layers):
         family = next((family for family in variants if not missing(layer, family)), None)
         if family is None:
             lacking = ", ".join(missing(layer, variants[0]))
             return f"{path}[{index}] ({type(layer).__name__}) has no {lacking}"
-        blocks.append(_block(index, layer, family, config))
+        blocks.append(_block(index, layer, family))
     return blocks
 
 
 def _by_structure(model: PreTrainedModel, path: str) -> tuple[list[Block], list[float | str]] | str:
     """Blocks and errors of the likeliest proven family, the same for all layers where there is one."""
-    config = model.config.get_text_config()
     found_layers: Any = model.get_submodule(path)
     layers = list(found_layers)  # children() would name a layer that stands there twice only once
     proposed = [
-        _block(index, layers[index], family, config)
+        _block(index, layers[index], family)
         for index, families in enumerate(proposals(model, path))
         for family in families
     ]
@@ -134,8 +131,8 @@ def _by_structure(model: PreTrainedModel, path: str) -> tuple[list[Block], list[
     return [block for block, _ in chosen], [error for _, error in chosen]
 
 
-def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
-    """Turn the family's names into a layer's modules and numbers."""
+def _block(index: int, layer: nn.Module, family: Family) -> Block:
+    """Turn the family's names into a layer's modules and numbers; what it weighs is left open."""
 
     def module(name: str | None) -> nn.Module | None:
         return attrgetter(name)(layer) if name else None
@@ -154,10 +151,17 @@ def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
         output_scale=number(family.output_scale),
         attention=module(family.attention),
         into=module(family.into),
-        weight_bytes=bytes_read(chain, config, index),
-        layer_bytes=bytes_read((layer,), config, index),
         family=family,
-        mixture=is_mixture(chain, config),
+    )
+
+
+def _counted(block: Block, config: Any) -> Block:
+    """The block with its bytes. After the proof: some formats pack their weights in a first pass."""
+    return replace(
+        block,
+        weight_bytes=bytes_read(block.chain, config, block.index),
+        layer_bytes=bytes_read((block.layer,), config, block.index),
+        mixture=is_mixture(block.chain, config),
     )
 
 
