@@ -129,6 +129,7 @@ def _quieten(processes: Processes) -> None:
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of an input
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    os.environ["MPLBACKEND"] = "Agg"  # commands draw into files, never into a window
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
     if processes.size > 1:

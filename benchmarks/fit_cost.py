@@ -25,6 +25,7 @@ from skipcal.arch.locate import input_device, locate
 from skipcal.calibrate.damage import fisher_damage
 from skipcal.calibrate.on_policy import Sweep
 from skipcal.calibrate.surrogate import rank_for
+from skipcal.configs.fit import SURROGATE_BUDGET
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.hardware import peak_memory
 from skipcal.speed.shapes import shape_config
@@ -98,7 +99,7 @@ def computed(shape: str, element_bytes: int) -> dict[str, Any]:
     in_layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
     ffn = 3 * hidden * config.intermediate_size + hidden
     candidates = layers - 2
-    rank = rank_for(0.05, hidden, ffn * element_bytes, element_bytes)
+    rank = rank_for(SURROGATE_BUDGET, hidden, ffn * element_bytes, element_bytes)
     tokens = CALIBRATION["windows"] * CALIBRATION["window_tokens"]
     damage_tokens = CALIBRATION["damage_windows"] * CALIBRATION["window_tokens"]
     loop_tokens = CALIBRATION["loop_windows"] * CALIBRATION["window_tokens"] * CALIBRATION["loop_passes"]

@@ -126,13 +126,15 @@ def tune(
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
         figures = [Path(settings.figure)] if settings.figure else []
-        for path in (target, *figures):
-            check_output(path, overwrite=settings.overwrite)
+        check_output(target, overwrite=settings.overwrite)
 
         from skipcal.calibrate.tune import tune_profile
         from skipcal.plots.pareto import save_pareto
+        from skipcal.plots.style import check_figure
         from skipcal.profiles.summary import tuning_table
 
+        for path in figures:
+            check_figure(path, overwrite=settings.overwrite)
         tuned = tune_profile(load(settings.model_dump()), found, settings)
         tuned.save(target, overwrite=settings.overwrite)
         for path in figures:

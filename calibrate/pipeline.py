@@ -109,11 +109,10 @@ def calibrate_together(
         run.prepare_loop(samples, traces)
 
         def conclude(ask: Ask) -> Calibration:
-            profile = run.profile(samples, traces, _remembering(ask, checkpoint))
             again = checkpoint is not None and checkpoint.resumed
-            seconds = None if again else round(time.monotonic() - started, 1)
-            made = environment(architecture, seconds=seconds, processes=processes.size)
-            return Calibration(profile.model_copy(update={"environment": made}), traces, checkpoint)
+            begun = None if again else started  # what a run took that was killed in between, nobody knows
+            profile = run.profile(samples, traces, _remembering(ask, checkpoint), started=begun)
+            return Calibration(profile, traces, checkpoint)
 
         return processes.directed(conclude, run.measure)
     except BaseException:
@@ -231,8 +230,10 @@ class _Calibrator:
 
     # In process 0
 
-    def profile(self, samples: list[CorpusSample], traces: list[Trace], ask: Ask) -> SkipProfile:
-        """Statistics, regions and operating points from the traces."""
+    def profile(
+        self, samples: list[CorpusSample], traces: list[Trace], ask: Ask, *, started: float | None
+    ) -> SkipProfile:
+        """Statistics, regions and operating points from the traces. started: on `time.monotonic`."""
         config, architecture = self._config, self._architecture
         pooled = pooled_statistics(traces)
         regions = self._regions(traces, pooled)
@@ -255,7 +256,7 @@ class _Calibrator:
             regions=regions,
             policy=policy,
             operating_points=points,
-            environment=environment(architecture),
+            environment=environment(architecture, started=started, processes=self._processes.size),
             config=config.recorded(),
         )
 

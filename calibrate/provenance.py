@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,10 +87,12 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
 
 
-def environment(
-    architecture: Architecture, *, seconds: float | None = None, processes: int | None = None
-) -> Environment:
-    """Versions, device and time. seconds: what the run took; processes: how many it were."""
+def environment(architecture: Architecture, *, started: float | None, processes: int) -> Environment:
+    """Versions, device and time.
+
+    started:   when the run began, on `time.monotonic`; None where what it took is not known.
+    processes: how many ran it.
+    """
     device = input_device(architecture.stack)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return Environment(
@@ -99,6 +102,6 @@ def environment(
         transformers=transformers.__version__,
         device=f"{device.type} ({name})",
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=seconds,
+        seconds=None if started is None else round(time.monotonic() - started, 1),
         processes=processes,
     )

@@ -41,7 +41,7 @@ class Trace:
     @property
     def num_layers(self) -> int:
         """Number of layers, L."""
-        return len(self.parts[0].read("cosine"))
+        return self.parts[0].length("cosine")
 
     @property
     def prompt(self) -> np.ndarray:
@@ -81,8 +81,9 @@ class Trace:
         sums, counts = [], []
         for part in self.parts:
             prompts, index = np.unique(part.read("prompt"), return_inverse=True)
-            found = np.zeros((len(prompts), self.num_layers))
-            np.add.at(found, index, part.read("cosine").T.astype(np.float64))
+            cosine = part.read("cosine")
+            found = np.zeros((len(prompts), len(cosine)))
+            np.add.at(found, index, cosine.T.astype(np.float64))
             sums.append(found)
             counts.append(np.bincount(index).astype(np.float64))
         return np.concatenate(sums), np.concatenate(counts)

@@ -34,6 +34,9 @@ class Part(Protocol):
     def read(self, name: str, index: slice = ALL) -> np.ndarray:
         """An array, or a slice of it along its first axis."""
 
+    def length(self, name: str) -> int:
+        """The size of an array's first axis."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -48,6 +51,10 @@ class Held:
     def read(self, name: str, index: slice = ALL) -> np.ndarray:
         """A view: whoever writes to it copies it first."""
         return self.arrays[name][index]
+
+    def length(self, name: str) -> int:
+        """The size of an array's first axis."""
+        return len(self.arrays[name])
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Stored:
         with self._open() as file:
             values: np.ndarray = file.get_slice(name)[index]
         return values
+
+    def length(self, name: str) -> int:
+        """The size of an array's first axis; no value is read."""
+        with self._open() as file:
+            return int(file.get_slice(name).get_shape()[0])
 
     def _open(self) -> Any:
         from safetensors import SafetensorError, safe_open

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
+SURROGATE_BUDGET = 0.05  # bytes of a surrogate over those of its FFN
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -35,7 +37,7 @@ class FitConfig(CalibrationSettings):
     batch_size: PositiveInt = 4
     seed: Annotated[int, Field(ge=0)] = 0
     target_skip_ratio: Fraction = 0.25
-    surrogate_budget: Fraction = 0.05
+    surrogate_budget: Fraction = SURROGATE_BUDGET
     rank: PositiveInt | None = None
     sweeps: Annotated[int, Field(ge=0)] = 1
     damage: Literal["fisher", "relative-error"] = "fisher"

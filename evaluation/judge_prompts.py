@@ -15,7 +15,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.judge import JudgeRequest, Verdict
+from skipcal.evaluation.verdicts import JudgeRequest, Verdict
 
 _SYSTEM = (
     "You grade the work of AI assistants for a research study. Judge only what is written, whoever may have "

@@ -9,7 +9,7 @@ from typing import Any
 
 from skipcal.configs.sweep import JudgeOptions
 from skipcal.evaluation.arms import ArmResult
-from skipcal.evaluation.judge import JudgeRequest, JudgeSettings, Verdict, ask
+from skipcal.evaluation.judge import ask
 from skipcal.evaluation.judge_prompts import (
     JudgePrompt,
     load_judge_prompts,
@@ -18,11 +18,13 @@ from skipcal.evaluation.judge_prompts import (
     rating_requests_mtbench,
     rating_requests_summary,
 )
+from skipcal.evaluation.judge_settings import JudgeSettings
 from skipcal.evaluation.mtbench import MTBench
 from skipcal.evaluation.records import digest
 from skipcal.evaluation.statistics import Share
 from skipcal.evaluation.summarization import Summarization
 from skipcal.evaluation.tasks import ALL, Metrics, Record, Task, in_subsets
+from skipcal.evaluation.verdicts import JudgeRequest, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from skipcal.errors import OutputExists
 from skipcal.evaluation.sweep import SweepResult
 from skipcal.plots.sweep import FIGURES, main_metrics, save_sweep_figures
 from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.markdown import table
 from skipcal.profiles.schema import SkipProfile
 
 SWEEP_FORMAT = "skipcal.sweep/1"
@@ -137,24 +138,25 @@ def at_ratio(frame: pd.DataFrame, ratio: float) -> str:
     """Methods by main metrics, at one target ratio."""
     rows = frame[(frame["target_skip_ratio"] == ratio) | (frame["method"] == "full")]
     metrics = main_metrics(frame)
-    lines = [["method", "realised", "of bytes", *(_title(task, metric) for task, metric in metrics)]]
+    head = ["method", "realised", "of bytes", *(_title(task, metric) for task, metric in metrics)]
+    lines = []
     for method in dict.fromkeys(rows["method"]):
         mine = rows[(rows["method"] == method) & (rows["subset"] == "all")]
         cells = [_one(mine, task, metric) for task, metric in metrics]
         lines.append([method, _span(mine["realised_skip_ratio"]), _span(mine["skip_ratio_bytes"]), *cells])
-    return _markdown(lines)
+    return table(head, lines)
 
 
 def by_ratio(frame: pd.DataFrame, task: str, metric: str) -> str:
     """Target ratios by methods, of one metric of one task."""
     rows = frame[(frame["task"] == task) & (frame["metric"] == metric) & (frame["subset"] == "all")]
     methods = [m for m in dict.fromkeys(rows["method"]) if m != "full"]
-    lines = [["skip ratio", "full", *methods]]
+    head, lines = ["skip ratio", "full", *methods], []
     full = _one(rows[rows["method"] == "full"], task, metric)
     for ratio in sorted(rows["target_skip_ratio"].dropna().unique()):
         at = rows[rows["target_skip_ratio"] == ratio]
         lines.append([f"{ratio:g}", full, *(_one(at[at["method"] == m], task, metric) for m in methods)])
-    return _markdown(lines)
+    return table(head, lines)
 
 
 def _title(task: str, metric: str) -> str:
@@ -176,8 +178,3 @@ def _span(values: pd.Series) -> str:
     if math.isnan(low):
         return "-"  # no token came after the warm-up
     return f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}"
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

@@ -121,13 +121,11 @@ def curves_figure(profiles: Mapping[str, SkipProfile]) -> Figure:
 
 def save_curves(profiles: Mapping[str, SkipProfile], path: Path, *, overwrite: bool) -> None:
     """Write `curves_figure` to a file."""
-    _without_window()
     write_figure(curves_figure(profiles), path, overwrite=overwrite)
 
 
 def save_transfer(frame: pd.DataFrame, path: Path, *, value: str, overwrite: bool) -> None:
     """Write `plot_transfer` to a file."""
-    _without_window()
     import matplotlib.pyplot as plt
 
     rows, columns = frame["profile"].nunique(), frame["text"].nunique()
@@ -137,13 +135,6 @@ def save_transfer(frame: pd.DataFrame, path: Path, *, value: str, overwrite: boo
         plot_transfer(frame, value=value, ax=ax)
         ax.set_title(f"{_VALUES[value][0]}: profile by text", fontsize="medium")
     write_figure(figure, path, overwrite=overwrite)
-
-
-def _without_window() -> None:
-    """Draw where there is no display too; a backend that is in use stays."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
 
 
 def _draw_regions(ax: Axes, profiles: Mapping[str, SkipProfile], colours: list[Any]) -> None:

@@ -9,13 +9,11 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
+from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, check_figure, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plot_pareto(profile: SkipProfile, *, ax: Axes | None = None) -> Axes:
@@ -54,9 +52,10 @@ def plot_pareto(profile: SkipProfile, *, ax: Axes | None = None) -> Axes:
 
 
 def save_pareto(profile: SkipProfile, path: Path, *, overwrite: bool = False) -> None:
-    """Draw the figure into a file; its format follows from the name."""
+    """Draw `plot_pareto` into a PNG, SVG or PDF file."""
     import matplotlib.pyplot as plt
 
+    check_figure(path, overwrite=overwrite)
     with style():
         figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         plot_pareto(profile, ax=ax)

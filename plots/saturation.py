@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import seaborn as sns
 
-from skipcal.errors import ConfigError
 from skipcal.plots.style import (
     BAND_ALPHA,
     COLD,
@@ -16,6 +15,7 @@ from skipcal.plots.style import (
     REGION_ALPHA,
     SKIPPABLE,
     THRESHOLD,
+    check_figure,
     style,
     write_figure,
 )
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 BAND = ("q25", "q75")
 
 
@@ -89,16 +88,8 @@ def saturation_figure(profile: SkipProfile) -> Figure:
 
 def save_figure(profile: SkipProfile, path: Path, *, overwrite: bool) -> None:
     """Draw the profile's saturation curve into a PNG, SVG or PDF file."""
-    import matplotlib
-
-    if path.suffix.lower() not in FIGURE_SUFFIXES:
-        raise ConfigError(f"figure {path}: ending {path.suffix!r} is not one of {', '.join(FIGURE_SUFFIXES)}")
-    matplotlib.use("Agg", force=False)
-    figure = saturation_figure(profile)
-    # The same profile gives the same file: no dates inside.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-
-    write_figure(figure, path, overwrite=overwrite, metadata=metadata)
+    check_figure(path, overwrite=overwrite)
+    write_figure(saturation_figure(profile), path, overwrite=overwrite)
 
 
 def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:

@@ -9,8 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.saturation import FIGURE_SUFFIXES
-from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, style, write_figure
+from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, check_figure, style, write_figure
 from skipcal.speed.table import machine, to_frame
 
 if TYPE_CHECKING:
@@ -62,12 +61,5 @@ def speed_figure(result: dict[str, Any]) -> Figure:
 
 def save_speed_figure(result: dict[str, Any], path: Path, *, overwrite: bool) -> None:
     """Draw a document of `skipcal bench` into a PNG, SVG or PDF file."""
-    import matplotlib
-
-    if path.suffix.lower() not in FIGURE_SUFFIXES:
-        raise ConfigError(f"figure {path}: ending {path.suffix!r} is not one of {', '.join(FIGURE_SUFFIXES)}")
-    matplotlib.use("Agg", force=False)
-
-    figure = speed_figure(result)
-
-    write_figure(figure, path, overwrite=overwrite)
+    check_figure(path, overwrite=overwrite)
+    write_figure(speed_figure(result), path, overwrite=overwrite)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcal.profiles.files import write_atomic
+from skipcal.errors import ConfigError
+from skipcal.profiles.files import check_output, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,11 @@ THRESHOLD = "#333333"
 REGION_ALPHA = 0.14
 BAND_ALPHA = 0.22
 PALETTE = "colorblind"
+MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X", "<", ">", "h")
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+# The same figure gives the same file: no dates inside.
+_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 _RC: dict[Any, Any] = {
     "axes.grid": True,
@@ -42,18 +48,23 @@ def style() -> Iterator[None]:
         yield
 
 
-def write_figure(
-    figure: Figure, path: Path, *, overwrite: bool, metadata: dict[str, Any] | None = None
-) -> None:
-    """Write a figure into a file, in skipcal's style and atomically, and close it.
+def check_figure(path: Path, *, overwrite: bool) -> None:
+    """Raise early, before long work, when no figure could be written there at its end.
 
-    metadata: as matplotlib's savefig takes it.
+    Raises ConfigError for another ending, else as `check_output`.
     """
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ConfigError(f"figure {path}: ending {path.suffix!r} is not one of {', '.join(FIGURE_SUFFIXES)}")
+    check_output(path, overwrite=overwrite)
+
+
+def write_figure(figure: Figure, path: Path, *, overwrite: bool) -> None:
+    """Write a figure into a file, in skipcal's style and atomically, and close it."""
     import matplotlib.pyplot as plt
 
     def draw(partial: Path) -> None:
         with style():
-            figure.savefig(partial, metadata=metadata)
+            figure.savefig(partial, metadata=_NO_DATE.get(path.suffix.lower()))
 
     try:
         write_atomic(path, draw, overwrite=overwrite)

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
+from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,6 @@ METHOD_ORDER = (
     "no-input-adaptive+surrogates",
     "ffn-skip+surrogates",
 )
-MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X", "<", ">", "h")
 LABELS = {
     "perplexity": "perplexity",
     "perplexity_after_warm_up": "perplexity after the warm-up",
@@ -167,10 +166,6 @@ def main_metrics(frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 def save_sweep_figures(frame: pd.DataFrame, folder: Path, *, overwrite: bool) -> list[Path]:
     """Draw all figures of a sweep as PNG files into `folder`; returns them."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-
     written = []
     for stem, draw in sweep_figures(frame).items():
         with style():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
+from skipcal.profiles.markdown import escaped, fenced, table
 from skipcal.profiles.parts import CorpusInfo, GateSettings, StaticSettings
-from skipcal.profiles.reading import one_line, printable
+from skipcal.profiles.reading import printable
 from skipcal.profiles.summary import is_policy, ranges, ratio
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _commands(profile: SkipProfile, source: str) -> str:
     use = ["skipcal", "generate", *words, "--profile", source, "--prompt", "Why is the sky blue?"]
     cost = ["skipcal", "evaluate", *words, "--profile", source, "--task", "perplexity"]
     lines = [f"$ {shlex.join(command)}" for command in (["skipcal", "show", source], use, cost)]
-    return "```console\n" + "\n".join(map(_fenced, lines)) + "\n```"
+    return "```console\n" + "\n".join(map(fenced, lines)) + "\n```"
 
 
 def _python(profile: SkipProfile, source: str) -> str:
@@ -250,7 +251,7 @@ def _python(profile: SkipProfile, source: str) -> str:
         "print(loaded.tokenizer.decode(output[0]))",
         "print(run.report.skip_ratio)",
     ]
-    return "```python\n" + "\n".join(map(_fenced, lines)) + "\n```"
+    return "```python\n" + "\n".join(map(fenced, lines)) + "\n```"
 
 
 def _quoted(text: str) -> str:
@@ -269,20 +270,3 @@ def _citation(profile: SkipProfile) -> str:
 def _embedded(profile: SkipProfile) -> bool:
     """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
     return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
-
-
-def escaped(text: str) -> str:
-    """Text of a profile so that Markdown shows it as it is: no tag, link, picture, code or cell."""
-    plain = one_line(text, 2000).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([`|])|(?<=!)(\[)|(?<=\])(\()", lambda match: f"\\{match[0]}", plain)
-
-
-def _fenced(line: str) -> str:
-    """A line that cannot end the fence around it."""
-    return line.replace("```", "` ` `")

@@ -69,13 +69,18 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool) 
             partial.unlink(missing_ok=True)
 
 
+def write_bytes_atomic(path: Path, raw: bytes, *, overwrite: bool) -> None:
+    """Write `raw` as it is; see `write_atomic`."""
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(raw)
+
+    write_atomic(path, write, overwrite=overwrite)
+
+
 def write_text_atomic(path: Path, text: str, *, overwrite: bool) -> None:
-    """Write `text` as UTF-8; see `write_atomic`."""
-    write_atomic(path, lambda partial: _write_text(partial, text), overwrite=overwrite)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    """Write `text` as UTF-8, its line ends as they are; see `write_atomic`."""
+    write_bytes_atomic(path, text.encode("utf-8"), overwrite=overwrite)
 
 
 def _link(partial: Path, path: Path) -> None:

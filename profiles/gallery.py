@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from skipcal.profiles.card import escaped, table
 from skipcal.profiles.files import write_text_atomic
+from skipcal.profiles.markdown import escaped, table
 from skipcal.profiles.schema import SkipProfile, shipped_profiles
 from skipcal.profiles.summary import ranges
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, Val
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.profiles import policies
 from skipcal.profiles.agreement import check_agreement
-from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.files import check_output, dump_json, write_bytes_atomic, write_text_atomic
 from skipcal.profiles.fits import check_fits
 from skipcal.profiles.parts import (
     CalibrationInfo,
@@ -148,14 +148,14 @@ class SkipProfile(BaseModel):
         check_output(target, overwrite=overwrite)
         before = beside.read_bytes() if beside.is_file() else None
         if before != raw:
-            write_atomic(beside, lambda part: _write_bytes(part, raw), overwrite=overwrite)
+            write_bytes_atomic(beside, raw, overwrite=overwrite)
         try:
             write_text_atomic(target, text, overwrite=overwrite)
         except BaseException:
             if before is None:
                 beside.unlink(missing_ok=True)
             elif before != raw:
-                _write_bytes(beside, before)
+                beside.write_bytes(before)
             raise
 
     def to_json(self) -> str:
@@ -391,7 +391,3 @@ class SkipProfile(BaseModel):
             for layer, value in enumerate(getattr(statistics, stat))
         ]
         return pd.DataFrame(rows, columns=["corpus", "layer", "part", "stat", "value", "n"])
-
-
-def _write_bytes(path: Path, raw: bytes) -> None:
-    path.write_bytes(raw)

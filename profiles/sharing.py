@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipcal.errors import ConfigError, OutputError, SkipcalError, Unavailable, first_words
-from skipcal.profiles.card import FIGURE_FILE, escaped
-from skipcal.profiles.files import write_atomic
+from skipcal.profiles.card import FIGURE_FILE
+from skipcal.profiles.files import write_bytes_atomic, write_text_atomic
+from skipcal.profiles.markdown import escaped
 from skipcal.profiles.sources import HUB_ID, PROFILE_FILE
 
 if TYPE_CHECKING:
@@ -64,9 +65,8 @@ def write_card(profile: SkipProfile, folder: Path) -> None:
     path = folder / CARD_FILE
     card = _read_card(path) if path.exists() else new_card(profile)
     text = with_section(card, profile.model_card())
-    figure = figure_bytes(profile)
-    write_atomic(folder / FIGURE_FILE, lambda part: _write(part, figure), overwrite=True)
-    write_atomic(path, lambda part: _write(part, text.encode()), overwrite=True)
+    write_bytes_atomic(folder / FIGURE_FILE, figure_bytes(profile), overwrite=True)
+    write_text_atomic(path, text, overwrite=True)
 
 
 def warn_of_older_section(profile: SkipProfile, folder: Path) -> None:
@@ -176,7 +176,3 @@ def _read_card(path: Path) -> str:
         ) from error
     except OSError as error:
         raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _write(path: Path, raw: bytes) -> None:
-    path.write_bytes(raw)

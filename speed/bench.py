@@ -21,6 +21,7 @@ from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.arch.placement import pick_device
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.bench import BenchConfig
+from skipcal.configs.fit import SURROGATE_BUDGET
 from skipcal.errors import ConfigError, SkipcalError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.arms import (
@@ -35,7 +36,7 @@ from skipcal.speed.arms import (
 )
 from skipcal.speed.cost import ForcedRatio, StepBytes, break_even, forced_ratio, step_bytes
 from skipcal.speed.files import BENCH_FORMAT
-from skipcal.speed.forced import RANDOM_SHARE, Forced, ForcedCosine, ForcedGate, random_gate
+from skipcal.speed.forced import Forced, ForcedCosine, ForcedGate, random_gate
 from skipcal.speed.hardware import copy_bandwidth, environment, peak_memory, told_of_memory
 from skipcal.speed.shapes import random_model, shape_config
 from skipcal.speed.timing import Spread, interleave, spread
@@ -161,7 +162,7 @@ def _forced(config: BenchConfig, subject: Subject, architecture: Architecture) -
     if not config.gated:
         return ForcedCosine(layers)
     block = architecture.blocks[1]
-    rank = rank_for(RANDOM_SHARE, hidden, block.weight_bytes, subject.model.dtype.itemsize)
+    rank = rank_for(SURROGATE_BUDGET, hidden, block.weight_bytes, subject.model.dtype.itemsize)
     return ForcedGate(random_gate(layers, hidden, rank=rank, seed=config.seed), layers)
 
 

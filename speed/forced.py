@@ -14,7 +14,6 @@ from skipcal.runtime.gate import NEVER, GatePolicy, Gates
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.runtime.surrogates import LowRank, Surrogates
 
-RANDOM_SHARE = 0.05  # of an FFN's bytes that a random surrogate takes, as `skipcal fit` does by default
 _SURE = 1e30  # a bias that no score outweighs
 
 

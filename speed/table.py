@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from skipcal.configs.fit import SURROGATE_BUDGET
+
 _SPREADS = ("step_ms", "prefill_s", "speed_up_over_full", "speed_up_over_plain")
 
 
@@ -93,11 +95,9 @@ def _rule(result: dict[str, Any]) -> str:
     settings = result["settings"]
     if settings.get("profile") is not None:
         return f"gate with the surrogates of {settings['profile']}"
-    return (
-        "cosine"
-        if settings.get("rule") != "gate"
-        else "gate, random, with surrogates of 5 % of an FFN's bytes"
-    )
+    if settings.get("rule") == "gate":
+        return f"gate, random, with surrogates of {100 * SURROGATE_BUDGET:g} % of an FFN's bytes"
+    return "cosine"
 
 
 def _case_lines(case: dict[str, Any]) -> list[str]:

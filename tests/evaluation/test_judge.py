@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from skipcal.errors import ConfigError, JudgeError
-from skipcal.evaluation.judge import JudgeRequest, JudgeSettings, Verdict, ask, read_rating, read_winner
+from skipcal.evaluation.judge import ask
+from skipcal.evaluation.judge_settings import JudgeSettings
+from skipcal.evaluation.verdicts import JudgeRequest, Verdict, read_rating, read_winner
 
 Step = dict[str, Any]
 OK: Step = {"do": "ok"}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.judge import JudgeRequest, Verdict, Winner
 from skipcal.evaluation.judge_prompts import (
     load_judge_prompts,
     pair_outcome,
@@ -15,6 +14,7 @@ from skipcal.evaluation.judge_prompts import (
     rating_requests_mtbench,
     rating_requests_summary,
 )
+from skipcal.evaluation.verdicts import JudgeRequest, Verdict, Winner
 
 NASTY = "{answer} {0} {{x}} {} }{ %s \\1"
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from skipcal.baselines.methods import METHODS
 from skipcal.errors import ConfigError
+from skipcal.plots.style import MARKERS
 from skipcal.plots.sweep import (
-    MARKERS,
     METHOD_ORDER,
     main_metrics,
     plot_by_subset,

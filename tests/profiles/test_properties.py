@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipcal.errors import TargetOutOfReach
-from skipcal.profiles.card import escaped
+from skipcal.profiles.markdown import escaped
 from skipcal.profiles.schema import SkipProfile, threshold_for
 from skipcal.runtime.gate import NEVER
 
