@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from skipcal.arch.families import Family
 
@@ -87,6 +88,12 @@ class Architecture:
         """`sequential` or `parallel`, and `mixture` where a layer has experts."""
         order = "parallel" if any(block.attention is not None for block in self.blocks) else "sequential"
         return f"{order} mixture" if any(block.mixture for block in self.blocks) else order
+
+
+def context_tokens(config: PretrainedConfig) -> int | None:
+    """The longest row a model takes, in tokens, where its configuration says so."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
 
 
 def is_one(scale: float | Tensor) -> bool:

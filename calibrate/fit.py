@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from skipcal.arch.blocks import context_tokens
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.calibrate.closed_loop import RealisedCurve
@@ -101,7 +102,7 @@ class _Fitter:
                 f"no token of a window of {config.prompt_tokens} lies past the warm-up of "
                 f"{self.warm_up_tokens}; raise --prompt-tokens"
             )
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_tokens(self._model.config)
         if context and config.prompt_tokens > context:
             raise ConfigError(
                 f"windows of {config.prompt_tokens} tokens do not fit the model's context of {context}; "

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
+from skipcal.arch.blocks import context_tokens
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.chat import sample_prompts
@@ -159,7 +160,7 @@ class _Calibrator:
             cold_s, cold_e = given or (1, layers - 1)
             policy = SkipPolicy(cold_s=cold_s, cold_e=cold_e, threshold=1.0, max_skips=config.max_skips)
             check_reachable(policy, config.target_skip_ratio, layers)
-        context = getattr(self._loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_tokens(self._loaded.model.config)
         length = config.prompt_tokens + (config.new_tokens if config.mode == "generate" else 0)
         if context and length > context:
             raise ConfigError(

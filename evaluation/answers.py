@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from skipcal.arch.blocks import context_tokens
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.errors import ConfigError
@@ -54,7 +55,7 @@ class Subject:
     @property
     def context(self) -> int | None:
         """Longest row the model takes, where its configuration says so."""
-        return getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_tokens(self.loaded.model.config)
 
 
 def answers(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from skipcal.arch.blocks import context_tokens
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.arch.placement import pick_device
@@ -300,7 +301,7 @@ def _forced_ratios(config: BenchConfig, num_layers: int, forced: Forced) -> list
 def _check_fits(config: BenchConfig, model_config: Any, num_layers: int, forced: Forced) -> None:
     _forced_ratios(config, num_layers, forced)
     longest = max(config.context_tokens) + config.new_tokens
-    room = getattr(model_config, "max_position_embeddings", None)
+    room = context_tokens(model_config)
     if room is not None and longest > room:
         raise ConfigError(
             f"--context-tokens {max(config.context_tokens)} and {config.new_tokens} new tokens do not fit "
