@@ -33,6 +33,11 @@ class Corpus:
     questions: str | None = None
     format: Format | None = None
 
+    @property
+    def has_text_column(self) -> bool:
+        """Whether its text is a column of records, and no text file nor made from questions."""
+        return not (self.source == "embedded" or (self.local and self.stream) or self.questions)
+
 
 # Every set here is Parquet, JSON or text on the hub: `datasets` runs no loading scripts any more.
 # Those without a revision are read at the commit they are at, which the profile records.
@@ -88,11 +93,17 @@ def resolve_corpora(
 
     names:      a known corpus, a question set as SET or SET:FORMAT, or a hub id.
     data_files: PATH, NAME=PATH, or for records of a question set SET:FORMAT=PATH.
-    Raises ConfigError for names that mean nothing or stand twice, Unavailable for known sets that
-    are not on the hub in a form that loads.
+    Raises ConfigError for names that mean nothing or stand twice and for a text column of texts that have
+    none, Unavailable for known sets that are not on the hub in a form that loads.
     """
     corpora = [replace(_named(name), text_column=text_column) for name in names]
     corpora += [replace(_local(entry), text_column=text_column) for entry in data_files]
+    if text_column != "text" and not any(corpus.has_text_column for corpus in corpora):
+        asked = ", ".join(corpus.name for corpus in corpora) or "no text at all"
+        raise ConfigError(
+            f"--text-column {text_column!r} has no effect on {asked}: it is for records of .jsonl, .parquet "
+            "and the hub; leave it out"
+        )
     repeated = {c.name for c in corpora if sum(c.name == other.name for other in corpora) > 1}
     if repeated or "pooled" in {c.name for c in corpora}:
         wrong = sorted(repeated) or ["pooled"]
