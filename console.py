@@ -104,21 +104,37 @@ def _processes(together: bool) -> Processes:
     return found
 
 
+def given(ctx: typer.Context, *apart: str) -> dict[str, Any]:
+    """The options of a command that were given and are settings, by name.
+
+    A switch that nobody touched is not among them, so that it leaves the setting of a file as it is.
+
+    apart: options that are no settings, besides those of every command.
+    """
+    others = {"config", "as_json", "debug", *apart}
+    return {k: v for k, v in ctx.params.items() if k not in others and _was_given(ctx, k)}
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def load(options: Mapping[str, Any]) -> LoadedModel:
-    """The model that options or settings name, without bars unless stderr is a terminal."""
+    """The model that options or settings name, without bars unless stderr is a terminal.
+
+    What they do not say is as ModelSettings has it. Raises ConfigError for a value that cannot be used.
+    """
+    from skipcal.configs.run import ModelSettings, load_settings
+
+    asked = {name: options[name] for name in ModelSettings.model_fields if name in options}
+    settings = load_settings(ModelSettings, None, asked).model_dump()
+
     from skipcal.arch.loading import load_model
     from skipcal.arch.placement import memory_limits
-    from skipcal.configs.run import ModelSettings
 
     quiet_loading()
-    asked = {name: options[name] for name in ModelSettings.model_fields}
-    return load_model(
-        asked.pop("model"),
-        dtype=asked.pop("dtype") or "auto",
-        max_memory=memory_limits(asked.pop("max_memory")),
-        trust_remote_code=bool(asked.pop("trust_remote_code")),
-        **asked,
-    )
+    return load_model(settings.pop("model"), max_memory=memory_limits(settings.pop("max_memory")), **settings)
 
 
 def _quieten(processes: Processes) -> None:

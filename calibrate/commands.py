@@ -1,29 +1,21 @@
-"""`skipcal fit` and `skipcal tune`, which cli.py registers. Importing it imports no torch."""
+"""`skipcal fit`, `tune` and `compare`, which cli.py registers. Importing it imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, listed, load
+from skipcal.console import command, given, listed, load
+from skipcal.errors import ConfigError
 
 
+@opt.takes(opt.loading)
 def fit(
     ctx: typer.Context,
     profile: opt.OptionalProfile = None,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = None,
-    quantization: opt.Quantization = None,
-    device: opt.Device = None,
-    device_map: opt.DeviceMap = None,
-    max_memory: opt.MaxMemory = None,
-    offload_folder: opt.OffloadFolder = None,
-    attn_implementation: opt.AttnImplementation = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
@@ -43,6 +35,7 @@ def fit(
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
+    **shared: Any,
 ) -> None:
     """Fit a gate that decides before each FFN, and surrogates for what it skips.
 
@@ -56,8 +49,7 @@ def fit(
         from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile, model_slug
 
-        given = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
-        settings = load_fit(config, {k: v for k, v in given.items() if v is not False})
+        settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
         for path in (target, beside(target)):
@@ -77,6 +69,7 @@ def fit(
         )
 
 
+@opt.takes(opt.loading)
 def tune(
     ctx: typer.Context,
     profile: opt.OptionalProfile = None,
@@ -86,17 +79,6 @@ def tune(
     rules: opt.Rules = None,
     max_skips: opt.MaxSkipsTried = None,
     warm_up_tokens: opt.WarmUpsTried = None,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = None,
-    quantization: opt.Quantization = None,
-    device: opt.Device = None,
-    device_map: opt.DeviceMap = None,
-    max_memory: opt.MaxMemory = None,
-    offload_folder: opt.OffloadFolder = None,
-    attn_implementation: opt.AttnImplementation = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
@@ -110,6 +92,7 @@ def tune(
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
+    **shared: Any,
 ) -> None:
     """Find the policy that skips most within a quality budget, over rules, thresholds and warm-ups.
 
@@ -120,9 +103,7 @@ def tune(
         from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile, model_slug
 
-        given = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug", "rules")}
-        options = {**{k: v for k, v in given.items() if v is not False}, "rules": listed("--rules", rules)}
-        settings = load_tune(config, options)
+        settings = load_tune(config, {**given(ctx, "rules"), "rules": listed("--rules", rules)})
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
         figures = [Path(settings.figure)] if settings.figure else []
@@ -142,6 +123,52 @@ def tune(
         console.document(tuned.to_json(), tuning_table(tuned))
         written = " and ".join(str(path) for path in (target, *figures))
         console.say(f"\nwrote {written}; next: skipcal generate --profile {target} --prompt TEXT")
+
+
+@opt.takes(opt.loading)
+def compare(
+    ctx: typer.Context,
+    sources: opt.Profiles,
+    corpus: opt.Corpus = None,
+    data_files: opt.DataFiles = None,
+    text_column: opt.TextColumn = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    prompts: opt.Prompts = None,
+    prompt_tokens: opt.PromptTokens = None,
+    text_tokens: opt.TextTokens = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    output: opt.Folder = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+    **shared: Any,
+) -> None:
+    """Set profiles of one model side by side; with text, try each of them on each text.
+
+    Example: skipcal compare c4.json gsm8k.json --data-files c4=c4.jsonl -o runs/compare
+    """
+    with command(as_json, debug) as console:
+        from skipcal.configs.run import ModelSettings
+
+        asked = given(ctx, "sources", "output", "overwrite")
+        without_text = {"target_skip_ratio"} | ({*asked} if corpus or data_files else set())
+        stray = next((name for name in asked if name not in without_text), None)
+        if stray is not None:
+            raise ConfigError(
+                f"--{stray.replace('_', '-')} has no effect without text; add --corpus or --data-files"
+            )
+        if overwrite and output is None:
+            raise ConfigError("--overwrite has no effect without --output; leave it out")
+        loading = {name: asked.pop(name) for name in ModelSettings.model_fields if name in asked}
+
+        from skipcal.calibrate.compare import CompareConfig, run_compare
+
+        result = run_compare(sources, CompareConfig(**asked), lambda: load(loading))
+        written = result.save(output, overwrite=overwrite) if output else []
+        console.result(result.to_dict(), result.to_text())
+        for path in written:
+            console.say(f"wrote {path}")
 
 
 def _own_profile(model: str | None) -> str | Path:

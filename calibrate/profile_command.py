@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from skipcal.calibrate.processes import Processes, with_own_device
 from skipcal.configs import options as opt
-from skipcal.console import Console, command, load
+from skipcal.console import Console, command, given, load
 
 if TYPE_CHECKING:
     from skipcal.calibrate.pipeline import Calibration
@@ -18,19 +18,9 @@ if TYPE_CHECKING:
 UNFINISHED = ".unfinished"  # after the output's name: the folder beside it that keeps finished batches
 
 
+@opt.takes(opt.loading)
 def profile(
     ctx: typer.Context,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = None,
-    quantization: opt.Quantization = None,
-    device: opt.Device = None,
-    device_map: opt.DeviceMap = None,
-    max_memory: opt.MaxMemory = None,
-    offload_folder: opt.OffloadFolder = None,
-    attn_implementation: opt.AttnImplementation = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
@@ -54,6 +44,7 @@ def profile(
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
+    **shared: Any,
 ) -> None:
     """Measure a model's FFN saturation and recommend what to skip.
 
@@ -65,8 +56,7 @@ def profile(
     with command(as_json, debug, together=True) as console:
         from skipcal.configs.run import load_config
 
-        chosen = {k: v for k, v in ctx.params.items() if k not in ("config", "as_json", "debug")}
-        settings = load_config(config, {k: v for k, v in chosen.items() if v is not False})
+        settings = load_config(config, given(ctx))
         with console.processes.connected():
             _calibrate(console, settings)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -281,3 +283,51 @@ TunedOutput = Annotated[str | None, _option("--output", "-o", help="Default: pro
 TuneFigure = Annotated[
     str | None, _option("--figure", help="Draw divergence against skip ratio there (.png, .svg, .pdf).")
 ]
+
+
+def loading(
+    model: Model = None,
+    revision: Revision = None,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    attn_implementation: AttnImplementation = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Which model, and how it is loaded."""
+
+
+def scoring(
+    corpus: Corpus = None,
+    data_files: TaskFiles = None,
+    text_column: TextColumn = None,
+    items: Items = None,
+    window_tokens: WindowTokens = None,
+    new_tokens: NewTokens = None,
+    warm_up_tokens: WarmUpTokens = None,
+    match_items: MatchItems = None,
+    batch_size: BatchSize = None,
+    chat_template: ChatTemplate = True,
+    seed: Seed = None,
+    judge_model: JudgeModel = None,
+    judge_base_url: JudgeUrl = None,
+    judge_prompts: JudgePrompts = None,
+) -> None:
+    """What a method is measured on, and how."""
+
+
+def takes(*groups: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `groups` for its `**shared`; their values are in its context."""
+    shared = [p for group in groups for p in inspect.signature(group, eval_str=True).parameters.values()]
+
+    def with_shared(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = own.replace(parameters=kept + shared)  # type: ignore[attr-defined]
+        return command
+
+    return with_shared

@@ -1,4 +1,4 @@
-"""`skipcal push`, which cli.py registers. Importing it imports no torch."""
+"""`skipcal show` and `skipcal push`, which cli.py registers. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ Card = Annotated[
     typer.Option("--model-card/--no-model-card", help="Also write skipcal's section of README.md."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the section and the files; push nothing.")]
+
+
+def show(source: opt.ProfileArgument, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """Print what a profile recommends, and why.
+
+    Example: skipcal show smollm2-135m-instruct
+    """
+    with command(as_json, debug) as console:
+        from skipcal.profiles.schema import SkipProfile
+        from skipcal.profiles.summary import summarize
+
+        found = SkipProfile.load(source)
+        console.document(found.to_json(), summarize(found, by_layer=True))
 
 
 def push(

@@ -40,7 +40,7 @@ from skipcal.profiles.reading import (
     validation_message,
 )
 from skipcal.profiles.sources import PROFILE_FILE as PROFILE_FILE
-from skipcal.profiles.sources import commit_of, fetch, locate
+from skipcal.profiles.sources import HubOptions, commit_of, fetch, locate
 from skipcal.profiles.sources import model_slug as model_slug
 from skipcal.profiles.sources import shipped_profiles as shipped_profiles
 from skipcal.runtime.policy import Policy, SkipPolicy
@@ -191,18 +191,18 @@ class SkipProfile(BaseModel):
 
         The options are those of `from_pretrained` in transformers. Raises as `load` does.
         """
-        options: dict[str, Any] = {
+        options: HubOptions = {
             "token": token,
             "cache_dir": cache_dir,
             "subfolder": subfolder,
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
-        file = fetch(str(name), PROFILE_FILE, revision=revision, **options)
+        file = fetch(str(name), PROFILE_FILE, options, revision=revision)
         found = cls._parse(read_bytes(file), str(file), file.parent.absolute())
         if found.gate is not None:  # of the same commit, so that the tensors lie beside the profile
             commit = None if os.path.isdir(name) else commit_of(file) or revision
-            fetch(str(name), found.gate.tensors, revision=commit, why=", which the profile names,", **options)
+            fetch(str(name), found.gate.tensors, options, revision=commit, why=", which the profile names,")
         return found
 
     def save_pretrained(

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TypedDict
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
 from skipcal.errors import ConfigError, Unavailable, first_words, suggestion
@@ -21,6 +22,16 @@ class HubId:
 
     name: str
     revision: str | None = None
+
+
+class HubOptions(TypedDict):
+    """How a file of the hub is fetched: what `from_pretrained` in transformers takes besides a revision."""
+
+    token: bool | str | None
+    cache_dir: str | Path | None
+    subfolder: str
+    force_download: bool
+    local_files_only: bool
 
 
 def locate(source: str | Path) -> Path | HubId:
@@ -52,18 +63,7 @@ def locate(source: str | Path) -> Path | HubId:
     )
 
 
-def fetch(
-    name: str,
-    file: str,
-    *,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | Path | None = None,
-    subfolder: str = "",
-    force_download: bool = False,
-    local_files_only: bool = False,
-    why: str = "",
-) -> Path:
+def fetch(name: str, file: str, options: HubOptions, *, revision: str | None = None, why: str = "") -> Path:
     """The file of a folder or hub repository, from the cache or downloaded into it.
 
     Links are followed: in the hub's cache every file is one. What a profile names is checked by its sha256.
@@ -77,16 +77,7 @@ def fetch(
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(
-            name,
-            file,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            subfolder=subfolder,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        found = cached_file(name, file, revision=revision, **options)
     except Exception as error:  # from no network to a refused token: there are dozens of classes
         at = f"{name!r}" if revision is None else f"{name!r} at revision {revision!r}"
         raise Unavailable(f"no {file}{why} could be had from {at}: {first_words(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, command_line, numbers, quiet_loading
+from skipcal.console import command, command_line, given, numbers, quiet_loading
 
 
 def bench(
@@ -46,8 +46,7 @@ def bench(
         from skipcal.configs.bench import load_bench
         from skipcal.profiles.files import check_output, dump_json, write_text_atomic
 
-        apart = ("ratios", "output", "overwrite", "config", "as_json", "debug")
-        options = {k: None if v is False else v for k, v in ctx.params.items() if k not in apart}
+        options = given(ctx, "ratios", "output", "overwrite")
         settings = load_bench(config, {**options, "ratios": numbers("--ratios", ratios)})
         if output is not None:
             check_output(output, overwrite=overwrite)

@@ -1,0 +1,171 @@
+"""`skipcal evaluate` and `skipcal sweep`, which cli.py registers. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from skipcal.configs import options as opt
+from skipcal.console import Console, command, command_line, given, listed, load, numbers
+from skipcal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from skipcal.configs.sweep import SweepConfig
+
+
+@opt.takes(opt.loading, opt.scoring)
+def evaluate(
+    ctx: typer.Context,
+    profile: opt.ProfileOption,
+    task: opt.Task = None,
+    method: opt.Method = None,
+    target_skip_ratio: opt.TargetSkipRatio = None,
+    lm_eval_tasks: opt.LmEvalTasks = None,
+    limit: opt.Limit = None,
+    output: opt.Folder = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+    **shared: Any,
+) -> None:
+    """Measure what a method costs in quality, against the full model on the same items.
+
+    Example: skipcal evaluate --profile smollm2-135m-instruct --task perplexity
+    """
+    with command(as_json, debug) as console:
+        options = given(
+            ctx, "task", "method", "target_skip_ratio", "lm_eval_tasks", "limit", "output", "overwrite"
+        )
+        options.update(task=task, methods=method)
+        if target_skip_ratio is not None:
+            if not 0 < target_skip_ratio <= 1:
+                raise ConfigError(
+                    f"--target-skip-ratio {target_skip_ratio:g} cannot be used: expected a fraction above 0, "
+                    "up to 1; the full model runs anyway, as what the others are compared with"
+                )
+            options["ratios"] = [target_skip_ratio]
+        if lm_eval_tasks is not None:
+            _lm_eval(console, options, lm_eval_tasks, limit, output, overwrite)
+            return
+        if limit is not None:
+            raise ConfigError(f"--limit {limit} is for --lm-eval-tasks; other tasks take --items")
+        from skipcal.configs.sweep import load_sweep
+
+        _sweep(console, load_sweep(None, options), output, overwrite)
+
+
+@opt.takes(opt.loading, opt.scoring)
+def sweep(
+    ctx: typer.Context,
+    output: opt.RequiredFolder,
+    config: opt.ConfigFile = None,
+    profile: opt.OptionalProfile = None,
+    methods: opt.Methods = None,
+    ratios: opt.Ratios = None,
+    tasks: opt.Tasks = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+    **shared: Any,
+) -> None:
+    """Compare methods over skip ratios and tasks: tables and figures of the paper from one file.
+
+    An interrupted sweep goes on where it stopped when the same command is given again.
+
+    Example: skipcal sweep --config embedded-sweep -o runs/sweep
+    """
+    with command(as_json, debug) as console:
+        from skipcal.configs.sweep import load_sweep
+
+        options = given(ctx, "tasks", "methods", "ratios", "output", "overwrite")
+        options["task"] = listed("--tasks", tasks)
+        options["methods"] = listed("--methods", methods)
+        options["ratios"] = numbers("--ratios", ratios)
+        _sweep(console, load_sweep(config, options), output, overwrite)
+
+
+def _lm_eval(
+    console: Console,
+    options: dict[str, Any],
+    names: str,
+    limit: int | None,
+    output: Path | None,
+    overwrite: bool,
+) -> None:
+    from skipcal.configs.run import ModelSettings, given_options
+
+    options = given_options(options)
+    taken = ("profile", "methods", "ratios", "warm_up_tokens", "batch_size", "chat_template", "seed")
+    stray = next((name for name in options if name not in {*taken, *ModelSettings.model_fields}), None)
+    if stray is not None:
+        raise ConfigError(f"--{stray.replace('_', '-')} has no effect on --lm-eval-tasks; leave it out")
+    from skipcal.baselines.methods import Ask, make_policy, recommended_ratio
+    from skipcal.profiles.files import check_output, write_atomic
+    from skipcal.profiles.schema import SkipProfile
+
+    target = output / "results.csv" if output else None
+    if target:
+        check_output(target, overwrite=overwrite)
+    found = SkipProfile.load(options["profile"])
+    ratio = options["ratios"][0] if options.get("ratios") else recommended_ratio(found)
+
+    from skipcal.evaluation.arms import Arm
+    from skipcal.evaluation.lm_eval import LONGEST_ANSWER, SEED, run_lm_eval
+
+    ask = Ask(
+        target_skip_ratio=ratio,
+        new_tokens=LONGEST_ANSWER,
+        warm_up_tokens=options.get("warm_up_tokens"),
+        seed=options.get("seed", 0),
+    )
+    methods = [m for m in options.get("methods", ["ffn-skip"]) if m != "full"]
+    policies = [(Arm("full", None), make_policy("full", found, ask))]
+    policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
+    loaded = load(options)
+    found.check_fits(loaded.model)
+    frame = run_lm_eval(
+        loaded,
+        policies,
+        listed("--lm-eval-tasks", names) or [],
+        limit=limit,
+        batch_size=options.get("batch_size", 8),
+        chat_template=options.get("chat_template", True),
+        cache=output / "lm-eval" if output else None,
+        seed=options.get("seed", SEED),
+    )
+    shown = frame.drop(columns=["ci_low", "ci_high", "skip_ratio_all", "threshold", "seed"], errors="ignore")
+    console.result(_rows(frame), shown.to_string(index=False, float_format="{:.4g}".format))
+    if target:
+        write_atomic(target, lambda path: frame.to_csv(path, index=False), overwrite=overwrite)
+        console.say(f"wrote {target}")
+
+
+def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwrite: bool) -> None:
+    from skipcal.profiles.schema import SkipProfile
+
+    found = SkipProfile.load(settings.profile)
+
+    from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
+    from skipcal.evaluation.records import digest
+    from skipcal.evaluation.sweep import plan, run_sweep
+
+    plan(found, settings)
+    recorded = sweep_settings(settings, found)
+    place = folder or Path("runs") / f"evaluate-{digest(recorded)}"
+    loaded = load(settings.model_dump())
+    found.check_fits(loaded.model)
+    begin_folder(place, recorded, overwrite=overwrite)
+    console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
+    result = run_sweep(loaded, found, settings, place)
+    written = write_results(result, loaded, recorded, command=command_line())
+    console.result(_rows(result.frame), tables(result.frame))
+    for path in written:
+        console.say(f"wrote {path}")
+
+
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    """A table as JSON values; what is missing is null."""
+    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
