@@ -25,7 +25,7 @@ def comparison_table(frame: pd.DataFrame) -> str:
     rows = []
     for label, task, subset, metric, decimals in _COMPARED:
         of = frame[(frame["task"] == task) & (frame["subset"] == subset) & (frame["metric"] == metric)]
-        values = of.set_index(["method", of["target_skip_ratio"].fillna(0.0)])["value"]
+        values = of.fillna({"target_skip_ratio": 0.0}).set_index(["method", "target_skip_ratio"])["value"]
         for ratio in sorted(of["target_skip_ratio"].dropna().unique()):
             cells = [values["full", 0.0], *(values[method, ratio] for method in _METHODS[1:])]
             rows.append([label, f"{ratio:.2f}", *(_number(value, decimals) for value in cells)])
