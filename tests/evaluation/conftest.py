@@ -1,12 +1,14 @@
-"""A tiny model with a tokenizer of words, as a subject of evaluation, and a profile of it."""
+"""A tiny model with a tokenizer of words, as a subject of evaluation, and a profile of it; a judge."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from judge_endpoint import Endpoint, serving
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
@@ -54,3 +56,25 @@ def questions(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    root = tmp_path_factory.mktemp("judge")
+    with serving(root) as port:
+        yield root, port
+
+
+@pytest.fixture
+def endpoint(
+    server: tuple[Path, int], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Endpoint:
+    root, port = server
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    folder = root / f"test{len(list(root.iterdir()))}"
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    return Endpoint(folder, port)

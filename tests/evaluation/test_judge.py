@@ -3,132 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_endpoint import OK, Endpoint, Step, serving
 
-from skipcal.errors import ConfigError, JudgeError
-from skipcal.evaluation.judge import ask
-from skipcal.evaluation.judge_settings import JudgeSettings
-from skipcal.evaluation.verdicts import JudgeRequest, Verdict, read_rating, read_winner
-
-Step = dict[str, Any]
-OK: Step = {"do": "ok"}
-
-
-@dataclass
-class Endpoint:
-    """One test's own endpoint: a folder of the server, an address, a file of records."""
-
-    folder: Path
-    port: int
-
-    @property
-    def settings(self) -> JudgeSettings:
-        url = f"http://127.0.0.1:{self.port}/{self.folder.name}/v1/"
-        return JudgeSettings("judge-model", url, timeout_s=20, retries=2, retry_wait_s=0.001, concurrency=2)
-
-    @property
-    def records(self) -> Path:
-        return self.folder / "records.jsonl"
-
-    def plan(self, **steps: list[Step]) -> None:
-        (self.folder / "plan.json").write_text(
-            json.dumps({k.replace("rest", "*"): v for k, v in steps.items()})
-        )
-
-    def ask(self, count: int = 1, form: Any = "rating", **changes: Any) -> dict[str, Verdict]:
-        return ask(requests(count, form), replace(self.settings, **changes), self.records)
-
-    def log(self) -> list[dict[str, Any]]:
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def sent(self) -> Counter[str]:
-        return Counter(line["user"] for line in self.log())
-
-    def on_disk(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.records.read_bytes().split(b"\n")[1:-1]]
-
-
-def requests(count: int, form: Any = "rating") -> list[JudgeRequest]:
-    return [JudgeRequest(f"item{n}", form, "Be a judge.", f"q{n}") for n in range(count)]
-
-
-@contextmanager
-def serving(root: Path) -> Iterator[int]:
-    """A server process with its endpoints under `root`; its port."""
-    script = Path(__file__).with_name("judge_server.py")
-    server = subprocess.Popen([sys.executable, str(script), str(root)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        yield int(server.stdout.readline())
-    finally:
-        server.kill()
-        server.communicate()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    root = tmp_path_factory.mktemp("judge")
-    with serving(root) as port:
-        yield root, port
-
-
-@pytest.fixture
-def endpoint(
-    server: tuple[Path, int], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Endpoint:
-    root, port = server
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    folder = root / f"test{len(list(root.iterdir()))}"
-    folder.mkdir()
-    (folder / "plan.json").write_text("{}")
-    return Endpoint(folder, port)
-
-
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ("Rating: [[7]]", 7),
-        ("[[7.5]]", 7.5),
-        ("Rating: [[8/10]]", 8),
-        ("[[ 8 / 10 ]].", 8),
-        ("first [[3]], no: **[[9]]**", 9),
-        ("[[0]]", 0),
-        ("[[10]]", 10),
-        ("[[11]]", None),
-        ("[[7]] or rather [[70]]", None),
-        ("[[-3]]", None),
-        ("[[rating]]", None),
-        ("[[7/100]]", None),
-        ("[7] 7/10", None),
-        ("", None),
-    ],
-)
-def test_the_last_rating_counts_if_it_is_in_bounds(text: str, rating: float | None) -> None:
-    assert read_rating(text) == rating
-
-
-@pytest.mark.parametrize(
-    ("text", "winner"), [("[[A]]", "A"), ("[[A]] no, [[B]]", "B"), ("[[C]]", "tie"), ("[[D]] [A]", None)]
-)
-def test_the_last_pair_verdict_counts(text: str, winner: str | None) -> None:
-    assert read_winner(text) == winner
+from skipcal.errors import JudgeError
+from skipcal.evaluation.verdicts import Verdict
 
 
 def test_verdicts_come_in_the_order_of_the_requests_and_say_where_they_are_from(endpoint: Endpoint) -> None:
@@ -333,123 +218,13 @@ def test_concurrency_is_reached_and_never_exceeded(endpoint: Endpoint, concurren
     assert max(line["in_flight"] for line in endpoint.log()) == concurrency
 
 
-@contextmanager
-def running(endpoint: Endpoint, count: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that asks `count` requests, when five are finished and two under way."""
-    code = (
-        "import signal, sys; from pathlib import Path\n"
-        "from skipcal.evaluation.judge import JudgeRequest, JudgeSettings, ask\n"
-        # a shell's background job inherits that Ctrl-C is ignored
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "numbers = range(int(sys.argv[3]))\n"
-        "requests = [JudgeRequest(f'item{n}', 'rating', 'Be a judge.', f'q{n}') for n in numbers]\n"
-        "ask(requests, JudgeSettings('judge-model', sys.argv[1], concurrency=2), Path(sys.argv[2]))\n"
-    )
-    arguments = [str(endpoint.settings.base_url), str(endpoint.records), str(count)]
-    run = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 30
-        while len(endpoint.log()) < 7 or len(endpoint.on_disk()) < 5:
-            assert time.monotonic() < deadline and run.poll() is None
-            time.sleep(0.01)
-        yield run
-    finally:
-        run.kill()
-        run.communicate()
-
-
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_run_that_ends_in_the_middle_loses_nothing_and_repeats_nothing(
-    endpoint: Endpoint, blow: signal.Signals
-) -> None:
-    hang: Step = {"do": "hang", "wait_s": 15}
-    endpoint.plan(**{f"q{n}": [hang, OK] for n in (5, 6)})
-    with running(endpoint, 10) as run:
-        started = time.monotonic()
-        run.send_signal(blow)
-        last_words = run.stderr.read() if run.stderr else b""
-        assert run.wait() != 0 and time.monotonic() - started < 8  # the requests would hang for 15 s
-    assert b"KeyboardInterrupt" in last_words or blow == signal.SIGKILL
-    kept = endpoint.records.read_bytes()
-    assert {line["id"] for line in endpoint.on_disk()} == {f"item{n}" for n in range(5)}
-
-    verdicts = endpoint.ask(10)
-    assert [v.rating for v in verdicts.values()] == [7] * 10
-    assert endpoint.records.read_bytes().startswith(kept)
-    assert endpoint.sent() == {f"q{n}": 2 if n in (5, 6) else 1 for n in range(10)}
-
-
-def test_answers_that_changed_are_refused(endpoint: Endpoint) -> None:
-    endpoint.ask(2)
-    changed = [requests(1)[0], replace(requests(2)[1], user="another answer")]
-    with pytest.raises(ConfigError, match=r"'item1' for another prompt.*--overwrite"):
-        ask(changed, endpoint.settings, endpoint.records)
-    assert len(endpoint.log()) == 2
-
-
-def test_another_judge_is_refused(endpoint: Endpoint) -> None:
-    endpoint.ask()
-    with pytest.raises(ConfigError, match="judge_model 'judge-model', now it is 'other'"):
-        endpoint.ask(model="other")
-
-
-def test_repeated_ids_are_refused(endpoint: Endpoint) -> None:
-    with pytest.raises(ConfigError, match="'item0' twice"):
-        ask(requests(1) * 2, endpoint.settings, endpoint.records)
-    assert not endpoint.records.exists()
-
-
-def test_no_requests_are_no_verdicts(endpoint: Endpoint) -> None:
-    assert ask([], endpoint.settings, endpoint.records) == {}
-
-
-def test_the_hash_tells_prompts_apart() -> None:
-    request = requests(1)[0]
-    others = [replace(request, form="pair"), replace(request, system=""), replace(request, user="q")]
-    assert len({r.prompt_sha256 for r in (request, *others)}) == 4
-    assert replace(request, id="other").prompt_sha256 == request.prompt_sha256
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model", " "),
-        ("api_key_env", ""),
-        ("base_url", "localhost:8000"),
-        ("base_url", "http://"),
-        ("base_url", "http://[::1/v1"),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("max_tokens", 0),
-        ("max_tokens", 1.5),
-        ("max_tokens_option", "tokens"),
-        ("timeout_s", 0),
-        ("timeout_s", "60"),
-        ("retries", -1),
-        ("retry_wait_s", -1),
-        ("concurrency", 0),
-        ("concurrency", True),
-    ],
-)
-def test_settings_no_run_could_use_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        JudgeSettings(**{"model": "m", name: value})
-    message = str(caught.value)
-    assert name in message and repr(value) in message and "expected" in message and "\n" not in message
-
-
-def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
-    with pytest.raises(ConfigError) as caught:
-        JudgeSettings("m", "http://me:secret@localhost/v1")
-    assert "secret" not in str(caught.value)
-
-
 def test_without_the_client_the_install_command_is_named(endpoint: Endpoint) -> None:
     code = (
         "import sys; sys.modules['openai'] = None\n"
         "from pathlib import Path\n"
-        "from skipcal.evaluation.judge import JudgeRequest, JudgeSettings, ask\n"
+        "from skipcal.evaluation.judge import ask\n"
+        "from skipcal.evaluation.judge_settings import JudgeSettings\n"
+        "from skipcal.evaluation.verdicts import JudgeRequest\n"
         "from skipcal.errors import ConfigError\n"
         "try:\n"
         "    ask([JudgeRequest('i', 'rating', 's', 'u')], JudgeSettings('m'), Path(sys.argv[1]))\n"

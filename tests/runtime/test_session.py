@@ -1,15 +1,14 @@
-"""`skipping` around plain generate(): batches, beams, sampling, streaming, refusals, restoring."""
+"""`skipping` around plain generate(): batches, beams, sampling, streaming; what its report counts."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 from typing import Any
 
 import pytest
 import torch
-from conftest import DENSE, left_padded, lively
+from conftest import left_padded
+from sessions import ALWAYS, FULL, ROWS, SOME, prompt
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -21,20 +20,10 @@ from transformers import (
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.loading import LoadedModel
-from skipcal.errors import ConfigError, ProfileMismatch, SessionError, UnsupportedModel
+from skipcal.errors import SessionError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
-
-FULL = SkipPolicy(cold_s=0, cold_e=4, threshold=2.0, warm_up_tokens=0)
-SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)
-ALWAYS = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=0)
-ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
-
-
-def prompt(rows: list[list[int]] = ROWS[:1]) -> dict[str, torch.Tensor]:
-    return left_padded(rows)
-
 
 # Batches
 
@@ -308,178 +297,6 @@ def test_a_session_without_decoding_says_so(tiny: Any, caplog: pytest.LogCapture
     assert "no decode step" in caplog.text
 
 
-# Leaving nothing behind
-
-
-def state_of(model: Any) -> list[Any]:
-    return [
-        (name, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), m.training)
-        for name, m in model.named_modules()
-    ]
-
-
-def test_nothing_is_left_behind(tiny: Any) -> None:
-    ids = prompt()["input_ids"]
-    before, logits = state_of(tiny), tiny(ids).logits
-    signature = inspect.signature(tiny.generate)
-    with skipping(tiny, policy=ALWAYS):
-        tiny.generate(**prompt(), max_new_tokens=5, do_sample=False)
-        assert inspect.signature(tiny.generate) == signature
-    assert state_of(tiny) == before
-    assert torch.equal(tiny(ids).logits, logits)
-    assert inspect.signature(tiny.generate) == signature
-
-
-def test_nothing_is_left_behind_by_an_exception(tiny: Any) -> None:
-    before = state_of(tiny)
-
-    class Boom(StoppingCriteria):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"), skipping(tiny, policy=ALWAYS):
-        tiny.generate(**prompt(), max_new_tokens=5, stopping_criteria=[Boom()])
-    assert state_of(tiny) == before
-
-
-def test_what_stood_on_the_instance_comes_back(tiny: Any) -> None:
-    """accelerate and kernels set forward on instances too; the wrapper goes around and away."""
-    layer = tiny.model.layers[2].mlp
-    original = layer.forward
-    calls = []
-
-    def own(x: torch.Tensor) -> Any:
-        calls.append(x.shape)
-        return original(x)
-
-    layer.forward = own
-    with skipping(tiny, policy=ALWAYS):
-        tiny.generate(**prompt(), max_new_tokens=5, do_sample=False)
-    assert layer.__dict__["forward"] is own
-    assert len(calls) == 2  # the proof and the prefill; every decode step skipped it
-
-
-def test_another_model_of_the_class_is_untouched(tiny: Any) -> None:
-    other = copy.deepcopy(tiny)
-    expected = other.generate(**prompt(), max_new_tokens=9, do_sample=False)
-    with skipping(tiny, policy=ALWAYS) as run:
-        assert torch.equal(other.generate(**prompt(), max_new_tokens=9, do_sample=False), expected)
-    assert run.report.decode_steps == 0
-
-
-# Refusals
-
-
-def test_nesting_and_reuse_are_errors_and_a_new_context_works(tiny: Any) -> None:
-    session = skipping(tiny, policy=SOME)
-    with session:
-        with pytest.raises(SessionError, match="already inside"), skipping(tiny, policy=SOME):
-            pass
-        with pytest.raises(SessionError, match="entered before"):
-            session.__enter__()
-        tiny.generate(**prompt(), max_new_tokens=3, do_sample=False)
-    with pytest.raises(SessionError, match="entered before"):
-        session.__enter__()
-    with skipping(tiny, policy=SOME) as again:
-        tiny.generate(**prompt(), max_new_tokens=3, do_sample=False)
-    assert again.report.decode_steps == 2
-
-
-def test_a_report_before_entering_is_an_error(tiny: Any) -> None:
-    with pytest.raises(SessionError, match="before the session"):
-        _ = skipping(tiny, policy=SOME).report
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"use_cache": False}, "use_cache"),
-        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),
-        ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
-        ({"cache_implementation": "paged"}, "continuous batching"),
-        ({"assistant_model": object()}, "assistant_model"),
-        ({"guidance_scale": 1.5}, "guidance_scale"),
-    ],
-)
-def test_decoding_that_the_rule_cannot_follow_is_refused(tiny: Any, options: Any, message: str) -> None:
-    with skipping(tiny, policy=SOME) as run, pytest.raises(SessionError, match=message):
-        tiny.generate(**prompt(), max_new_tokens=4, **options)
-    assert run.report.decode_steps == 0
-
-
-def test_continuous_batching_is_refused(tiny: Any) -> None:
-    with skipping(tiny, policy=SOME):
-        with pytest.raises(SessionError, match="continuous batching"):
-            tiny.generate_batch([[1, 2, 3]])
-        with pytest.raises(SessionError, match="continuous batching"):
-            tiny.init_continuous_batching()
-
-
-def test_a_compiled_model_is_refused(tiny: Any) -> None:
-    with pytest.raises((SessionError, UnsupportedModel), match="compile"):
-        compiled: Any = torch.compile(tiny, backend="eager")
-        skipping(compiled, policy=SOME).__enter__()
-    tiny.model.layers[1].mlp.compile(backend="eager")
-    with pytest.raises(SessionError, match="compiled"):
-        skipping(tiny, policy=SOME).__enter__()
-
-
-def test_training_mode_is_refused(tiny: Any) -> None:
-    with skipping(tiny, policy=SOME):
-        tiny.train()
-        with pytest.raises(SessionError, match="training"):
-            tiny(prompt()["input_ids"])
-        tiny.eval()
-    tiny.train()
-    with pytest.raises(SessionError, match="training"):
-        skipping(tiny, policy=SOME).__enter__()
-
-
-def test_a_loss_that_would_be_the_full_models_is_refused(tiny: Any) -> None:
-    ids = prompt()["input_ids"]
-    with skipping(tiny, policy=SOME), pytest.raises(SessionError, match="teacher_forced"):
-        tiny(ids, labels=ids)
-    with skipping(tiny, policy=ALWAYS, teacher_forced=True) as run:
-        loss = tiny(ids, labels=ids).loss
-    assert run.report.skipped_blocks > 0
-    assert not torch.isclose(loss, tiny(ids, labels=ids).loss)
-
-
-def test_packed_sequences_are_refused_by_teacher_forcing(tiny: Any) -> None:
-    ids = prompt()["input_ids"]
-    with skipping(tiny, policy=SOME, teacher_forced=True), pytest.raises(SessionError, match="packed"):
-        tiny(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
-
-
-def test_a_teacher_forced_session_does_not_generate(tiny: Any) -> None:
-    with (
-        skipping(tiny, policy=SOME, teacher_forced=True),
-        pytest.raises(SessionError, match="teacher_forced"),
-    ):
-        tiny.generate(**prompt(), max_new_tokens=2)
-
-
-def test_arguments_that_do_not_fit_are_refused(tiny: Any) -> None:
-    with pytest.raises(ConfigError, match="profile or policy"):
-        skipping(tiny)
-    with pytest.raises(ConfigError, match="target_skip_ratio"):
-        skipping(tiny, policy=SOME, target_skip_ratio=0.1)
-    with pytest.raises(ConfigError, match="prompt_tokens"):
-        skipping(tiny, policy=SOME, prompt_tokens=3)
-    with pytest.raises(ConfigError, match="below 1"):
-        skipping(tiny, policy=SOME, teacher_forced=True, prompt_tokens=0)
-    with pytest.raises(ConfigError, match="'fast' is not one of auto, eager, graph"):
-        skipping(tiny, policy=SOME, engine="fast")
-    with pytest.raises(ProfileMismatch, match="4 layers"):
-        skipping(tiny, policy=SkipPolicy(cold_s=1, cold_e=9, threshold=0.9)).__enter__()
-
-
-@pytest.mark.slow
-def test_a_profile_of_another_model_is_refused(tiny: Any, smollm_profile: SkipProfile) -> None:
-    with pytest.raises(ProfileMismatch, match="number of layers 30, the model's is 4"):
-        skipping(tiny, smollm_profile)
-
-
 @pytest.mark.slow
 def test_a_profile_drives_a_session(smollm: LoadedModel, smollm_profile: SkipProfile) -> None:
     model: Any = smollm.model
@@ -488,33 +305,6 @@ def test_a_profile_drives_a_session(smollm: LoadedModel, smollm_profile: SkipPro
         model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert run.policy == smollm_profile.policy_for(smollm_profile.operating_points[0].target_skip_ratio)
     assert run.report.decode_steps == 11
-
-
-# Every family
-
-
-@pytest.mark.parametrize("model_type", DENSE)
-def test_every_family_skips_restores_and_agrees_with_teacher_forcing(model_type: str) -> None:
-    model: Any = lively(model_type)
-    state = state_of(model)
-    inputs = left_padded(ROWS, pad=0)
-    full = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    with skipping(model, policy=FULL):
-        assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), full)
-
-    policy = SkipPolicy(cold_s=0, cold_e=4, threshold=-1.0, max_skips=2, warm_up_tokens=2)
-    row = left_padded(ROWS[:1])
-    with skipping(model, policy=policy) as stepped:
-        output = model.generate(
-            **row, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-    text = output.sequences[:, :-1]
-    with skipping(model, policy=policy, teacher_forced=True, prompt_tokens=6) as forced:
-        logits = model(text, use_cache=False).logits
-    assert stepped.report.skipped_per_layer == (0, 5, 5, 0)
-    assert forced.report.skipped_per_layer == (0, 5, 5, 0)
-    torch.testing.assert_close(logits[:, 5:], torch.stack(output.logits, dim=1), atol=1e-4, rtol=1e-4)
-    assert state_of(model) == state
 
 
 def test_a_skipped_block_of_a_tiny_gpt2_adds_nothing() -> None:
