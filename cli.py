@@ -5,6 +5,8 @@ Importing it imports no torch; each command imports what it needs.
 
 from __future__ import annotations
 
+import functools
+
 import typer
 
 from skipcal import __version__
@@ -12,6 +14,7 @@ from skipcal.arch.command import models
 from skipcal.calibrate.commands import compare, fit, tune
 from skipcal.calibrate.profile_command import profile
 from skipcal.configs import options as opt
+from skipcal.configs.help import Command, Group
 from skipcal.evaluation.commands import evaluate, sweep
 from skipcal.plots.command import plot
 from skipcal.profiles.commands import push, show
@@ -20,6 +23,9 @@ from skipcal.speed.command import bench
 
 app = typer.Typer(
     name="skipcal",
+    cls=Group,
+    context_settings={"max_content_width": 120},
+    epilog="Type first: skipcal profile. It takes a small model of its own where no --model is named.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,18 +40,20 @@ def main(version: opt.Version = False) -> None:
         raise typer.Exit
 
 
-app.command()(profile)
-app.command()(show)
-app.command()(plot)
-app.command()(generate)
-app.command()(fit)
-app.command()(tune)
-app.command()(evaluate)
-app.command()(sweep)
-app.command()(compare)
-app.command()(bench)
-app.command()(models)
-app.command()(push)
+# In the order of work; each step is a heading of the help.
+register = functools.partial(app.command, cls=Command)
+register(rich_help_panel="Profile a model")(profile)
+register(rich_help_panel="Profile a model")(show)
+register(rich_help_panel="Profile a model")(plot)
+register(rich_help_panel="Decode with it, and better")(generate)
+register(rich_help_panel="Decode with it, and better")(fit)
+register(rich_help_panel="Decode with it, and better")(tune)
+register(rich_help_panel="Measure")(evaluate)
+register(rich_help_panel="Measure")(sweep)
+register(rich_help_panel="Measure")(compare)
+register(rich_help_panel="Measure")(bench)
+register(rich_help_panel="Know and share")(models)
+register(rich_help_panel="Know and share")(push)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from skipcal.configs import options as opt
 from skipcal.console import command
 
+Check = Annotated[bool, opt.option("--check", help="Build a tiny model of each family and prove its blocks.")]
 
-def models(check: opt.Check = False, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
-    """List the model families that can be profiled, and the profiles that are shipped.
+
+def models(check: Check = False, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """List the known model families and the shipped profiles.
 
     Example: skipcal models --check
     """

@@ -25,9 +25,9 @@ from skipcal.arch.placement import SPREADS, place
 from skipcal.arch.quantization import check_quantization, quantization_config, quantization_name
 from skipcal.arch.source import Source, check_source, find_source, refuse_tokenizer_code, unavailable
 from skipcal.arch.stored import named_weights, stored
+from skipcal.configs.names import DTYPES
 from skipcal.errors import ConfigError, SkipcalError, Unavailable, first_words, suggestion
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 _VALUES_PER_TENSOR = 16
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
+from skipcal.configs.names import QUANTIZATIONS as QUANTIZATIONS
 from skipcal.errors import ConfigError, Unavailable, suggestion
-
-QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 
 
 def check_quantization(name: str | None) -> None:

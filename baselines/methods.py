@@ -16,24 +16,13 @@ import numpy as np
 
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
+from skipcal.configs.names import METHODS as METHODS
+from skipcal.configs.names import SURROGATES as SURROGATES
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
 from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.runtime.substituted import Substituted
-
-SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
-METHODS = (
-    "full",
-    "ffn-skip",
-    "gate",
-    "random",
-    "no-input-adaptive",
-    "static",
-    "shortgpt",
-    "skipdecode",
-    *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from skipcal.calibrate import options as own
 from skipcal.configs import options as opt
 from skipcal.console import command, given, listed, load
 from skipcal.errors import ConfigError
@@ -19,30 +20,30 @@ def fit(
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
-    prompts: opt.FitWindows = None,
-    prompt_tokens: opt.FitTokens = None,
-    batch_size: opt.FitBatch = None,
+    prompts: own.FitWindows = None,
+    prompt_tokens: own.WindowTokens = None,
+    batch_size: own.FitBatch = None,
     seed: opt.Seed = None,
-    target_skip_ratio: opt.TargetSkipRatio = None,
-    surrogate_budget: opt.SurrogateBudget = None,
-    rank: opt.Rank = None,
-    sweeps: opt.Sweeps = None,
-    damage: opt.DamageKind = None,
-    damage_prompts: opt.DamageWindows = None,
-    closed_loop_prompts: opt.LoopWindows = None,
-    output: opt.Output = None,
+    target_skip_ratio: own.FitRatio = None,
+    surrogate_budget: own.SurrogateBudget = None,
+    rank: own.Rank = None,
+    sweeps: own.Sweeps = None,
+    damage: own.DamageKind = None,
+    damage_prompts: own.DamageWindows = None,
+    closed_loop_prompts: own.LoopWindows = None,
+    output: own.GateOutput = None,
     overwrite: opt.Overwrite = False,
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Fit a gate that decides before each FFN, and surrogates for what it skips.
+    """Fit a gate that decides before each FFN, and surrogates.
 
-    The result is the profile with the gate as its policy, and a file of tensors beside it. A profile of the
-    same model comes first: skipcal profile.
+    Surrogates stand in for what the gate skips. The result is the profile with the gate as its policy, and
+    a file of tensors beside it. A profile of the same model comes first: skipcal profile.
 
-    Example: skipcal fit --profile profiles/llama-2-7b-hf.json --model meta-llama/Llama-2-7b-hf -o gated.json
+    Example: skipcal fit --profile smollm2-135m-instruct -o gated.json
     """
     with command(as_json, debug) as console:
         from skipcal.configs.fit import load_fit
@@ -73,30 +74,32 @@ def fit(
 def tune(
     ctx: typer.Context,
     profile: opt.OptionalProfile = None,
-    max_kl: opt.MaxKl = None,
-    max_perplexity_increase: opt.MaxPerplexityIncrease = None,
-    min_speedup: opt.MinSpeedup = None,
-    rules: opt.Rules = None,
-    max_skips: opt.MaxSkipsTried = None,
-    warm_up_tokens: opt.WarmUpsTried = None,
+    max_kl: own.MaxKl = None,
+    max_perplexity_increase: own.MaxPerplexityIncrease = None,
+    min_speedup: own.MinSpeedup = None,
+    rules: own.Rules = None,
+    max_skips: own.MaxSkipsTried = None,
+    warm_up_tokens: own.WarmUpsTried = None,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
-    prompts: opt.TuneWindows = None,
-    prompt_tokens: opt.FitTokens = None,
-    batch_size: opt.TuneBatch = None,
-    seed: opt.TuneSeed = None,
-    output: opt.TunedOutput = None,
-    figure: opt.TuneFigure = None,
+    prompts: own.TuneWindows = None,
+    prompt_tokens: own.WindowTokens = None,
+    batch_size: own.TuneBatch = None,
+    seed: own.TuneSeed = None,
+    output: own.TunedOutput = None,
+    figure: own.TuneFigure = None,
     overwrite: opt.Overwrite = False,
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Find the policy that skips most within a quality budget, over rules, thresholds and warm-ups.
+    """Find the policy that skips most within a quality budget.
 
-    Example: skipcal tune --profile smollm2-135m-instruct --max-kl 0.05 -o tuned.json
+    Rules, thresholds and warm-ups are tried on text, teacher-forced.
+
+    Example: skipcal tune --profile smollm2-135m-instruct --max-kl 0.05
     """
     with command(as_json, debug) as console:
         from skipcal.configs.tune import load_tune
@@ -132,11 +135,11 @@ def compare(
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
-    target_skip_ratio: opt.TargetSkipRatio = None,
-    prompts: opt.Prompts = None,
+    target_skip_ratio: own.CompareRatio = None,
+    prompts: own.ComparePrompts = None,
     prompt_tokens: opt.PromptTokens = None,
-    text_tokens: opt.TextTokens = None,
-    batch_size: opt.BatchSize = None,
+    text_tokens: own.TextTokens = None,
+    batch_size: own.CompareBatch = None,
     seed: opt.Seed = None,
     output: opt.Folder = None,
     overwrite: opt.Overwrite = False,
@@ -144,9 +147,9 @@ def compare(
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Set profiles of one model side by side; with text, try each of them on each text.
+    """Set profiles of one model side by side, or try each on each text.
 
-    Example: skipcal compare c4.json gsm8k.json --data-files c4=c4.jsonl -o runs/compare
+    Example: skipcal compare c4.json gsm8k.json --data-files c4.jsonl
     """
     with command(as_json, debug) as console:
         from skipcal.configs.run import ModelSettings

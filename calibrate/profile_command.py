@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from skipcal.calibrate import options as own
 from skipcal.calibrate.processes import Processes, with_own_device
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, given, load
@@ -24,8 +25,8 @@ def profile(
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,
-    mode: opt.Mode = None,
-    chat_template: opt.ChatPrompts = False,
+    mode: own.Mode = None,
+    chat_template: own.ChatPrompts = False,
     prompts: opt.Prompts = None,
     prompt_tokens: opt.PromptTokens = None,
     new_tokens: opt.NewTokens = None,
@@ -33,13 +34,13 @@ def profile(
     seed: opt.Seed = None,
     target_skip_ratio: opt.TargetSkipRatio = None,
     warm_up_tokens: opt.WarmUpTokens = None,
-    max_skips: opt.MaxSkips = None,
-    cold_s: opt.ColdS = None,
-    cold_e: opt.ColdE = None,
-    closed_loop: opt.ClosedLoop = None,
-    verify: opt.Verify = False,
+    max_skips: own.MaxSkips = None,
+    cold_s: own.ColdS = None,
+    cold_e: own.ColdE = None,
+    closed_loop: own.ClosedLoop = None,
+    verify: own.Verify = False,
     output: opt.Output = None,
-    trace: opt.Trace = None,
+    trace: own.Trace = None,
     overwrite: opt.Overwrite = False,
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,

@@ -167,8 +167,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
+        hint = suggestion(str(path), shipped_configs())
         raise ConfigError(
-            f"configuration {path} cannot be read ({error.strerror}); check the path"
+            f"configuration {path} cannot be read ({error.strerror}) and is no shipped one ({hint})"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is no YAML: {' '.join(str(error).split())}") from error
@@ -177,6 +178,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"configuration {path}: expected `key: value` lines, see skipcal profile --help")
     return settings
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with skipcal."""
+    files = resources.files("skipcal.configs").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def _explain(kind: type[BaseModel], error: ValidationError, given: Collection[str], path: Path | None) -> str:

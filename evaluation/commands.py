@@ -10,27 +10,30 @@ import typer
 from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, given, listed, load, numbers
 from skipcal.errors import ConfigError
+from skipcal.evaluation import options as own
 
 if TYPE_CHECKING:
     from skipcal.configs.sweep import SweepConfig
 
 
-@opt.takes(opt.loading, opt.scoring)
+@opt.takes(opt.loading, own.scoring)
 def evaluate(
     ctx: typer.Context,
     profile: opt.ProfileOption,
-    task: opt.Task = None,
-    method: opt.Method = None,
-    target_skip_ratio: opt.TargetSkipRatio = None,
-    lm_eval_tasks: opt.LmEvalTasks = None,
-    limit: opt.Limit = None,
+    task: own.Task = None,
+    method: own.Method = None,
+    target_skip_ratio: own.MethodRatio = None,
+    lm_eval_tasks: own.LmEvalTasks = None,
+    limit: own.Limit = None,
     output: opt.Folder = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Measure what a method costs in quality, against the full model on the same items.
+    """Measure what a method costs in quality, against the full model.
+
+    Both run on the same items. For several ratios at once: skipcal sweep.
 
     Example: skipcal evaluate --profile smollm2-135m-instruct --task perplexity
     """
@@ -56,21 +59,21 @@ def evaluate(
         _sweep(console, load_sweep(None, options), output, overwrite)
 
 
-@opt.takes(opt.loading, opt.scoring)
+@opt.takes(opt.loading, own.scoring)
 def sweep(
     ctx: typer.Context,
     output: opt.RequiredFolder,
     config: opt.ConfigFile = None,
     profile: opt.OptionalProfile = None,
-    methods: opt.Methods = None,
-    ratios: opt.Ratios = None,
-    tasks: opt.Tasks = None,
+    methods: own.Methods = None,
+    ratios: own.Ratios = None,
+    tasks: own.Tasks = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Compare methods over skip ratios and tasks: tables and figures of the paper from one file.
+    """Compare methods over skip ratios and tasks: tables and figures.
 
     An interrupted sweep goes on where it stopped when the same command is given again.
 

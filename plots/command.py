@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from skipcal.configs import completion
 from skipcal.configs import options as opt
 from skipcal.console import command
 
+PlotArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROFILE",
+        help=f"Profile: {opt.PROFILE_FORMS}; or a result of skipcal bench.",
+        autocompletion=completion.profiles,
+    ),
+]
+
 
 def plot(
-    source: opt.PlotArgument,
+    source: PlotArgument,
     output: opt.Figure,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Draw a profile's saturation curve, or the speed-up that `skipcal bench` measured.
+    """Draw a profile's saturation curve, or what skipcal bench measured.
 
     Example: skipcal plot smollm2-135m-instruct -o curve.png
     """

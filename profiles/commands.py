@@ -12,15 +12,16 @@ from skipcal.errors import ConfigError
 
 Repository = Annotated[str, typer.Argument(metavar="REPOSITORY", help="Hub id to push to, as org/name.")]
 Branch = Annotated[
-    str | None, typer.Option("--revision", help="Branch to push to, made if missing. Default: main.")
+    str | None,
+    opt.option("--revision", metavar="BRANCH", help="Branch to push to, made if missing. Default: main."),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+Private = Annotated[bool, opt.option("--private", help="Make a new repository private.")]
+CreatePr = Annotated[bool, opt.option("--create-pr", help="Open a pull request instead.")]
 Card = Annotated[
     bool,
-    typer.Option("--model-card/--no-model-card", help="Also write skipcal's section of README.md."),
+    opt.option("--model-card/--no-model-card", help="Also write skipcal's section of README.md."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the section and the files; push nothing.")]
+DryRun = Annotated[bool, opt.option("--dry-run", help="Print the section and the files; push nothing.")]
 
 
 def show(source: opt.ProfileArgument, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
@@ -47,11 +48,11 @@ def push(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Upload a profile to the hub: its JSON, its tensors, and a section of the model card.
+    """Upload a profile to the hub, with a section of the model card.
 
-    The rest of the repository stays as it is. Log in first: hf auth login.
+    Its JSON and its tensors go there. The rest of the repository stays as it is. Log in first: hf auth login.
 
-    Example: skipcal push profiles/llama-2-7b-hf.json me/llama-2-7b-skip --dry-run
+    Example: skipcal push smollm2-135m-instruct me/skips --dry-run
     """
     with command(as_json, debug) as console:
         from skipcal.profiles.schema import SkipProfile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,17 +16,25 @@ from skipcal.runtime.engines.choice import check_engine
 if TYPE_CHECKING:
     from skipcal.runtime.generation import Generation
 
+Prompt = Annotated[str | None, opt.option("--prompt", metavar="TEXT", help="Text to answer or go on from.")]
+PromptFile = Annotated[
+    Path | None, opt.option("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt.")
+]
+DoSample = Annotated[
+    bool, opt.option("--do-sample", help="Sample with the model's settings; else greedy decoding.")
+]
+
 
 @opt.takes(opt.loading)
 def generate(
     ctx: typer.Context,
     profile: opt.ProfileOption,
-    prompt: opt.Prompt = None,
-    prompt_file: opt.PromptFile = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     target_skip_ratio: opt.TargetSkipRatio = None,
     new_tokens: opt.NewTokens = None,
     chat_template: opt.ChatTemplate = True,
-    do_sample: opt.DoSample = False,
+    do_sample: DoSample = False,
     seed: opt.Seed = None,
     engine: opt.Engine = None,
     as_json: opt.Json = False,
@@ -35,7 +43,7 @@ def generate(
 ) -> None:
     """Generate text with FFN blocks skipped, then say what was skipped.
 
-    Example: skipcal generate --profile smollm2-135m-instruct --prompt "Why is the sky blue?"
+    Example: skipcal generate --profile smollm2-135m-instruct --prompt "Why?"
     """
     with command(as_json, debug) as console:
         from skipcal.profiles.schema import SkipProfile

@@ -6,14 +6,15 @@ import typer
 
 from skipcal.configs import options as opt
 from skipcal.console import command, command_line, given, numbers, quiet_loading
+from skipcal.speed import options as own
 
 
 def bench(
     ctx: typer.Context,
     model: opt.Model = None,
-    shape: opt.Shape = None,
-    profile: opt.GateProfile = None,
-    rule: opt.TimedRule = None,
+    shape: own.Shape = None,
+    profile: own.GateProfile = None,
+    rule: own.TimedRule = None,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
     dtype: opt.Dtype = None,
@@ -22,25 +23,25 @@ def bench(
     attn_implementation: opt.AttnImplementation = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     engine: opt.Engine = None,
-    ratios: opt.ForcedRatios = None,
-    batch_size: opt.BatchSizes = None,
-    context_tokens: opt.ContextTokens = None,
-    new_tokens: opt.TimedTokens = None,
-    rounds: opt.Rounds = None,
-    seed: opt.Seed = None,
-    peers: opt.Peers = False,
+    ratios: own.ForcedRatios = None,
+    batch_size: own.BatchSizes = None,
+    context_tokens: own.ContextTokens = None,
+    new_tokens: own.TimedTokens = None,
+    rounds: own.Rounds = None,
+    seed: own.BenchSeed = None,
+    peers: own.Peers = False,
     output: opt.ResultFile = None,
     overwrite: opt.Overwrite = False,
     config: opt.ConfigFile = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Time decoding with FFN blocks skipped at given ratios against the full model, arms interleaved.
+    """Time decoding with FFN blocks skipped against the full model.
 
-    The skip ratio is forced, and the whole decision is made. Peers: a compiled step of one's own, as in
-    gpt-fast, is not among them.
+    Arms take turns. The skip ratio is forced, and the whole decision is made. Peers: a compiled step of
+    one's own, as in gpt-fast, is not among them.
 
-    Example: skipcal bench --shape llama-2-7b --dtype bfloat16 --ratios 0.1,0.25 -o bench.json
+    Example: skipcal bench --ratios 0.05,0.25,0.5 -o bench.json
     """
     with command(as_json, debug) as console:
         from skipcal.configs.bench import load_bench

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from skipcal.configs.shapes import shapes as shapes
 from skipcal.errors import ConfigError, SkipcalError, suggestion
 from skipcal.speed.hardware import free_memory
-
-
-@cache
-def shapes() -> dict[str, dict[str, Any]]:
-    """Configurations by name: configs/tables/shapes.yaml."""
-    file = resources.files("skipcal.configs") / "tables" / "shapes.yaml"
-    known: dict[str, dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return known
 
 
 def shape_config(name: str) -> Any:

@@ -1,0 +1,18 @@
+"""Names that options know, apart from the modules that give them a meaning: completing one is quick."""
+
+from __future__ import annotations
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
+SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
+METHODS = (
+    "full",
+    "ffn-skip",
+    "gate",
+    "random",
+    "no-input-adaptive",
+    "static",
+    "shortgpt",
+    "skipdecode",
+    *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
+)
