@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from skipcal.runtime.policy import SkipPolicy as SkipPolicy
     from skipcal.runtime.report import SkipReport as SkipReport
     from skipcal.runtime.session import skipping as skipping
+    from skipcal.runtime.token_map import TokenMap as TokenMap
+    from skipcal.runtime.token_map import token_map as token_map
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ _HOMES = {
     "SkipReport": "skipcal.runtime.report",
     "SkipcalError": "skipcal.errors",
     "SweepConfig": "skipcal.configs.sweep",
+    "TokenMap": "skipcal.runtime.token_map",
     "calibrate_model": "skipcal.calibrate.pipeline",
     "capture": "skipcal.calibrate.capture",
     "load_model": "skipcal.arch.loading",
@@ -45,6 +48,7 @@ _HOMES = {
     "register_family": "skipcal.arch.families",
     "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",
+    "token_map": "skipcal.runtime.token_map",
 }
 
 __all__ = [
@@ -55,6 +59,7 @@ __all__ = [
     "SkipReport",
     "SkipcalError",
     "SweepConfig",
+    "TokenMap",
     "calibrate_model",
     "capture",
     "load_model",
@@ -65,6 +70,7 @@ __all__ = [
     "register_family",
     "run_sweep",
     "skipping",
+    "token_map",
 ]
 
 
