@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from skipcal.plots.saturation import plot_saturation as plot_saturation
     from skipcal.plots.sweep import plot_quality as plot_quality
     from skipcal.profiles.schema import SkipProfile as SkipProfile
+    from skipcal.report.page import write_report as write_report
     from skipcal.runtime.policy import SkipPolicy as SkipPolicy
     from skipcal.runtime.report import SkipReport as SkipReport
     from skipcal.runtime.session import skipping as skipping
@@ -49,6 +50,7 @@ _HOMES = {
     "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",
     "token_map": "skipcal.runtime.token_map",
+    "write_report": "skipcal.report.page",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "run_sweep",
     "skipping",
     "token_map",
+    "write_report",
 ]
 
 

@@ -18,6 +18,7 @@ from skipcal.configs import options as opt
 from skipcal.console import Console, command, command_line, listed, load, numbers
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.profiles.commands import push
+from skipcal.report.command import report
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.speed.command import bench
 
@@ -266,6 +267,7 @@ def sweep(
         _sweep(console, load_sweep(config, options), output, overwrite)
 
 
+app.command()(report)
 app.command()(bench)
 
 

@@ -133,7 +133,7 @@ def token_notes(tokens: TokenMap) -> list[str]:
             what = f"{len(layers)} of at most {tokens.most_skips} FFNs skipped: layers {ranges(layers)}"
         else:
             what = "no FFN skipped"
-        notes.append(f"token {number} {_visible(piece)!r}: {what}")
+        notes.append(f"token {number} {label(piece)!r}: {what}")
     return notes
 
 
@@ -158,7 +158,7 @@ def _background(share: float) -> str:
     return f"rgba(230,110,0,{0.62 * share:.3f})"
 
 
-def _visible(piece: str) -> str:
+def label(piece: str) -> str:
     """A piece of text as a label: white space and parts of a character can be seen."""
     if piece in _MARKED:
         return _MARKED[piece]
@@ -178,8 +178,8 @@ def _drawable(pieces: Sequence[str]) -> list[str]:
     known: set[int] = set()
     for family in FontProperties().get_family():
         known |= set(get_font(findfont(FontProperties(family=[family]))).get_charmap())
-    labels = [_visible(piece) for piece in pieces]
-    return ["".join(c if ord(c) in known else "□" for c in label) for label in labels]
+    labels = [label(piece) for piece in pieces]
+    return ["".join(c if ord(c) in known else "□" for c in text) for text in labels]
 
 
 def _name_parts(ax: Axes, parts: Sequence[str]) -> None:

@@ -10,42 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.image import AxesImage
+from token_maps import made_map
 
 from skipcal.errors import ConfigError
 from skipcal.plots.tokens import FULL_MODEL_ALPHA, plot_tokens, region_edges, tokens_html
-from skipcal.runtime.report import SkipReport
-from skipcal.runtime.token_map import TokenMap
-
-PIECES = ("<s>", "a $x^", " <b>&\"'", "\n", "", "🦊", " ", "\x00\t|", "$")
-
-
-def made(pieces: tuple[str, ...] = PIECES, layers: int = 5) -> TokenMap:
-    """Nobody's map: a prompt of 2, a warm-up of 1."""
-    random = np.random.default_rng(0)
-    skipped = random.random((len(pieces), layers)) < 0.5
-    skipped[:3], skipped[:, [0, layers - 1]], skipped[3, 1:-1] = False, False, True
-    report = SkipReport(
-        decode_steps=len(pieces) - 2,
-        decode_steps_after_warm_up=len(pieces) - 3,
-        skipped_per_layer=tuple(skipped.sum(0).tolist()),
-        weight_bytes_saved=0,
-        engine="eager",
-        engine_reason="made",
-        method="ffn-skip",
-        unit="ffn",
-        byte_shares=(0.0,) * layers,
-    )
-    return TokenMap(
-        pieces=pieces,
-        ids=tuple(range(len(pieces))),
-        cosine=random.uniform(0.5, 1, (len(pieces), layers)).astype(np.float32),
-        skipped=skipped,
-        layers=tuple(range(1, layers - 1)),
-        most_skips=layers - 2,
-        prompt_tokens=2,
-        warm_up_tokens=1,
-        report=report,
-    )
 
 
 @pytest.fixture
@@ -56,7 +24,7 @@ def ax() -> Any:
 
 
 def test_cells_dots_edges_and_labels_are_the_maps(ax: Any) -> None:
-    tokens = made()
+    tokens = made_map()
     assert plot_tokens(tokens, ax=ax) is ax
     picture = next(image for image in ax.images if isinstance(image, AxesImage))
     np.testing.assert_array_equal(np.asarray(picture.get_array()), tokens.cosine.T)
@@ -74,7 +42,7 @@ def test_cells_dots_edges_and_labels_are_the_maps(ax: Any) -> None:
 
 
 def test_a_part_of_the_text_can_be_drawn(ax: Any) -> None:
-    tokens = made()
+    tokens = made_map()
     plot_tokens(tokens, ax=ax, start=3, stop=7, colorbar=False)
     np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), tokens.cosine[3:7].T)
     assert len(ax.get_xticklabels()) == 4 and len(ax.figure.axes) == 1
@@ -115,7 +83,7 @@ class Spans(HTMLParser):
 
 
 def test_the_text_is_whole_and_each_background_is_a_share() -> None:
-    tokens = made()
+    tokens = made_map()
     page = Spans(tokens_html(tokens))
     assert "".join(text for _, text in page.found) == tokens.text.replace("\x00", "\ufffd")
     strengths = []
@@ -137,7 +105,7 @@ def test_the_text_is_whole_and_each_background_is_a_share() -> None:
 
 def test_no_text_becomes_markup() -> None:
     hostile = ("x", '"><script>alert(1)</script>', "' onmouseover='alert(1)", "</span></style>", "&lt;")
-    page = Spans(tokens_html(made(hostile)))
+    page = Spans(tokens_html(made_map(hostile)))
     assert page.tags == {"style", "div", "span"}
     assert [text for _, text in page.found] == list(hostile)
     assert all(set(attributes) == {"class", "style", "title"} for attributes, _ in page.found)
