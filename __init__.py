@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from skipcal.plots.saturation import plot_saturation as plot_saturation
     from skipcal.plots.sweep import plot_quality as plot_quality
     from skipcal.profiles.schema import SkipProfile as SkipProfile
+    from skipcal.report.page import write_report as write_report
     from skipcal.runtime.policy import SkipPolicy as SkipPolicy
     from skipcal.runtime.report import SkipReport as SkipReport
     from skipcal.runtime.session import skipping as skipping
+    from skipcal.runtime.token_map import TokenMap as TokenMap
+    from skipcal.runtime.token_map import token_map as token_map
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ _HOMES = {
     "SkipReport": "skipcal.runtime.report",
     "SkipcalError": "skipcal.errors",
     "SweepConfig": "skipcal.configs.sweep",
+    "TokenMap": "skipcal.runtime.token_map",
     "calibrate_model": "skipcal.calibrate.pipeline",
     "capture": "skipcal.calibrate.capture",
     "load_model": "skipcal.arch.loading",
@@ -45,6 +49,8 @@ _HOMES = {
     "register_family": "skipcal.arch.families",
     "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",
+    "token_map": "skipcal.runtime.token_map",
+    "write_report": "skipcal.report.page",
 }
 
 __all__ = [
@@ -55,6 +61,7 @@ __all__ = [
     "SkipReport",
     "SkipcalError",
     "SweepConfig",
+    "TokenMap",
     "calibrate_model",
     "capture",
     "load_model",
@@ -65,6 +72,8 @@ __all__ = [
     "register_family",
     "run_sweep",
     "skipping",
+    "token_map",
+    "write_report",
 ]
 
 

@@ -18,6 +18,7 @@ from skipcal.configs.help import Command, Group
 from skipcal.evaluation.commands import evaluate, sweep
 from skipcal.plots.command import plot
 from skipcal.profiles.commands import push, show
+from skipcal.report.command import report
 from skipcal.runtime.command import generate
 from skipcal.speed.command import bench
 
@@ -45,6 +46,7 @@ register = functools.partial(app.command, cls=Command)
 register(rich_help_panel="Profile a model")(profile)
 register(rich_help_panel="Profile a model")(show)
 register(rich_help_panel="Profile a model")(plot)
+register(rich_help_panel="Profile a model")(report)
 register(rich_help_panel="Decode with it, and better")(generate)
 register(rich_help_panel="Decode with it, and better")(fit)
 register(rich_help_panel="Decode with it, and better")(tune)

@@ -296,13 +296,17 @@ def loading(
 
 
 def takes(*groups: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `groups` for its `**shared`; their values are in its context."""
+    """Give a command the options of `groups` for its `**shared`; their values are in its context.
+
+    An option that the command has itself stays its own.
+    """
     shared = [p for group in groups for p in inspect.signature(group, eval_str=True).parameters.values()]
 
     def with_shared(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
         kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        command.__signature__ = own.replace(parameters=kept + shared)  # type: ignore[attr-defined]
+        added = [p for p in shared if p.name not in own.parameters]
+        command.__signature__ = own.replace(parameters=kept + added)  # type: ignore[attr-defined]
         return command
 
     return with_shared

@@ -71,7 +71,7 @@ def _facts(profile: SkipProfile) -> str:
     model, made = profile.model, profile.environment
     revision = f", revision {escaped(model.revision)}" if model.revision else ""
     quantized = f", quantization {escaped(model.quantization)}" if model.quantization else ""
-    weights = ", the copy that skipcal embeds" if _embedded(profile) else ""
+    weights = ", the copy that skipcal embeds" if of_embedded_model(profile) else ""
     rows = [
         ("model", f"{escaped(model.name)}{revision}{weights}"),
         (
@@ -220,7 +220,7 @@ def _mark(chosen: bool) -> str:
 
 def _commands(profile: SkipProfile, source: str) -> str:
     model = profile.model
-    words = [] if _embedded(profile) else ["--model", model.name]
+    words = [] if of_embedded_model(profile) else ["--model", model.name]
     if words and model.revision:
         words += ["--revision", model.revision]
     if words and model.trust_remote_code:
@@ -233,7 +233,7 @@ def _commands(profile: SkipProfile, source: str) -> str:
 
 def _python(profile: SkipProfile, source: str) -> str:
     model = profile.model
-    arguments = [] if _embedded(profile) else [_quoted(model.name)]
+    arguments = [] if of_embedded_model(profile) else [_quoted(model.name)]
     if arguments and model.revision:
         arguments.append(f"revision={_quoted(model.revision)}")
     if model.dtype in ("bfloat16", "float16", "float32") and model.quantization is None:
@@ -267,6 +267,6 @@ def _citation(profile: SkipProfile) -> str:
     return f"```bibtex\n{CITATION}\n\n{own}\n```"
 
 
-def _embedded(profile: SkipProfile) -> bool:
+def of_embedded_model(profile: SkipProfile) -> bool:
     """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
     return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None

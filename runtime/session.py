@@ -22,7 +22,7 @@ from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batch_rule import BATCH_RULES
-from skipcal.runtime.engines.base import Engine
+from skipcal.runtime.engines.base import Engine, Watcher
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.engines.graph_loop import with_decode_ahead
@@ -127,8 +127,19 @@ class SkipSession:
         self._engine: Engine | None = None
         self._seam: GenerateSeam | None = None
         self._tokens = DecodeTokens(policy, teacher_forced=teacher_forced, prompt_tokens=prompt_tokens)
+        self._watcher: Watcher | None = None
         self._handles: list[Any] = []
         self._patches = InstancePatches()
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have `watcher(layer, skip)` told which tokens of the passes to come skip what.
+
+        skip: [batch * seq] bool; a layer that no token skips is not told. Raises SessionError unless the
+        session is teacher-forced: captured decode steps keep their decisions on the device.
+        """
+        if not self._tokens.teacher_forced:
+            raise SessionError("only a session with teacher_forced=True can be watched; open one with it")
+        self._watcher = watcher
 
     def __enter__(self) -> Self:
         """Prepare the model; nothing is changed on it when this raises."""
@@ -231,7 +242,8 @@ class SkipSession:
         assert self._engine is not None
         if self._seam is None or not self._seam.stepping:
             given = call_arguments(self._stack_signature, args, kwargs)
-            self._engine.begin(self._tokens.of_pass(given))
+            tokens = self._tokens.of_pass(given)
+            self._engine.begin(replace(tokens, watcher=self._watcher) if self._watcher else tokens)
 
     # generate()
 

@@ -201,6 +201,7 @@ class EagerEngine:
         return s if block.scale == 1.0 else s / block.scale
 
     def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
+        self._tokens.tell(block.index, skip)
         if self._tokens.counted is not None:
             skipping = int((self._tokens.counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping

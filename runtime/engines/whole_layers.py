@@ -68,6 +68,7 @@ class RemovedLayers:
         counted = tokens.active if tokens.counted is None else tokens.active & tokens.counted
         for index in self._removed:
             self.skipped_per_layer[index] += int(counted.sum())
+            tokens.tell(index, counted)
             self.weight_bytes_saved += self._architecture.blocks[index].layer_bytes
 
 
@@ -146,6 +147,7 @@ class SkippedLayers:
             return None
         counted = skip if tokens.counted is None else skip & tokens.counted.to(stream.device)
         self.skipped_per_layer[block.index] += int(counted.sum())
+        tokens.tell(block.index, counted)
         return skip
 
 

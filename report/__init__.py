@@ -1,0 +1,1 @@
+"""A profile as one HTML file: its curves, regions, operating points, tokens and provenance."""
