@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+_WORTH_TELLING_S = 2.0  # what takes longer says so at its end
 
 
 class Console:
@@ -49,6 +53,35 @@ class Console:
         if self.processes.leads:
             typer.echo(text, err=self._as_json)
 
+    def doing(self, what: str) -> None:
+        """Say what takes a while, to somebody who watches: a line on stderr, where that is a terminal."""
+        logger.info("%s ...", what)
+
+    def load(self, options: Mapping[str, Any]) -> LoadedModel:
+        """The model that options or settings name, without bars unless stderr is a terminal.
+
+        What they do not say is as ModelSettings has it. Raises ConfigError for a value that cannot be used.
+        """
+        from skipcal.arch.embedded import EMBEDDED_MODEL
+        from skipcal.configs.run import ModelSettings, load_settings
+
+        asked = {name: options[name] for name in ModelSettings.model_fields if name in options}
+        settings = load_settings(ModelSettings, None, asked).model_dump()
+        self.importing()
+
+        from skipcal.arch.loading import load_model
+        from skipcal.arch.placement import memory_limits
+
+        quiet_loading()
+        name, limits = settings.pop("model"), memory_limits(settings.pop("max_memory"))
+        self.doing(f"loading {name or EMBEDDED_MODEL}")
+        return load_model(name, max_memory=limits, **settings)
+
+    def importing(self) -> None:
+        """Say that torch and transformers are imported next, unless they are there."""
+        if "torch" not in sys.modules:
+            self.doing("importing torch and transformers")
+
     def complain(self, text: str, *, own: bool = False) -> None:
         """A line on stderr. own: it happened in this process alone, so that it has to speak itself."""
         if own or self.processes.leads:
@@ -66,9 +99,13 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
     console = Console(as_json, processes)
     # With --json nothing that a library prints may reach stdout.
     redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    begin = time.monotonic()
     try:
         with redirect:
             yield console
+        seconds = time.monotonic() - begin
+        if seconds > _WORTH_TELLING_S:
+            logger.info("took %s", duration(seconds))
     except (typer.Exit, typer.Abort):
         raise
     except BrokenPipeError:
@@ -120,29 +157,31 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def load(options: Mapping[str, Any]) -> LoadedModel:
-    """The model that options or settings name, without bars unless stderr is a terminal.
+def duration(seconds: float) -> str:
+    """A time as people say it: 42 s, 3 min 20 s, 1 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
-    What they do not say is as ModelSettings has it. Raises ConfigError for a value that cannot be used.
-    """
-    from skipcal.configs.run import ModelSettings, load_settings
 
-    asked = {name: options[name] for name in ModelSettings.model_fields if name in options}
-    settings = load_settings(ModelSettings, None, asked).model_dump()
+class _Line(logging.Formatter):
+    """A warning is called one; what is being done stands as it is."""
 
-    from skipcal.arch.loading import load_model
-    from skipcal.arch.placement import memory_limits
-
-    quiet_loading()
-    return load_model(settings.pop("model"), max_memory=memory_limits(settings.pop("max_memory")), **settings)
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"warning: {text}"
 
 
 def _quieten(processes: Processes) -> None:
     """One line a warning on stderr, and no bar of any library unless stderr is a terminal."""
+    watched = sys.stderr.isatty() and processes.leads
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(_Line())
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
+    log.setLevel(logging.INFO if watched else logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of an input
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ["MPLBACKEND"] = "Agg"  # commands draw into files, never into a window
@@ -150,7 +189,7 @@ def _quieten(processes: Processes) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line
     if processes.size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection is gone is said once
-    if not (sys.stderr.isatty() and processes.leads):
+    if not watched:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
 

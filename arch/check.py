@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -197,7 +198,8 @@ def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `found` and `proof_error` are None where the transformers that is here lacks the family.
     """
-    return [{**row, **_checked(row["family"])} for row in rows]
+    watched = tqdm(rows, desc="prove", unit="family", leave=False, disable=None)
+    return [{**row, **_checked(row["family"])} for row in watched]
 
 
 def _checked(model_type: str) -> dict[str, Any]:

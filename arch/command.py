@@ -21,6 +21,7 @@ def models(check: Check = False, as_json: opt.Json = False, debug: opt.Debug = F
 
         rows = families_listed()
         if check:
+            console.importing()
             from skipcal.arch.check import checked
 
             rows = checked(rows)

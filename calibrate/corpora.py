@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
-from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, resolve_corpora
+from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, likely, resolve_corpora
 from skipcal.calibrate.retry import retried
 from skipcal.errors import Unavailable, first_words
 
@@ -283,7 +283,8 @@ def _data_errors(corpus: Corpus) -> Iterator[None]:
         advice = (
             "check the file"
             if corpus.local
-            else "check the name and the network, or pass local text with --data-files PATH"
+            else likely(corpus.source)
+            + "check the name and the network, or pass local text with --data-files PATH"
         )
         raise Unavailable(
             f"corpus {corpus.name!r} ({corpus.source}) could not be read "

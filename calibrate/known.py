@@ -151,6 +151,12 @@ def _local(entry: str) -> Corpus:
     return replace(corpus, questions=base, format=format)
 
 
+def likely(name: str) -> str:
+    """A question to the user where a name resembles a known corpus, else nothing."""
+    close = difflib.get_close_matches(name, [*KNOWN_CORPORA, *QUESTION_SETS], n=1)
+    return f"did you mean {close[0]!r}? else " if close and close[0] != name else ""
+
+
 def _no_questions(label: str, base: str) -> str:
     if base in KNOWN_CORPORA or base in LOCAL_ONLY:
         return f"corpus {label!r}: {base!r} is running text and has no formats; give it as {base}"

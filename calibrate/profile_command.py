@@ -10,7 +10,7 @@ import typer
 from skipcal.calibrate import options as own
 from skipcal.calibrate.processes import Processes, with_own_device
 from skipcal.configs import options as opt
-from skipcal.console import Console, command, given, load
+from skipcal.console import Console, command, given
 
 if TYPE_CHECKING:
     from skipcal.calibrate.pipeline import Calibration
@@ -76,12 +76,13 @@ def _calibrate(console: Console, settings: ProfileConfig) -> None:
 
     processes.share(check_outputs)
 
+    console.importing()
     from skipcal.calibrate.pipeline import calibrate_together
     from skipcal.calibrate.saturation import write_trace
     from skipcal.profiles.summary import summarize
 
     options = processes.agree(lambda: with_own_device(settings.model_dump(), processes))
-    loaded = processes.in_turn(lambda: load(options))
+    loaded = processes.in_turn(lambda: console.load(options))
     unfinished = target.with_name(target.name + UNFINISHED)
     try:
         result = calibrate_together(loaded, settings, processes, unfinished)

@@ -45,7 +45,11 @@ class FitConfig(CalibrationSettings):
     closed_loop_prompts: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _enough_text(self) -> Self:
+    def _options_fit_together(self) -> Self:
+        if self.rank is not None and "surrogate_budget" in self.model_fields_set:
+            raise ValueError(
+                f"rank {self.rank} and surrogate_budget {self.surrogate_budget:g} were both given; give one"
+            )
         if self.damage_prompts > self.windows():
             raise ValueError(
                 f"damage_prompts {self.damage_prompts} are more than the {self.windows()} windows of a "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -35,7 +38,28 @@ def _section(parameter: Any) -> str:
 
 
 class Group(TyperGroup):
-    """Commands as they were registered, under the heading of their step."""
+    """Commands as they were registered, under the heading of their step; a usage error is one line."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command and exit with its code."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except Exception as error:
+            if not standalone_mode or not hasattr(error, "format_message"):  # which a usage error has
+                raise
+            _tell(error)
+            sys.exit(2)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
 
     def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """Write the commands of each step."""
@@ -48,3 +72,19 @@ class Group(TyperGroup):
         for step, records in steps.items():
             with formatter.section(step):
                 formatter.write_dl(records)
+
+
+def _tell(error: Any) -> None:
+    """One line of what is wrong with the words that were typed, and where the right ones stand."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        error.show()
+        return
+    said = " ".join(error.format_message().split()).replace("Input should be", "expected")
+    said = said.partition(", unable to parse")[0].partition(" (Possible options")[0]
+    known = getattr(error, "possibilities", None) or []
+    close = difflib.get_close_matches(said.split()[-1], known, n=1, cutoff=0.0)
+    said += f"; did you mean {close[0]}?" if close else ""
+    if said[-1] not in ".?!":
+        said += "."
+    where = "" if error.ctx is None else f" See: {error.ctx.command_path} --help"
+    typer.echo(f"error: {said[0].lower()}{said[1:]}{where}", err=True)

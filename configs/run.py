@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
@@ -201,7 +203,22 @@ def _explain(kind: type[BaseModel], error: ValidationError, given: Collection[st
     where = f"--{key.replace('_', '-')}" if key in given else shown
     if first["type"] == "missing":
         return f"{where} is missing; give it as --{key.replace('_', '-')} or in a --config file"
-    return f"{where} {first['input']!r} cannot be used: {message.replace('Input should be', 'expected')}"
+    return f"{where} {first['input']!r} cannot be used: {_expected(first, message)}"
+
+
+_LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+
+
+def _expected(fault: Any, message: str) -> str:
+    """What a value had to be, in our words."""
+    limits = fault.get("ctx", {})
+    for key, words in _LIMITS.items():
+        if key in limits:
+            return f"expected {words.format(format(limits[key], 'g'))}"
+    expected = message.replace("Input should be", "expected")
+    names = re.findall(r"'([^']*)'", str(limits.get("expected", "")))
+    close = difflib.get_close_matches(str(fault["input"]), names, n=1)
+    return f"{expected}; did you mean {close[0]!r}?" if close else expected
 
 
 def _unknown_key(known: Collection[str], key: str, path: Path | None) -> str:

@@ -285,8 +285,14 @@ def load_sweep(path: Path | None, options: dict[str, Any]) -> SweepConfig:
     }
     if "warm_up_tokens" in given and "warm_ups" in settings:
         raise ConfigError("--warm-up-tokens has no effect where the file has warm_ups; leave one of them out")
-    if given.get("chat_template") is False and not {"freebaseqa", "summarization", "mtbench"} & set(chosen):
-        raise ConfigError(f"--no-chat-template has no effect on {', '.join(chosen)}; leave it out")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"task {repeated!r} is asked for twice")
+    if "chat_template" in given and not {"freebaseqa", "summarization", "mtbench"} & set(chosen):
+        option = "--chat-template" if given["chat_template"] else "--no-chat-template"
+        raise ConfigError(f"{option} has no effect on {', '.join(chosen)}; leave it out")
+    if given.get("items", 1) < 1:
+        raise ConfigError(f"--items {given['items']} cannot be used: expected 1 or more")
     for key in [key for key in given if key in _TASK_OPTIONS]:
         _hand_to_tasks(key, given.pop(key), chosen)
     judge = {key.removeprefix("judge_"): given.pop(key) for key in list(given) if key.startswith("judge_")}

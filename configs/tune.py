@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
+from skipcal.errors import suggestion
 
 RULES = ("gate", "cosine", "static", "static+surrogates")
 Positive = Annotated[float, Field(gt=0)]
@@ -44,18 +45,22 @@ class TuneConfig(CalibrationSettings):
     @field_validator("rules")
     @classmethod
     def _known(cls, rules: list[str] | None) -> list[str] | None:
-        unknown = [rule for rule in rules or [] if rule not in RULES]
-        if unknown:
-            raise ValueError(f"rule {unknown[0]!r} is not one of {', '.join(RULES)}")
+        for rule in rules or []:
+            if rule not in RULES:
+                raise ValueError(f"rule {rule!r} is not known; {suggestion(rule, RULES)}")
+            if rules and rules.count(rule) > 1:
+                raise ValueError(f"rule {rule!r} is asked for twice")
         return rules
 
     @model_validator(mode="after")
-    def _a_budget(self) -> Self:
+    def _options_fit_together(self) -> Self:
         if self.max_kl is None and self.max_perplexity_increase is None and self.min_speedup is None:
             raise ValueError(
                 "there is no budget; give --max-kl, --max-perplexity-increase or --min-speedup, "
                 "for example --max-kl 0.05"
             )
+        if self.rules is not None and "cosine" not in self.rules and "max_skips" in self.model_fields_set:
+            raise ValueError("max_skips has no effect without the rule cosine; leave it out, or add the rule")
         return self
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import Console, command, command_line, given, listed, load, numbers
-from skipcal.errors import ConfigError
+from skipcal.console import Console, command, command_line, given, listed, numbers
+from skipcal.errors import ConfigError, OutputError
 from skipcal.evaluation import options as own
 
 if TYPE_CHECKING:
@@ -104,10 +104,13 @@ def _lm_eval(
     stray = next((name for name in options if name not in {*taken, *ModelSettings.model_fields}), None)
     if stray is not None:
         raise ConfigError(f"--{stray.replace('_', '-')} has no effect on --lm-eval-tasks; leave it out")
+    console.importing()
     from skipcal.baselines.methods import Ask, make_policy, recommended_ratio
     from skipcal.profiles.files import check_output, write_atomic
     from skipcal.profiles.schema import SkipProfile
 
+    if overwrite and output is None:
+        raise ConfigError("--overwrite has no effect without --output; leave it out")
     target = output / "results.csv" if output else None
     if target:
         check_output(target, overwrite=overwrite)
@@ -126,7 +129,7 @@ def _lm_eval(
     methods = [m for m in options.get("methods", ["ffn-skip"]) if m != "full"]
     policies = [(Arm("full", None), make_policy("full", found, ask))]
     policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
-    loaded = load(options)
+    loaded = console.load(options)
     found.check_fits(loaded.model)
     frame = run_lm_eval(
         loaded,
@@ -150,6 +153,7 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
 
     found = SkipProfile.load(settings.profile)
 
+    console.importing()
     from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
     from skipcal.evaluation.records import digest
     from skipcal.evaluation.sweep import plan, run_sweep
@@ -157,7 +161,9 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     plan(found, settings)
     recorded = sweep_settings(settings, found)
     place = folder or Path("runs") / f"evaluate-{digest(recorded)}"
-    loaded = load(settings.model_dump())
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file; give the name of a folder with --output")
+    loaded = console.load(settings.model_dump())
     found.check_fits(loaded.model)
     begin_folder(place, recorded, overwrite=overwrite)
     console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"

@@ -33,6 +33,7 @@ def plot(
     Example: skipcal plot smollm2-135m-instruct -o curve.png
     """
     with command(as_json, debug) as console:
+        console.doing("drawing")
         from skipcal.speed.files import is_result, load_result
 
         if is_result(Path(source)):

@@ -9,7 +9,7 @@ import typer
 
 from skipcal.configs import options as opt
 from skipcal.configs.help import MODEL, OUTPUT
-from skipcal.console import command, given, load
+from skipcal.console import Console, command, given
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -78,17 +78,17 @@ def report(
         check_suffix(output)
         check_output(output, overwrite=overwrite)
         found = SkipProfile.load(source)
-        shown = None if no_tokens else _tokens(found, asked, text or SAMPLE_TEXT)
+        shown = None if no_tokens else _tokens(console, found, asked, text or SAMPLE_TEXT)
         write_report(found, output, token_map=shown, overwrite=overwrite)
         console.result({"output": str(output)}, f"wrote {output}")
 
 
-def _tokens(profile: SkipProfile, asked: dict[str, Any], text: str) -> TokenMap:
+def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text: str) -> TokenMap:
     """The token map of `text` by the profile's model."""
     policy = profile.policy_for()  # its tensors may be missing, which is said before a model is loaded
     options = _with_own_model(profile, asked)
     try:
-        loaded = load(options)
+        loaded = console.load(options)
     except Unavailable as error:
         raise Unavailable(
             f"the tokens need the profile's model: {error}; give it with --model, or leave them out with "

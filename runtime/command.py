@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, given, load
+from skipcal.console import command, given
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.runtime.engines.choice import check_engine
 
@@ -58,11 +58,12 @@ def generate(
             raise ConfigError(f"--seed {seed} has no effect on greedy decoding; add --do-sample")
         check_engine(engine or "auto")
         found = SkipProfile.load(profile)
+        console.importing()
         policy = found.policy_for(target_skip_ratio)
 
         from skipcal.runtime.generation import generate_text
 
-        loaded = load(given(ctx))
+        loaded = console.load(given(ctx))
         found.check_fits(loaded.model)
         done = generate_text(
             loaded,

@@ -176,7 +176,9 @@ def _case(config: BenchConfig, bench: Bench, bandwidth: Spread, time_limit_s: fl
     with (
         told_of_memory(f"{batch_size} rows of {context_tokens + config.new_tokens} tokens"),
         tqdm(
-            total=len(arms) * (config.rounds + 1), desc=f"batch {batch_size}, context {context_tokens}"
+            total=len(arms) * (config.rounds + 1),
+            desc=f"batch {batch_size}, context {context_tokens}",
+            disable=None,
         ) as bar,
     ):
         runs = interleave(_counted(arms, bar), config.rounds, time_limit_s=time_limit_s)

@@ -52,6 +52,7 @@ def bench(
         if output is not None:
             check_output(output, overwrite=overwrite)
 
+        console.importing()
         from skipcal.speed.bench import check_shape, load_subject, run_bench
         from skipcal.speed.table import to_text
 

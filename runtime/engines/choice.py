@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from skipcal.errors import ConfigError
@@ -18,7 +19,9 @@ ENGINES = ("auto", "eager", "graph")
 def check_engine(name: str) -> None:
     """Raise ConfigError for an unknown name."""
     if name not in ENGINES:
-        raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}")
+        close = difflib.get_close_matches(name, ENGINES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}{hint}")
 
 
 def ffn_engine(

@@ -13,6 +13,7 @@ from conftest import saved
 from documents import document, gate_document, write
 
 from skipcal.arch.loading import LoadedModel
+from skipcal.console import Console
 from skipcal.profiles.schema import SkipProfile
 from skipcal.report import command
 from skipcal.report.page import report_html
@@ -70,10 +71,10 @@ def test_without_tokens_no_model_is_needed(here: Path, worded_profile: SkipProfi
 def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(options: Any) -> Any:
+    def load(self: Any, options: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(command, "load", load)
+    monkeypatch.setattr(Console, "load", load)
     (here / "old.html").write_text("mine")
     page = ("report", "p.json", "-o", "page.html")
     assert "ending '.pdf' is not .html; try a.html" in refused("report", "p.json", "-o", "a.pdf", code=2)
