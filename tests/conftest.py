@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands first
 os.environ["TQDM_DISABLE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("skipcal") is None:  # a clone that was never installed
     link = tempfile.mkdtemp()
@@ -55,6 +57,21 @@ DENSE = (
     "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo", "olmo2", "olmo3", "opt",
     "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
 )  # fmt: skip
+
+
+APART = ("test_notebooks.py",)  # files whose tests share nothing and take long
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup` a file's tests stay together, so that its fixtures are made once.
+
+    Large groups are handed out first and single tests last, which evens out the workers' ends.
+    """
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            if item.path.name not in APART:
+                item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(autouse=True)

@@ -132,6 +132,7 @@ def test_realised_ratios_are_what_a_session_reports(
     result = calibrate(loaded, texts, closed_loop=closed_loop, cold_s=1, cold_e=7, closed_loop_prompts=6)
     model: Any = loaded.model
     prompts = [prompt for corpus in prompts_of(texts, result) for prompt in corpus]
+    assert len(result.profile.operating_points) == 12  # 0.05 to 0.6: 5 of 8 FFNs can be skipped
     for point in result.profile.operating_points:
         policy = result.profile.policy_for(point.target_skip_ratio)
         skipped = steps = 0

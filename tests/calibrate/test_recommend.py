@@ -9,6 +9,8 @@ import pytest
 
 from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.calibrate.recommend import (
+    Prediction,
+    arming_layers,
     check_reachable,
     cosine_curve,
     in_memory,
@@ -151,3 +153,49 @@ def test_the_loop_ends_where_no_threshold_meets_the_target() -> None:
     assert realised == 0.1
     assert threshold > 0.9
     assert len(calls) <= CLOSED_LOOP_PASSES
+
+
+@pytest.mark.parametrize("max_skips", [None, 2])
+def test_a_trace_in_blocks_predicts_what_the_whole_predicts(max_skips: int | None) -> None:
+    """Every token counts, of whichever block it is, and every threshold to the last bit."""
+    cosine = clean(tokens=90)
+    policy = SkipPolicy(cold_s=2, cold_e=9, threshold=0.0, max_skips=max_skips)
+    layers = arming_layers(policy)
+    cut = Prediction(lambda: [part[:, layers].T for part in np.split(cosine, [20, 70])], policy, 12)
+    assert cut.tokens == 90
+    assert (cut.policy, cut.num_layers) == (policy, 12)
+    for value in cosine[:, layers].ravel()[::7]:
+        for threshold in (value, np.nextafter(value, np.float32(2)), np.nextafter(value, np.float32(-2))):
+            expected = naive_ratio(cosine, replace(policy, threshold=float(threshold)))
+            assert cut.skip_ratio(float(threshold)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_smallest_targets_take_the_largest_value() -> None:
+    cosine = clean()
+    policy = SkipPolicy(cold_s=1, cold_e=11, threshold=0.0)
+    largest = float(cosine[:, 1:10].max())
+    for skips in (0, 1):
+        assert predicted_threshold(cosine, policy, skips / cosine.size) == pytest.approx(largest, abs=0)
+
+
+@pytest.mark.parametrize("last", [2, 3, 4, 9])
+def test_at_most_the_last_so_many_maxima_of_a_token_count(last: int) -> None:
+    block = clean(tokens=40)[:, :3].T
+    values = np.maximum.accumulate(block)[max(3 - last, 0) :].ravel()
+    maxima = RunningMaxima(lambda: [block], last)
+    assert [maxima.largest(rank) for rank in range(1, len(values) + 1)] == sorted(values, reverse=True)
+
+
+def test_what_is_out_of_reach_is_told_to_three_digits_and_no_more() -> None:
+    policy = SkipPolicy(cold_s=0, cold_e=30, threshold=0.9)
+    with pytest.raises(TargetOutOfReach) as refused:
+        check_reachable(policy, 0.98, 30)
+    assert str(refused.value).startswith(
+        "target skip ratio 0.98 is out of reach: the region [0, 30) of 30 layers allows 0.966 at most; "
+    )
+
+
+def test_the_largest_ratio_of_a_curve_is_a_share_of_the_layers() -> None:
+    policy = SkipPolicy(cold_s=1, cold_e=10, threshold=0.0)
+    curve = cosine_curve(in_memory(clean(layers=30), policy), lambda tried: 0.0)
+    assert curve.largest == 8 / 30

@@ -135,7 +135,9 @@ def test_on_its_own_text_a_profile_realises_what_its_closed_loop_measured(
         resolve_corpora([], config.data_files)[0], Words(), prompts=6, prompt_tokens=18, seed=0
     )
     text = Passes(loaded, locate(loaded.model), config).continued(drawn.prompts, "continue")
-    for point in profile.operating_points[1:6:2]:
+    points = profile.operating_points[1:6:2]
+    assert len(points) == 3
+    for point in points:
         frame = transfer(
             loaded,
             {"p": profile},

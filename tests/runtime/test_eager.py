@@ -9,6 +9,7 @@ import torch
 from conftest import lively
 
 from skipcal.arch.locate import locate
+from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.policy import SkipPolicy
@@ -97,3 +98,125 @@ def test_a_rule_that_asks_for_no_cosine_pays_for_none(tiny: Any, monkeypatch: py
     run(tiny, EagerEngine(locate(tiny), Alternate(False)), 1)
     with pytest.raises(NameError):
         run(tiny, EagerEngine(locate(tiny), ALWAYS.make_rule()), 1)
+
+
+class Planned:
+    """Skips what a table [layers, tokens] says, and keeps what it is told of the FFNs that ran."""
+
+    layers = range(4)
+    learns = True
+
+    def __init__(self, table: list[list[bool]]) -> None:
+        self._table = torch.tensor(table)
+        self.told: dict[int, tuple[torch.Tensor, torch.Tensor, Any]] = {}
+
+    def start(self, tokens: PassTokens, device: torch.device) -> Any:
+        return torch.zeros(0, device=device)
+
+    def before(self, layer: int, state: Any, h: torch.Tensor) -> tuple[Any, Any]:
+        return self._table[layer], state
+
+    def after(self, layer: int, state: Any, h: torch.Tensor, f: torch.Tensor, ran: Any) -> Any:
+        self.told[layer] = h.clone(), f.clone(), ran
+        return state
+
+
+TABLE = [  # by layer: one of three tokens, two, none, all
+    [False, True, False],
+    [True, False, True],
+    [False, False, False],
+    [True, True, True],
+]
+KINDS = ["llama", "granite", "gemma2", "opt", "gptj", "cohere", "mixtral", "gpt_oss", "gemma4_text"]
+
+
+def of_kind(model_type: str) -> Any:
+    if model_type in ("mixtral", "gpt_oss"):
+        return lively(model_type, num_local_experts=4, num_experts_per_tok=2)
+    return lively(model_type)
+
+
+def planned(
+    model: Any, table: list[list[bool]], ids: list[int], chosen: Surrogates | None, **announced: Any
+) -> tuple[torch.Tensor, EagerEngine, Planned]:
+    """Logits [tokens, vocabulary] of rows of one token each, after a full pass, as every prefill is."""
+    rule = Planned(table)
+    engine = EagerEngine(locate(model), rule, surrogates=chosen)
+    engine.attach()
+    try:
+        model(input_ids=torch.tensor([[5]]), use_cache=False)
+        engine.begin(PassTokens(active=torch.ones(len(ids), dtype=torch.bool), step=0, **announced))
+        logits = model(input_ids=torch.tensor(ids)[:, None], use_cache=False).logits
+    finally:
+        engine.detach()
+    return logits[:, 0], engine, rule
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_tokens_of_a_batch_that_skip_apart_get_what_each_gets_alone(model_type: str, stand_in: bool) -> None:
+    model = of_kind(model_type)
+    architecture = locate(model)
+    chosen = surrogates(architecture.hidden_size) if stand_in else None
+    ids = [7, 21, 60]
+    together, engine, rule = planned(model, TABLE, ids, chosen)
+    for token in range(3):
+        alone, single, told = planned(model, [[row[token]] for row in TABLE], [ids[token]], chosen)
+        torch.testing.assert_close(together[token], alone[0], atol=2e-4, rtol=2e-4)
+        assert single.skipped_per_layer == [int(row[token]) for row in TABLE]
+        for layer, row in enumerate(TABLE):
+            assert (layer in told.told) is not row[token]
+            if layer in told.told:
+                for mine, theirs in zip(rule.told[layer][:2], told.told[layer][:2], strict=True):
+                    torch.testing.assert_close(mine[token], theirs[0], atol=2e-4, rtol=2e-4)
+    assert engine.skipped_per_layer == [1, 2, 0, 3]
+    assert sorted(rule.told) == [0, 1, 2]  # of the last, which all skip, there is nothing to tell
+    assert rule.told[0][2].tolist() == [True, False, True]
+    assert rule.told[2][2] is True or rule.told[2][2].tolist() == [True] * 3
+    # Weights are left unread where all skip; a surrogate is read where any does.
+    read = sum(chosen.weight_bytes(layer) for layer in (0, 1, 3)) if chosen else 0
+    assert engine.weight_bytes_saved == architecture.blocks[3].weight_bytes - read
+
+
+def test_only_rows_that_go_on_are_counted(tiny: Any) -> None:
+    live = torch.tensor([True, True, False])
+    _, engine, _ = planned(tiny, TABLE, [7, 21, 60], None, counted=live)
+    assert engine.skipped_per_layer == [1, 1, 0, 2]
+    assert engine.weight_bytes_saved == locate(tiny).blocks[3].weight_bytes
+    _, engine, _ = planned(tiny, [[True]] * 4, [7], None, counted=torch.tensor([False]))
+    assert engine.skipped_per_layer == [0, 0, 0, 0]
+
+
+def test_a_full_pass_asks_no_rule_and_shows_what_ffns_return_besides() -> None:
+    for model_type, extras in (("llama", 0), ("gpt_oss", 1)):
+        model = of_kind(model_type)
+        ids = torch.tensor([[7, 21]])
+        expected = model(input_ids=ids, use_cache=False).logits
+        rule = Planned([[True, True]] * 4)
+        engine = EagerEngine(locate(model), rule, reason="why not")
+        engine.attach()
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+        assert [engine.extras(layer) for layer in range(5)] == [extras] * 4 + [0]
+        engine.detach()
+        engine.detach()
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+        assert engine.skipped_per_layer == [0, 0, 0, 0]
+        assert (rule.told, engine.weight_bytes_saved, engine.reason) == ({}, 0, "why not")
+        assert (engine.name, engine.row_decisions) == ("eager", (0, 0))
+
+
+def test_a_layer_that_calls_its_ffn_first_is_refused() -> None:
+    """A parallel layer's stream is known when its attention has run."""
+    model = of_kind("gptj")
+    engine = EagerEngine(locate(model), Planned(TABLE))
+    engine.attach()
+    try:
+        engine.begin(PassTokens(active=torch.ones(3, dtype=torch.bool), step=0))
+        with pytest.raises(SessionError, match="layer 1 called its FFN before its attention"):
+            model.transformer.h[1].mlp(torch.zeros(3, 1, 32))
+    finally:
+        engine.detach()
+
+
+def test_an_engine_without_a_reason_was_asked_for(tiny: Any) -> None:
+    assert EagerEngine(locate(tiny), Planned(TABLE)).reason == "asked for"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from skipcal.arch.locate import locate
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
@@ -37,6 +38,51 @@ def test_values_out_of_range_are_refused_in_one_line(change: dict[str, Any], mes
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 1.0, FULL_MODEL_THRESHOLD])
 def test_the_ends_of_the_range_are_allowed(threshold: float) -> None:
     assert replace(POLICY, threshold=threshold).threshold == threshold
+
+
+def test_the_smallest_values_are_allowed() -> None:
+    least = replace(POLICY, cold_s=0, cold_e=0, warm_up_tokens=0, max_skips=0)
+    assert least.to_dict() == {
+        "cold_s": 0, "cold_e": 0, "threshold": 0.9, "warm_up_tokens": 0, "max_skips": 0, "rule": "cosine",
+    }  # fmt: skip
+    assert replace(POLICY, cold_s=10).most_skips() == 0
+
+
+def test_what_is_left_out_is_the_papers_choice() -> None:
+    assert (POLICY.warm_up_tokens, POLICY.max_skips, POLICY.rule, POLICY.unit) == (25, None, "cosine", "ffn")
+
+
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [
+        ({}, "ffn-skip"),
+        ({"threshold": 1.0}, "ffn-skip"),
+        ({"threshold": 1.001}, "full"),
+        ({"cold_s": 10}, "full"),
+        ({"cold_s": 9}, "ffn-skip"),
+    ],
+)
+def test_what_can_skip_nothing_is_called_full(change: dict[str, Any], method: str) -> None:
+    assert replace(POLICY, **change).method == method
+
+
+def test_the_rule_is_the_policys(tiny: Any) -> None:
+    policy = SkipPolicy(cold_s=1, cold_e=3, threshold=0.7, max_skips=2)
+    found = locate(tiny)
+    for batch_rule in ("rows", "all"):
+        engine: Any = policy.engine(found, "eager", batch_rule=batch_rule)
+        rules: list[Any] = [policy.make_rule(batch_rule=batch_rule), engine._rule]
+        for rule in rules:
+            assert (rule.layers, rule.threshold, rule.max_skips) == (range(1, 3), 0.7, 2)
+            assert rule.batch_rule == batch_rule
+            assert engine.reason == policy.engine(found, "eager").reason != policy.engine(found).reason
+    default: Any = policy.engine(found)
+    assert default._rule.batch_rule == "rows"
+
+
+def test_a_skip_leaves_the_weights_of_its_block_unread(tiny: Any) -> None:
+    for block in locate(tiny).blocks:
+        assert POLICY.saved_bytes(block) == block.weight_bytes > 0
 
 
 def test_the_first_ffn_of_the_region_always_runs() -> None:
