@@ -95,7 +95,9 @@ def find_regions(
     cold_s, cold_e = given or (fit.cold_s, fit.cold_e)
     check_region(cold_s, cold_e, len(curve))
     rho = _monotonicity(curve[cold_s:cold_e])
-    intervals = (None, None) if given else _bootstrap(prompt_sums, prompt_counts, seed)
+    intervals: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
+    if not given:
+        intervals = region_intervals(bootstrap_regions(prompt_sums, prompt_counts, seed=seed))
     return Regions(
         cold_s=cold_s,
         cold_e=cold_e,
@@ -123,14 +125,21 @@ def _monotonicity(middle: np.ndarray) -> float | None:
     return float(np.clip(spearmanr(np.arange(len(middle)), middle).statistic, -1, 1))
 
 
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """95 % intervals of cold_s and cold_e over resampled prompts."""
-    prompts = len(counts)
-    draws = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), size=BOOTSTRAP_RESAMPLES
-    )
-    curves = (draws @ sums) / (draws @ counts)[:, None]
-    fits = np.array([(fit.cold_s, fit.cold_e) for fit in map(fit_regions, curves)])
+def bootstrap_regions(
+    prompt_sums: np.ndarray, prompt_counts: np.ndarray, *, seed: int, resamples: int = BOOTSTRAP_RESAMPLES
+) -> np.ndarray:
+    """`cold_s` and `cold_e` of resampled prompts, [resamples, 2].
+
+    prompt_sums, prompt_counts: as `find_regions` takes them and `Trace.prompt_sums` gives them.
+    """
+    prompts = len(prompt_counts)
+    draws = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    curves = (draws @ prompt_sums) / (draws @ prompt_counts)[:, None]
+    return np.array([(fit.cold_s, fit.cold_e) for fit in map(fit_regions, curves)])
+
+
+def region_intervals(fits: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """95 % intervals of `cold_s` and `cold_e` over what `bootstrap_regions` gave."""
     low, high = np.percentile(fits, INTERVAL, axis=0, method="nearest").astype(int).tolist()
     return (low[0], high[0]), (low[1], high[1])
 

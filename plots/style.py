@@ -41,11 +41,22 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in skipcal's style inside, and leave matplotlib's settings as they were."""
+    """Draw in skipcal's style inside, and leave matplotlib's settings as they were.
+
+    One setting stays: a session's first figure starts the backend, and a notebook's backend shows what is
+    drawn only while it is interactive, which it switches on itself.
+    """
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_RC):
-        yield
+    interactive = plt.isinteractive()
+    try:
+        with plt.rc_context(_RC):
+            try:
+                yield
+            finally:
+                interactive = plt.isinteractive()
+    finally:
+        plt.rcParams["interactive"] = interactive
 
 
 def check_figure(path: Path, *, overwrite: bool) -> None:

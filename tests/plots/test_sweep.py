@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from skipcal.baselines.methods import METHODS
@@ -125,3 +126,11 @@ def test_every_method_has_a_line_of_its_own() -> None:
     """A method that is missing here would be left out of every figure without a word."""
     assert set(METHOD_ORDER) == set(METHODS) - {"full"}
     assert len(set(MARKERS)) == len(METHOD_ORDER)
+
+
+def test_no_two_methods_have_the_same_colour(ax: Any) -> None:
+    rows = pd.concat([frame("perplexity", "kl").iloc[:1].assign(method=m) for m in METHOD_ORDER])
+    plot_quality(rows, task="perplexity", metric="kl", ax=ax)
+    lines = [bars.lines[0] for bars in ax.containers]
+    assert [bars.get_label() for bars in ax.containers] == list(METHOD_ORDER)
+    assert len({to_hex(line.get_color()) for line in lines}) == len(METHOD_ORDER)
