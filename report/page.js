@@ -21,6 +21,7 @@
       font: { color: css("--ink"), family: "system-ui, sans-serif", size: narrow() ? 11 : 13 },
       margin: { l: 55, r: 15, t: 25, b: 45 },
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") }, align: "left" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink") },
       hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
@@ -29,7 +30,9 @@
     };
   }
 
-  const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // Named one by one: by default there is a button that sends the chart to a server.
+  const BUTTONS = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"]];
+  const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: BUTTONS, showSendToCloud: false, plotlyServerURL: "" };
   const whole = data.layers > 12 ? {} : { dtick: 1 }; // else there are ticks between layers
   const layerAxis = (changes) => ({ title: { text: "layer (0-based)" }, range: [-0.5, data.layers - 0.5], ...whole, ...changes });
   const pressed = (id) => byId(id).getAttribute("aria-pressed") === "true";
@@ -276,9 +279,14 @@
     points: () => points(data.points), "gate-points": () => points(data.gatePoints),
   };
 
+  const print = matchMedia("print");
+
   function draw(...names) {
     for (const name of names) {
-      if (byId(name)) Plotly.react(byId(name), ...charts[name](), CONFIG);
+      if (!byId(name)) continue;
+      const [traces, shape] = charts[name]();
+      if (print.matches) shape.width = byId(name).clientWidth; // a printer does not wait to be asked again
+      Plotly.react(byId(name), traces, shape, CONFIG);
     }
   }
 
@@ -299,9 +307,9 @@
   byId("band").addEventListener("change", () => draw("saturation"));
   byId("histogram-corpus").addEventListener("change", () => draw("histogram"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  matchMedia("print").addEventListener("change", () => {
+  print.addEventListener("change", () => {
     drawAll();
-    for (const name of Object.keys(charts)) if (byId(name)) Plotly.Plots.resize(byId(name));
+    if (!print.matches) for (const name of Object.keys(charts)) if (byId(name)) Plotly.Plots.resize(byId(name));
   });
   drawAll();
 })();

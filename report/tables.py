@@ -14,6 +14,7 @@ from skipcal.profiles.parts import CorpusInfo, GatePoint, GateSettings, Operatin
 from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import is_policy, ranges, ratio, span
+from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.token_map import TokenMap
 
 Facts = list[tuple[str, str]]
@@ -75,6 +76,8 @@ def policy_words(profile: SkipProfile) -> str:
 
 def _skips(profile: SkipProfile) -> str:
     """The realised ratio of the point that the policy is at."""
+    if isinstance(profile.policy, SkipPolicy) and profile.policy.method == "full":
+        return "nothing"
     points: list[OperatingPoint | GatePoint] = [*profile.operating_points]
     points += profile.gate.operating_points if profile.gate is not None else []
     for point in points:

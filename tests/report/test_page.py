@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from documents import corpus, document, gate_document, statistics, tuned_document
-from token_maps import made_map
+from token_maps import PIECES, made_map
 
 from skipcal.errors import ConfigError, OutputExists, ProfileMismatch
 from skipcal.profiles.schema import SkipProfile
@@ -27,7 +27,7 @@ def shipped() -> SkipProfile:
 
 @pytest.fixture(scope="module")
 def tokens(shipped: SkipProfile) -> TokenMap:
-    return made_map(layers=shipped.model.num_layers)
+    return made_map((*PIECES, *[" word"] * 60), layers=shipped.model.num_layers)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,17 @@ def test_the_heat_map_is_the_token_map(tokens: TokenMap, page: Any) -> None:
     assert rows[3][4] == f"1 to {tokens.cosine.shape[1] - 2}"
 
 
+def test_the_charts_buttons_save_and_zoom_and_send_nothing(page: Any) -> None:
+    titles = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert set(titles) == {
+        "Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Autoscale", "Reset axes",
+    }  # fmt: skip
+    page.locator("#saturation").hover()
+    with page.expect_download() as download:
+        page.locator("#saturation .modebar-btn").first.click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+
+
 VARIANTS = {
     "least": document(),
     "gate": gate_document(),
@@ -240,6 +251,16 @@ VARIANTS = {
     },
 }  # fmt: skip
 
+REALISED = "{} realised, of all FFN blocks after the warm-up"
+SKIPS = {
+    "least": REALISED.format("0.100"),
+    "gate": REALISED.format("0.200"),
+    "tuned": "0.250 in the search, of all FFN blocks after the warm-up",
+    "full model": "nothing",
+    "many corpora and layers": REALISED.format("0.100"),
+    "prefill": REALISED.format("0.100"),
+}
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_profile_fits_a_narrow_screen(tmp_path: Path, name: str, open_page: Any) -> None:
@@ -249,8 +270,7 @@ def test_every_kind_of_profile_fits_a_narrow_screen(tmp_path: Path, name: str, o
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.evaluate("[...document.querySelectorAll('.chart')].every(c => c.querySelector('svg'))")
     assert page.locator("h1").text_content() == found["model"]["name"]
-    page.emulate_media(media="print")
-    assert page.locator("nav").is_hidden()
+    assert page.locator("dd").nth(1).text_content() == SKIPS[name]
 
 
 def test_a_search_is_drawn_with_its_intervals(tmp_path: Path, open_page: Any) -> None:
@@ -308,7 +328,7 @@ def test_text_of_a_profile_is_never_markup(tmp_path: Path, open_page: Any) -> No
 
 
 def test_the_theme_follows_the_reader(whole: Path, open_page: Any) -> None:
-    page = open_page(whole, dark=True)
+    page = open_page(whole, width=720, dark=True)  # an A4 page without its margins
     ink = "document.getElementById('saturation').layout.font.color"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 31)"
     assert page.evaluate(ink) == "#e4e8ee"
@@ -323,6 +343,12 @@ def test_the_theme_follows_the_reader(whole: Path, open_page: Any) -> None:
                 break
             page.wait_for_timeout(50)
         assert page.evaluate(ink) == expected
+    assert page.locator("nav").is_hidden()
+    legend = page.locator("#corpora label")
+    assert [label.text_content() for label in legend.all() if label.is_visible()] == ["wikitext", "c4"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720
+    page.emulate_media(media="screen")
+    assert page.locator("nav").is_visible()
 
 
 def test_the_same_profile_gives_the_same_file(
