@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup profile test check clean
+.PHONY: setup profile test check docs clean
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ test: setup
 check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/check
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/typecheck
+
+docs: setup
+	$(BIN)/sphinx-build -q -W --keep-going -n docs build/docs
+	@echo "wrote build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

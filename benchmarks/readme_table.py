@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/, made from results/*.json.
+"""Tables of docs/, made from results/*.json.
 
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
@@ -21,7 +21,7 @@ from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "gate.md"]
+PAGES = [ROOT / "docs" / "speed.md", ROOT / "docs" / "gate.md"]
 BLOCK = re.compile(r"(<!-- (?P<kind>speed|fit): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S)
 SCRIPTS = {"fit_cost": "fit_cost.py"}  # others are called as their results up to the last underscore
 
@@ -89,7 +89,7 @@ def _duration(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is old")
-    parser.add_argument("--page", type=Path, action="append", help="default: README.md and docs/gate.md")
+    parser.add_argument("--page", type=Path, action="append", help="default: docs/speed.md and docs/gate.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     for page in options.page or PAGES:

@@ -138,7 +138,7 @@ class Regions(Part):
     """The skippable region [cold_s, cold_e) and how well the curve supports it.
 
     monotonicity: Spearman's rho of mean cosine and layer inside the region, None below 3 layers.
-    *_interval:   95 % bootstrap interval over prompts.
+    cold_s_interval, cold_e_interval: 95 % bootstrap intervals over prompts.
     """
 
     cold_s: Count
@@ -302,7 +302,7 @@ class TunedPoint(Part):
 
     line:        whose curve it is on. rule: gate, cosine, static, static+surrogates or random.
     kl:          to the full model, nats per decoded token, those of the warm-up included.
-    excess_nll:  loss over the full model's, the same. *_low, *_high: 95 % bootstrap interval over windows.
+    excess_nll:  loss over the full model's, the same. `_low`, `_high`: 95 % bootstrap interval over windows.
     ideal_speed_up: over the full model if time were bytes read, batch 1; surrogates are counted.
     on_front:    nothing that was measured skips as much with less divergence.
     loses_to_random: random skipping of as many FFNs diverges less.

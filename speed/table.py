@@ -1,4 +1,4 @@
-"""A measurement as a frame, as text for the terminal, and as a table for the README."""
+"""A measurement as a frame, as text for the terminal, and as a table for the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A result as a frame, as text and in the README; the scripts that make results."""
+"""A result as a frame, as text and in the documentation; the scripts that make results."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def test_no_break_even_point_comes_with_its_reason() -> None:
     assert break_even_said({"break_even": {"skip_ratio": 0.1, "reason": "why"}}) == "0.100 (why)"
 
 
-def test_the_readmes_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "<!-- speed: cpu_decode_smollm2 -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_docs_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<!-- speed: cpu_decode_smollm2 -->" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     script(monkeypatch, "readme_table.py", "--check")
 
 
-def test_a_block_of_the_readme_is_made_from_its_result(
+def test_a_block_of_a_page_is_made_from_its_result(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- speed: x_decode_tiny -->\nold\n<!-- end speed -->\nafter\n")
-    args = ("--page", readme, "--results", tmp_path)
-    with pytest.raises(SystemExit, match=r"README.md is not up to date"):
+    page = tmp_path / "speed.md"
+    page.write_text("before\n<!-- speed: x_decode_tiny -->\nold\n<!-- end speed -->\nafter\n")
+    args = ("--page", page, "--results", tmp_path)
+    with pytest.raises(SystemExit, match=r"speed.md is not up to date"):
         script(monkeypatch, "readme_table.py", "--check", *args)
     script(monkeypatch, "readme_table.py", *args)
-    assert "Not measured yet: `python benchmarks/x_decode.py`." in readme.read_text()
+    assert "Not measured yet: `python benchmarks/x_decode.py`." in page.read_text()
     (tmp_path / "x_decode_tiny.json").write_text(dump_json(result))
     script(monkeypatch, "readme_table.py", *args)
-    text = readme.read_text()
+    text = page.read_text()
     assert to_markdown(result) in text
     assert text.startswith("before\n") and text.endswith("<!-- end speed -->\nafter\n")
     arm = result["cases"][0]["arms"][-1]

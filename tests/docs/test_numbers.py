@@ -1,0 +1,129 @@
+"""Numbers that the pages state by hand are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+from pages import ROOT, text_of
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows_of(page: str, first: str) -> Iterator[list[str]]:
+    """Cells of the table whose head begins with `first`."""
+    table = text_of(page).split(f"\n| {first}", 1)[1].split("\n\n", 1)[0]
+    for line in table.splitlines()[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rounds_to(said: str, value: float) -> bool:
+    """Whether a number as it is written is `value`, to the last digit that is written."""
+    digits = said.replace(",", "")
+    whole, _, decimals = digits.partition(".")
+    place = 10.0 ** -len(decimals) if decimals else 10.0 ** (len(whole) - len(whole.rstrip("0")))
+    return abs(float(digits) - value) <= 0.5 * place * (1 + 1e-9)
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"-?[\d,]*\d(?:\.\d+)?", text)
+
+
+@pytest.fixture(scope="module")
+def gate() -> pd.DataFrame:
+    table = pd.read_csv(RESULTS / "smollm2_gate" / "results.csv")
+    return table[table.subset == "all"]
+
+
+def test_the_rounding_is_checked_to_the_last_digit() -> None:
+    assert rounds_to("2,310", 2305.2) and not rounds_to("2,310", 2304.9)
+    assert rounds_to("0.153", 0.15273) and not rounds_to("0.153", 0.1524)
+    assert rounds_to("97.1", 97.0518) and not rounds_to("97.1", 97.16)
+
+
+def check_loss(cells: list[str], method: str, target: float, gate: pd.DataFrame) -> None:
+    """Cells: realised ratio, perplexity, excess loss with its interval."""
+    mine: dict[Any, dict[Any, Any]] = (
+        gate[(gate.method == method) & (gate.target_skip_ratio == target)]
+        .set_index("metric")
+        .to_dict("index")
+    )
+    loss, perplexity = mine["excess_nll"], mine["perplexity"]
+    assert rounds_to(cells[0], loss["realised_skip_ratio"]), (method, target)
+    assert rounds_to(cells[1], perplexity["value"]), (method, target)
+    said = numbers(cells[2])
+    expected = [loss["value"], loss["ci_low"], loss["ci_high"]]
+    assert all(rounds_to(s, e) for s, e in zip(said, expected, strict=True)), (method, target)
+
+
+def test_the_readme_tells_what_was_measured_of_quality(gate: pd.DataFrame) -> None:
+    rows = list(rows_of("README.md", "method | skips | realised"))
+    assert len(rows) == 5
+    for first, _skips, *cells in rows:
+        check_loss(cells, first.split("`")[1], 0.25, gate)
+
+
+def test_the_gates_page_tells_what_was_measured(gate: pd.DataFrame) -> None:
+    rows = list(rows_of("docs/gate.md", "method | asked for | realised"))
+    assert len(rows) == 15
+    for method, target, *cells in rows:
+        check_loss(cells, method.strip("`"), float(target), gate)
+
+
+def test_the_comparison_is_what_was_measured() -> None:
+    table = pd.read_csv(RESULTS / "smollm2_comparison" / "results.csv")
+    kinds = {
+        "perplexity": ("perplexity", "all", "perplexity"),
+        "KL, nats/token": ("perplexity", "all", "kl"),
+        "FreebaseQA, contains an alias": ("freebaseqa", "all", "contains_answer"),
+        "collapsed summaries": ("summarization", "all", "collapse_rate"),
+        **{f"ROUGE-L, {size}": ("summarization", size, "rougeL") for size in ("small", "medium", "large")},
+    }
+    methods = ["full", "ffn-skip", "random", "no-input-adaptive", "static", "shortgpt", "skipdecode"]
+    checked = 0
+    for kind, target, *cells in rows_of("docs/evaluation.md", "metric | asked for | full"):
+        for method, said in zip(methods, cells, strict=True):
+            of_kind = (table[["task", "subset", "metric"]] == list(kinds[kind])).all(axis=1)
+            found = table[of_kind & (table.method == method)]
+            if method != "full":
+                found = found[found.target_skip_ratio == float(target)]
+            assert len(found) == 1
+            assert rounds_to(said, found.value.item()), (kind, target, method)
+            checked += 1
+    assert checked == 28 * 7
+
+
+def test_the_readme_tells_what_was_measured_of_speed() -> None:
+    words = " ".join(text_of("README.md").split())
+    for name, pattern in (
+        (
+            "cpu_decode_smollm2",
+            r"decodes at ([\d.]+)x .*?rounds from ([\d.]+)x to ([\d.]+)x; bytes allow ([\d.]+)x",
+        ),
+        (
+            "cpu_decode_llama-1b-gate",
+            r"by the gate, at ([\d.]+)x \(([\d.]+)x to ([\d.]+)x; bytes allow ([\d.]+)x",
+        ),
+    ):
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        arm = next(a for a in result["cases"][0]["arms"] if a.get("skip_ratio") == 0.25)
+        spread = arm["speed_up_over_full"]
+        said = re.search(pattern, words)
+        assert said
+        expected = (spread["median"], spread["min"], spread["max"], arm["ideal_speed_up"])
+        assert all(rounds_to(s, e) for s, e in zip(said.groups(), expected, strict=True)), name
+
+
+def test_the_three_ratios_are_those_of_the_shipped_profile() -> None:
+    profile = json.loads((ROOT / "profiles" / "smollm2-135m-instruct.json").read_text())
+    points = {point["target_skip_ratio"]: point for point in profile["operating_points"]}
+    rows = list(rows_of("docs/operating-point.md", "target | predicted | realised"))
+    assert len(rows) == 5
+    for target, *cells in rows:
+        point = points[float(target)]
+        for said, kind in zip(cells, ("predicted", "realised", "verified"), strict=False):
+            assert rounds_to(said, point[f"{kind}_skip_ratio"]), (target, kind)
