@@ -71,6 +71,7 @@ def report(
             raise ConfigError(f"--{stray} has no effect with --no-tokens; leave one of them out")
         if text is not None and not text.strip():
             raise ConfigError("--text is empty; give some text, or leave it out for skipcal's own")
+        console.importing()
         from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile
         from skipcal.report.page import check_suffix, write_report
