@@ -17,7 +17,7 @@ from skipcal.profiles.summary import summarize
 from skipcal.report.page import report_html, script_json, write_report
 from skipcal.runtime.token_map import TokenMap
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>%{x}"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>%{x}<b>&lt;</b>"
 
 
 @pytest.fixture(scope="module")
