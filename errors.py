@@ -93,5 +93,10 @@ def first_words(error: BaseException, limit: int = 200) -> str:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """What to say of an unknown name: the one that was likely meant, else all there are."""
+    return did_you_mean(name, known) or f"known: {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The one of the known names that was likely meant, as a question; nothing where none resembles it."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else ""

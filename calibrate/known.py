@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skipcal.calibrate.formats import DEFAULT_FORMAT, QUESTION_SETS, Format, format_named
-from skipcal.errors import ConfigError, Unavailable
+from skipcal.errors import ConfigError, Unavailable, did_you_mean
 
 TEXT_SUFFIXES = (".txt",)
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -153,8 +153,9 @@ def _local(entry: str) -> Corpus:
 
 def likely(name: str) -> str:
     """A question to the user where a name resembles a known corpus, else nothing."""
-    close = difflib.get_close_matches(name, [*KNOWN_CORPORA, *QUESTION_SETS], n=1)
-    return f"did you mean {close[0]!r}? else " if close and close[0] != name else ""
+    known = [*KNOWN_CORPORA, *QUESTION_SETS]
+    question = "" if name in known else did_you_mean(name, known)
+    return question and f"{question} else "
 
 
 def _no_questions(label: str, base: str) -> str:

@@ -72,7 +72,10 @@ def test_no_words_at_all_are_answered_with_the_help() -> None:
             ("fit", "--rank", "4", "--surrogate-budget", "0.1"),
             "rank 4 and surrogate_budget 0.1 were both given; give one",
         ),
-        ((*TUNE, "--rules", "gaet"), "rule 'gaet' is not known; did you mean 'gate'?"),
+        (
+            (*TUNE, "--rules", "gaet"),
+            "is not one of gate, cosine, static, static+surrogates; did you mean 'gate'?",
+        ),
         ((*TUNE, "--rules", "gate,gate"), "rule 'gate' is asked for twice"),
         ((*TUNE, "--rules", "gate", "--max-skips", "3"), "max_skips has no effect without the rule cosine"),
         ((*TUNE, "--figure", "x.gif"), "figure x.gif: ending '.gif' is not one of .png, .svg, .pdf"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from skipcal.errors import ConfigError
+from skipcal.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from skipcal.arch.locate import Architecture
@@ -19,9 +18,8 @@ ENGINES = ("auto", "eager", "graph")
 def check_engine(name: str) -> None:
     """Raise ConfigError for an unknown name."""
     if name not in ENGINES:
-        close = difflib.get_close_matches(name, ENGINES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}{hint}")
+        known = f"engine {name!r} is not one of {', '.join(ENGINES)}"
+        raise ConfigError("; ".join(filter(None, (known, did_you_mean(name, ENGINES)))))
 
 
 def ffn_engine(
