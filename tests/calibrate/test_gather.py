@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_says_so(
     assert str(checkpoint.folder) in caplog.text
 
 
-@pytest.mark.parametrize(("size", "says"), [(5, False), (6, True)])
+@pytest.mark.parametrize(("size", "says"), [(4, False), (5, False), (6, True)])
 def test_processes_without_a_batch_are_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int, says: bool
 ) -> None:
@@ -155,3 +157,24 @@ def test_the_first_rows_stop_at_the_part_that_has_enough() -> None:
         assert first_rows(traces[0], count) == SAMPLES[0].prompts[:count]
     only = Trace("a", 2, [traces[0].parts[0], Held({})])  # a second part that cannot be read
     assert first_rows(only, 2) == SAMPLES[0].prompts[:2]
+
+
+def test_one_process_shows_its_own_prompts_on_a_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bars: list[tuple[str, int, bool]] = []
+    steps: list[int] = []
+
+    class Bar:
+        def update(self, prompts: int) -> None:
+            steps.append(prompts)
+
+    @contextmanager
+    def shown_bar(what: str, prompts: int, *, shown: bool) -> Iterator[Bar]:
+        bars.append((what, prompts, shown))
+        yield Bar()
+
+    monkeypatch.setattr("skipcal.calibrate.gather.progress", shown_bar)
+    for rank in (0, 1):
+        run(processes=Together(rank, 2), checkpoint=Checkpoint.open(tmp_path / str(rank), {}))
+    # Batches of 2, 2, 1 and 2, 2: every second one is the other's.
+    assert bars == [("calibrate", 5, True), ("calibrate", 4, False)]
+    assert steps == [2, 1, 2, 2, 2]

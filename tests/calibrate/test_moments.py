@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from skipcal.calibrate.moments import Moments, ridge
+from skipcal.calibrate.moments import Moments, penalised, ridge
 
 
 def assert_close(mine: Any, theirs: Any) -> None:
@@ -127,6 +127,21 @@ def test_without_a_penalty_it_is_lstsq_with_a_column_of_ones() -> None:
     found = ridge(moments_of(x, y, w), 0.0)
     np.testing.assert_allclose(found.coefficients, b[:-1], atol=1e-6)
     np.testing.assert_allclose(found.intercept, b[-1], atol=1e-5)
+
+
+def test_inputs_that_never_change_leave_a_system_that_has_a_solution() -> None:
+    """The floor raises the diagonal; a diagonal below zero would turn the fit around."""
+    raised = penalised(torch.zeros(3, 3, dtype=torch.float64), 0.0)
+    assert (raised.diagonal() > 0).all()
+    cov = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    assert_close(penalised(cov, 0.5).diagonal(), [6 + 4e-12, 1.5 + 4e-12, 4e-12])
+
+
+def test_predictions_are_for_inputs_of_any_precision() -> None:
+    x, y, w = samples()
+    found = ridge(moments_of(x, y, w), 0.3)
+    rough = torch.tensor(x, dtype=torch.float32)
+    assert_close(found(rough), found(rough.double()))
 
 
 def test_the_intercept_is_not_penalised() -> None:

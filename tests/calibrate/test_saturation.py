@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from skipcal.calibrate import saturation
 from skipcal.calibrate.saturation import Trace, pooled_statistics, write_trace
-from skipcal.calibrate.trace_store import Held, store
+from skipcal.calibrate.trace_store import ALL, Held, store
 from skipcal.errors import OutputExists
 
 LENGTH = 9  # counted tokens of a prompt
@@ -57,7 +58,10 @@ def test_statistics_are_those_of_the_values() -> None:
 def test_means_are_summed_in_float64() -> None:
     values = np.full((1, 200_001), 0.1, np.float32)
     part = Held({"prompt": np.zeros(200_001, np.int32), "cosine": values, "norm_ratio": values})
-    assert abs(Trace("a", 0, [part]).statistics().mean[0] - float(np.float32(0.1))) < 1e-13
+    found = Trace("a", 0, [part]).statistics()
+    assert abs(found.mean[0] - float(np.float32(0.1))) < 1e-13
+    assert abs(found.norm_ratio_mean[0] - float(np.float32(0.1))) < 1e-13
+    assert found.std[0] < 1e-13
 
 
 def test_quantiles_are_numpys() -> None:
@@ -110,6 +114,39 @@ def test_tokens_after_the_warm_up_are_counted_from_the_prompt() -> None:
     assert ruled(0).shape == (3, 45)
     assert ruled(4).shape == (3, 25)
     np.testing.assert_array_equal(ruled(8), trace().cosine[8::9, 1:4].T)
+
+
+def test_a_layer_is_read_without_the_others() -> None:
+    """What memory holds of a trace is a column of it."""
+    whole = trace()
+    asked: list[slice] = []
+
+    class Watched(Held):
+        def read(self, name: str, index: slice = ALL) -> np.ndarray:
+            asked.append(index)
+            return super().read(name, index)
+
+    watched = Trace("a", 3, [Watched(part.arrays) for part in whole.parts if isinstance(part, Held)])
+    np.testing.assert_array_equal(watched.column("cosine", 1), whole.cosine[:, 1])
+    assert asked == [slice(1, 2)] * 3
+
+
+@pytest.mark.parametrize(("row_group", "rows"), [(71, [72, 72, 36]), (108, [72, 108]), (107, [72, 72, 36])])
+def test_row_groups_are_filled_up_to_their_size(
+    tmp_path: Path, row_group: int, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 72, 72 and 36 rows; a part is never divided."""
+    monkeypatch.setattr(saturation, "ROW_GROUP", row_group)
+    path = tmp_path / "trace.parquet"
+    path.write_bytes(b"an older one")
+    write_trace([trace()], path, overwrite=True)
+    file = pq.ParquetFile(path)
+    assert [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)] == rows
+    kinds = {field.name: str(field.type) for field in file.schema_arrow}
+    assert kinds == {
+        "corpus": "string", "prompt": "int32", "position": "int32", "layer": "int32", "cosine": "float",
+        "norm_ratio": "float",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("row_group", [1, 80, 1 << 18])
