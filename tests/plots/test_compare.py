@@ -133,6 +133,11 @@ def test_matrices_of_one_value_and_without_a_target_are_drawn(frame: pd.DataFram
         figure, ax = plt.subplots()
         plot_transfer(same, value=value, ax=ax)
         figure.canvas.draw()
+        shown = [text.get_text() for text in ax.texts]
+        assert len(shown) == (
+            len(same) if value == "realised_skip_ratio" else len(same) + 3
+        )  # the full model
+        assert {float(text) for text in shown} == {float(same[value].iloc[0])}
 
 
 def test_other_values_and_no_profiles_are_refused(frame: pd.DataFrame) -> None:
