@@ -37,7 +37,7 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
     if different:
         raise ProfileMismatch(
             f"the profile was made for {made_on.name}: {'; '.join(different)}; "
-            "make one for this model with: skipcal profile --model NAME"
+            f"give that model with --model {made_on.name}, or make one for this: skipcal profile"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != made_on.dtype:
