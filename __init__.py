@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skipcal.configs.sweep import SweepConfig as SweepConfig
     from skipcal.errors import SkipcalError as SkipcalError
     from skipcal.evaluation.sweep import run_sweep as run_sweep
+    from skipcal.evaluation.token_map import TokenMap as TokenMap
+    from skipcal.evaluation.token_map import token_map as token_map
     from skipcal.plots.saturation import plot_saturation as plot_saturation
     from skipcal.plots.sweep import plot_quality as plot_quality
     from skipcal.profiles.schema import SkipProfile as SkipProfile
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from skipcal.runtime.policy import SkipPolicy as SkipPolicy
     from skipcal.runtime.report import SkipReport as SkipReport
     from skipcal.runtime.session import skipping as skipping
-    from skipcal.runtime.token_map import TokenMap as TokenMap
-    from skipcal.runtime.token_map import token_map as token_map
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ _HOMES = {
     "SkipReport": "skipcal.runtime.report",
     "SkipcalError": "skipcal.errors",
     "SweepConfig": "skipcal.configs.sweep",
-    "TokenMap": "skipcal.runtime.token_map",
+    "TokenMap": "skipcal.evaluation.token_map",
     "calibrate_model": "skipcal.calibrate.pipeline",
     "capture": "skipcal.calibrate.capture",
     "load_model": "skipcal.arch.loading",
@@ -49,7 +49,7 @@ _HOMES = {
     "register_family": "skipcal.arch.families",
     "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",
-    "token_map": "skipcal.runtime.token_map",
+    "token_map": "skipcal.evaluation.token_map",
     "write_report": "skipcal.report.page",
 }
 

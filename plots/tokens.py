@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipcal.errors import ConfigError
+from skipcal.evaluation.token_map import TokenMap
 from skipcal.plots.style import THRESHOLD
 from skipcal.profiles.summary import ranges
-from skipcal.runtime.token_map import TokenMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from skipcal.evaluation.token_map import TokenMap
 from skipcal.plots.tokens import label, region_edges, scale_start
 from skipcal.profiles.parts import HISTOGRAM_BINS, GatePoint, OperatingPoint
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import is_policy
-from skipcal.runtime.token_map import TokenMap
 
 POOLED = "pooled"
 _CURVE = ("count", "mean", "std", "min", "q05", "q25", "q50", "q75", "q95", "norm_ratio_mean")

@@ -13,8 +13,8 @@ from skipcal.console import Console, command, given
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
+    from skipcal.evaluation.token_map import TokenMap
     from skipcal.profiles.schema import SkipProfile
-    from skipcal.runtime.token_map import TokenMap
 
 # Ours. Long enough that some tokens lie past a warm-up of 25.
 SAMPLE_TEXT = (
@@ -95,7 +95,7 @@ def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text:
             f"the tokens need the profile's model: {error}; give it with --model, or leave them out with "
             "--no-tokens"
         ) from error
-    from skipcal.runtime.token_map import token_map
+    from skipcal.evaluation.token_map import token_map
 
     profile.check_fits(loaded.model)
     tokenizer: Any = loaded.tokenizer

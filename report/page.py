@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from skipcal import __version__
 from skipcal.errors import ConfigError, ProfileMismatch
+from skipcal.evaluation.token_map import TokenMap
 from skipcal.plots.tokens import tokens_html
 from skipcal.profiles.files import write_text_atomic
 from skipcal.profiles.reading import printable
@@ -19,7 +20,6 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report import tables
 from skipcal.report.charts import chart_data, corpora
-from skipcal.runtime.token_map import TokenMap
 
 SUFFIX = ".html"
 

@@ -25,6 +25,7 @@ from conftest import lively
 from fake_hub import FakeHub
 from pages import text_of
 
+from skipcal.arch.embedded import EMBEDDED_MODEL
 from skipcal.arch.families import FAMILIES, families_listed
 from skipcal.arch.loading import load_model
 from skipcal.calibrate.fit import fit_gate_profile
@@ -92,7 +93,9 @@ def build(folder: Path) -> None:
             ),
         )  # fmt: skip
     paper.save(folder / "paper.json")
-    gated.save_pretrained(folder / "smollm2-135m-instruct")  # a folder goes before a shipped name
+    # It stands for the shipped profile, of the embedded model; a folder goes before a shipped name.
+    shipped = gated.model_copy(update={"model": gated.model.model_copy(update={"name": EMBEDDED_MODEL})})
+    shipped.save_pretrained(folder / "smollm2-135m-instruct")
 
 
 def _save_model(folder: Path) -> None:

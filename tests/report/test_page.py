@@ -12,10 +12,10 @@ from documents import corpus, document, gate_document, statistics, tuned_documen
 from token_maps import PIECES, made_map
 
 from skipcal.errors import ConfigError, OutputExists, ProfileMismatch
+from skipcal.evaluation.token_map import TokenMap
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report.page import report_html, script_json, write_report
-from skipcal.runtime.token_map import TokenMap
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>%{x}<b>&lt;</b>"
 
