@@ -245,3 +245,16 @@ def test_a_layer_that_calls_its_ffn_first_is_refused() -> None:
 
 def test_an_engine_without_a_reason_was_asked_for(tiny: Any) -> None:
     assert EagerEngine(locate(tiny), Planned(TABLE)).reason == "asked for"
+
+
+def test_skips_of_all_passes_add_up(tiny: Any) -> None:
+    engine = EagerEngine(locate(tiny), Planned(TABLE))
+    engine.attach()
+    try:
+        for step in range(3):
+            engine.begin(PassTokens(active=torch.ones(3, dtype=torch.bool), step=step))
+            tiny(input_ids=torch.tensor([[7], [21], [60]]), use_cache=False)
+    finally:
+        engine.detach()
+    assert engine.skipped_per_layer == [3, 6, 0, 9]
+    assert engine.weight_bytes_saved == 3 * locate(tiny).blocks[3].weight_bytes
