@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 from conftest import ROOT
@@ -33,3 +34,12 @@ def test_no_function_is_longer_than_60_lines() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
     }
     assert {name: count for name, count in lines.items() if count > FUNCTION_LINES} == {}
+
+
+def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
+    groups = json.loads((ROOT / "tests" / "mutation.json").read_text())["groups"]
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(groups) == {"skip rule", "threshold inversion", "region fit", "statistics merge"}
+    for name, found in groups.items():
+        assert f"| {name} | {found['mutants']} | {found['killed']} | {found['score']:.3f} |" in told
+        assert found["score"] == round(found["killed"] / found["mutants"], 3) >= 0.85

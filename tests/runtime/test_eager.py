@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CASES
 from conftest import lively
 
-from skipcal.arch.locate import locate
+from skipcal.arch.locate import locate, observe
 from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
@@ -127,13 +128,17 @@ TABLE = [  # by layer: one of three tokens, two, none, all
     [False, False, False],
     [True, True, True],
 ]
-KINDS = ["llama", "granite", "gemma2", "opt", "gptj", "cohere", "mixtral", "gpt_oss", "gemma4_text"]
+KINDS = [
+    "llama", "granite", "granitemoeshared", "gemma2", "opt", "gptj", "cohere", "mixtral", "gpt_oss",
+    "gemma4_text", "gemma4, mixture",
+]  # fmt: skip
 
 
-def of_kind(model_type: str) -> Any:
-    if model_type in ("mixtral", "gpt_oss"):
-        return lively(model_type, num_local_experts=4, num_experts_per_tok=2)
-    return lively(model_type)
+def of_kind(kind: str) -> Any:
+    if kind in ("mixtral", "gpt_oss"):
+        return lively(kind, num_local_experts=4, num_experts_per_tok=2)
+    model_type, _, options = CASES.get(kind, (kind, None, {}))
+    return lively(model_type, **options)
 
 
 def planned(
@@ -178,6 +183,26 @@ def test_tokens_of_a_batch_that_skip_apart_get_what_each_gets_alone(model_type: 
     assert engine.weight_bytes_saved == architecture.blocks[3].weight_bytes - read
 
 
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_rule_is_told_the_stream_and_all_that_the_block_adds(model_type: str) -> None:
+    model = of_kind(model_type)
+    for ids in ([7], [7, 21, 60]):
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def see(layer: int, h: torch.Tensor, f: torch.Tensor, seen: Any = seen) -> None:
+            seen[layer] = h.clone(), f.clone()
+
+        expected = model(input_ids=torch.tensor(ids)[:, None], use_cache=False).logits[:, 0]
+        with observe(locate(model).blocks, see):
+            logits, engine, rule = planned(model, [[False] * len(ids)] * 4, ids, None)
+        assert torch.equal(logits, expected)
+        assert (engine.skipped_per_layer, engine.weight_bytes_saved) == ([0, 0, 0, 0], 0)
+        assert sorted(rule.told) == [0, 1, 2, 3]
+        for layer, (h, f) in seen.items():
+            torch.testing.assert_close(rule.told[layer][0], h.reshape(len(ids), -1))
+            torch.testing.assert_close(rule.told[layer][1], f.reshape(len(ids), -1))
+
+
 def test_only_rows_that_go_on_are_counted(tiny: Any) -> None:
     live = torch.tensor([True, True, False])
     _, engine, _ = planned(tiny, TABLE, [7, 21, 60], None, counted=live)
@@ -220,3 +245,16 @@ def test_a_layer_that_calls_its_ffn_first_is_refused() -> None:
 
 def test_an_engine_without_a_reason_was_asked_for(tiny: Any) -> None:
     assert EagerEngine(locate(tiny), Planned(TABLE)).reason == "asked for"
+
+
+def test_skips_of_all_passes_add_up(tiny: Any) -> None:
+    engine = EagerEngine(locate(tiny), Planned(TABLE))
+    engine.attach()
+    try:
+        for step in range(3):
+            engine.begin(PassTokens(active=torch.ones(3, dtype=torch.bool), step=step))
+            tiny(input_ids=torch.tensor([[7], [21], [60]]), use_cache=False)
+    finally:
+        engine.detach()
+    assert engine.skipped_per_layer == [3, 6, 0, 9]
+    assert engine.weight_bytes_saved == 3 * locate(tiny).blocks[3].weight_bytes

@@ -148,3 +148,12 @@ def test_a_fresh_state_knows_where_it_is_and_who_counts() -> None:
     assert state.live is live
     assert rule.layers == range(1, 5)
     assert rule.batch_rule == "rows"
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_cosine_that_equals_the_threshold_arms(tokens: int) -> None:
+    rule = CosineRule(SkipPolicy(cold_s=0, cold_e=4, threshold=1.0))
+    state = rule.start(PassTokens(active=torch.ones(tokens, dtype=torch.bool)), CPU)
+    h = torch.tensor([[1.0, 0.0]]).expand(tokens, 2)
+    state = rule.after(0, state, h, torch.zeros_like(h), torch.ones(tokens, dtype=torch.bool))
+    assert torch.as_tensor(state.armed).reshape(-1).tolist() == [True] * tokens
