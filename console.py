@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
 
 
+# Warnings that are no user's business: casts of inputs, kernels for other machines (transformers imports
+# torchao wherever it is installed), what torchao will have to change.
+_TALKATIVE = ("accelerate", "bitsandbytes", "torchao", "torch.utils._pytree")
+
+
 class Console:
     """Where a command's result goes: text on stdout, or one JSON document with --json.
 
@@ -182,8 +187,8 @@ def _quieten(processes: Processes) -> None:
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
     log.setLevel(logging.INFO if watched else logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of an input
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ["MPLBACKEND"] = "Agg"  # commands draw into files, never into a window
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are summed up in one line

@@ -220,7 +220,7 @@ def test_a_profile_of_another_model_exits_with_3(here: Path, tiny_folder: Path) 
         "generate", "--model", tiny_folder, "--profile", SHIPPED, "--prompt", "w1", "--device", "cpu", code=3
     )
     assert "made for HuggingFaceTB/SmolLM2-135M-Instruct" in line
-    assert "skipcal profile --model" in line
+    assert "give that model with --model HuggingFaceTB/SmolLM2-135M-Instruct" in line
 
 
 def test_missing_things_exit_with_4(here: Path, tiny_folder: Path) -> None:

@@ -161,6 +161,7 @@ def test_a_commit_is_told_from_a_folder_that_looks_like_one() -> None:
         ("tune", "--profile", "SOURCE", "--max-kl", "0.1", "-o", "t.json"),
         ("compare", "SOURCE", "p.json", "--corpus", "embedded", "--text-tokens", "100",
          "--target-skip-ratio", "0.1"),
+        ("report", "SOURCE", "-o", "r.html"),
         ("show", "SOURCE"),
     ],
     ids=lambda command: command[0],
@@ -172,11 +173,10 @@ def test_every_command_takes_every_form(
     command: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def reached(options: object) -> None:
+    def reached(console: object, options: object) -> None:
         raise Unavailable("the profile was found, and the model is next")
 
-    monkeypatch.setattr("skipcal.cli.load", reached)
-    monkeypatch.setattr("skipcal.calibrate.commands.load", reached)
+    monkeypatch.setattr("skipcal.console.Console.load", reached)
     monkeypatch.chdir(tmp_path)
     profile.save("p.json")
     profile.save_pretrained("folder")
