@@ -92,14 +92,17 @@ class EagerEngine:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._active is None:
                 y = inner(*args, **kwargs)
-                if adds and isinstance(y, tuple):
-                    self._extras[module] = len(y) - 1
+                if adds:
+                    self._extras[module] = _extras_of(y)
                 return y
             name = None if args else next(iter(kwargs))  # of the hidden states, if passed by name
             x = args[0] if name is None else kwargs[name]
             if first:
                 x = self._enter(block, x)
             if self._rows is None:
+                if adds and module not in self._extras:  # the prefill ran before the session: look once
+                    self._extras[module] = _extras_of(inner(*args, **kwargs))
+                    self.weight_bytes_saved -= block.weight_bytes if module is block.chain[-1] else 0
                 return self._all_skipped(block, module) if adds else x
             if self._rows is _ALL:
                 y = inner(*args, **kwargs)
@@ -206,3 +209,8 @@ class EagerEngine:
             skipping = int((self._tokens.counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping
         self.weight_bytes_saved -= self._surrogates.weight_bytes(block.index)
+
+
+def _extras_of(output: Any) -> int:
+    """How many outputs a module has besides f."""
+    return len(output) - 1 if isinstance(output, tuple) else 0

@@ -14,6 +14,7 @@ from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.session import skipping
 from skipcal.runtime.surrogates import LowRank, Surrogates
 
 ALWAYS = SkipPolicy(cold_s=0, cold_e=4, threshold=-1.0, warm_up_tokens=0, max_skips=2)
@@ -53,6 +54,7 @@ def run(model: Any, engine: EagerEngine, rows: int) -> torch.Tensor:
     ids = torch.tensor([[7]] * rows)
     engine.attach()
     try:
+        model(input_ids=torch.tensor([[5]]), use_cache=False)  # a prefill
         engine.begin(PassTokens(active=torch.ones(rows, dtype=torch.bool), step=0))
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
@@ -230,6 +232,28 @@ def test_a_full_pass_asks_no_rule_and_shows_what_ffns_return_besides() -> None:
         assert (engine.name, engine.row_decisions) == ("eager", (0, 0))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_a_prefill_before_the_session_is_gone_on_from(model_type: str) -> None:
+    """What an FFN returns besides f is then seen once, in a run that is not counted as skipped bytes."""
+    model = of_kind(model_type)
+    policy = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=0)
+    first, later = torch.tensor([[5, 7, 21]]), [torch.tensor([[n]]) for n in (9, 60, 2)]
+
+    def steps(cache: Any) -> list[torch.Tensor]:
+        return [model(input_ids=ids, past_key_values=cache).logits for ids in later]
+
+    with skipping(model, policy=policy, engine="eager") as inside:
+        expected = steps(model(input_ids=first, use_cache=True).past_key_values)
+    cache = model(input_ids=first, use_cache=True).past_key_values
+    with skipping(model, policy=policy, engine="eager") as outside:
+        found = steps(cache)
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected))
+    assert outside.report.skipped_per_layer == inside.report.skipped_per_layer == (0, 0, 3, 3)
+    blocks = locate(model).blocks
+    once = blocks[2].weight_bytes + blocks[3].weight_bytes
+    assert outside.report.weight_bytes_saved == inside.report.weight_bytes_saved - once
+
+
 def test_a_layer_that_calls_its_ffn_first_is_refused() -> None:
     """A parallel layer's stream is known when its attention has run."""
     model = of_kind("gptj")
@@ -251,6 +275,7 @@ def test_skips_of_all_passes_add_up(tiny: Any) -> None:
     engine = EagerEngine(locate(tiny), Planned(TABLE))
     engine.attach()
     try:
+        tiny(input_ids=torch.tensor([[5]]), use_cache=False)  # a prefill
         for step in range(3):
             engine.begin(PassTokens(active=torch.ones(3, dtype=torch.bool), step=step))
             tiny(input_ids=torch.tensor([[7], [21], [60]]), use_cache=False)
