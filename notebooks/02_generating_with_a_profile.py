@@ -109,7 +109,7 @@ print(f"the token map's skip ratio: {tokens.skip_ratio:.3f}")
 #
 # Half of the FFNs is far from half of the time: attention and the vocabulary always run, and so do the maps
 # that stand in. At ratios at which this model still writes well, the gain on a CPU is small. And so few
-# steps, on a machine with other work, cannot tell arms apart whose ranges overlap; the README has longer
+# steps, on a machine with other work, cannot tell arms apart whose ranges overlap; `docs/speed.md` has longer
 # measurements.
 
 # %%
