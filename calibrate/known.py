@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skipcal.calibrate.formats import DEFAULT_FORMAT, QUESTION_SETS, Format, format_named
-from skipcal.errors import ConfigError, Unavailable, did_you_mean
+from skipcal.errors import ConfigError, Unavailable, did_you_mean, suggestion
 
 TEXT_SUFFIXES = (".txt",)
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -161,6 +160,4 @@ def likely(name: str) -> str:
 def _no_questions(label: str, base: str) -> str:
     if base in KNOWN_CORPORA or base in LOCAL_ONLY:
         return f"corpus {label!r}: {base!r} is running text and has no formats; give it as {base}"
-    close = difflib.get_close_matches(base, QUESTION_SETS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(QUESTION_SETS))}"
-    return f"corpus {label!r}: {base!r} is no question set; {hint}"
+    return f"corpus {label!r}: {base!r} is no question set; {suggestion(base, sorted(QUESTION_SETS))}"
