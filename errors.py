@@ -96,6 +96,11 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     return did_you_mean(name, known) or f"known: {', '.join(known)}"
 
 
+def asking(said: str, name: str, known: Sequence[str]) -> str:
+    """What was said of a name, and `did_you_mean` after it."""
+    return "; ".join(filter(None, (said, did_you_mean(name, known))))
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The one of the known names that was likely meant, as a question; nothing where none resembles it."""
     close = difflib.get_close_matches(name, known, n=1)

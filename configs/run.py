@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from skipcal.errors import ConfigError, did_you_mean, suggestion
+from skipcal.errors import ConfigError, asking, suggestion
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -216,7 +216,7 @@ def _expected(fault: Any, message: str) -> str:
             return f"expected {words.format(format(limits[key], 'g'))}"
     expected = message.replace("Input should be", "expected")
     names = re.findall(r"'([^']*)'", str(limits.get("expected", "")))
-    return "; ".join(filter(None, (expected, did_you_mean(str(fault["input"]), names))))
+    return asking(expected, str(fault["input"]), names)
 
 
 def _unknown_key(known: Collection[str], key: str, path: Path | None) -> str:

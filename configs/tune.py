@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
-from skipcal.errors import did_you_mean
+from skipcal.errors import asking
 
 RULES = ("gate", "cosine", "static", "static+surrogates")
 Positive = Annotated[float, Field(gt=0)]
@@ -47,8 +47,7 @@ class TuneConfig(CalibrationSettings):
     def _known(cls, rules: list[str] | None) -> list[str] | None:
         for rule in rules or []:
             if rule not in RULES:
-                known = f"rule {rule!r} is not one of {', '.join(RULES)}"
-                raise ValueError("; ".join(filter(None, (known, did_you_mean(rule, RULES)))))
+                raise ValueError(asking(f"rule {rule!r} is not one of {', '.join(RULES)}", rule, RULES))
             if rules and rules.count(rule) > 1:
                 raise ValueError(f"rule {rule!r} is asked for twice")
         return rules

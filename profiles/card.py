@@ -131,7 +131,7 @@ def _texts(corpora: Iterable[CorpusInfo], unit: str) -> str:
     rows = [
         (
             escaped(c.name),
-            escaped(" ".join(filter(None, [c.source, c.config, c.split, c.format]))),
+            escaped(c.place),
             escaped(c.revision or (f"sha256 {c.sha256[:12]}..." if c.sha256 else "-")),
             f"{c.documents:,}",
             f"{c.prompts:,}",

@@ -79,6 +79,11 @@ class CorpusInfo(Part):
     prompts: Count
     tokens: Count
 
+    @property
+    def place(self) -> str:
+        """Source, configuration, split and format, as far as there are any, in one line."""
+        return " ".join(filter(None, [self.source, self.config, self.split, self.format]))
+
     @model_serializer(mode="wrap")
     def _without_absent_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Running text has no format, and profiles from before there were any stay as they are."""

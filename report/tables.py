@@ -253,7 +253,7 @@ def corpus_table(name: str, corpora: Iterable[CorpusInfo], unit: str) -> Table:
     rows = [
         (
             corpus.name,
-            " ".join(filter(None, [corpus.source, corpus.config, corpus.split, corpus.format])),
+            corpus.place,
             " ".join(
                 filter(
                     None,

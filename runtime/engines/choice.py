@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skipcal.errors import ConfigError, did_you_mean
+from skipcal.errors import ConfigError, asking
 
 if TYPE_CHECKING:
     from skipcal.arch.locate import Architecture
@@ -18,8 +18,7 @@ ENGINES = ("auto", "eager", "graph")
 def check_engine(name: str) -> None:
     """Raise ConfigError for an unknown name."""
     if name not in ENGINES:
-        known = f"engine {name!r} is not one of {', '.join(ENGINES)}"
-        raise ConfigError("; ".join(filter(None, (known, did_you_mean(name, ENGINES)))))
+        raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(ENGINES)}", name, ENGINES))
 
 
 def ffn_engine(
