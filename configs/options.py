@@ -163,7 +163,7 @@ Engine = Annotated[
         "--engine",
         metavar="NAME",
         section=MODEL,
-        help=f"How blocks are skipped: {', '.join(ENGINES)} (CUDA graphs). Default: auto.",
+        help=f"How blocks are skipped: {', '.join(ENGINES)}. Default: auto, the fastest that can.",
         complete=completion.one_of(*ENGINES),
     ),
 ]

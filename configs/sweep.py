@@ -17,6 +17,7 @@ from skipcal.configs.run import (
     without_places,
 )
 from skipcal.errors import ConfigError, suggestion
+from skipcal.runtime.engines.choice import check_engine
 
 MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
@@ -186,6 +187,7 @@ class SweepConfig(_Settings, ModelSettings):
     methods:      besides the full model, which is always run: it is what the others are compared with.
     ratios:       target skip ratios; None: the one the profile recommends.
     warm_ups:     lengths of the warm-up to run every method with, for the ablation; None: the tasks'.
+    engine:       of what is generated, as `skipping` takes it; perplexity is teacher-forced.
     """
 
     profile: str
@@ -196,7 +198,14 @@ class SweepConfig(_Settings, ModelSettings):
     judge: JudgeOptions | None = None
     batch_size: PositiveInt = 16
     chat_template: bool = True
+    engine: str = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, name: str) -> str:
+        check_engine(name)
+        return name
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -252,6 +261,8 @@ class SweepConfig(_Settings, ModelSettings):
     def recorded(self) -> dict[str, Any]:
         """What a result keeps of it: no places on this computer."""
         kept = without_places(self.model_dump(mode="json"))
+        if self.engine == "auto":  # results from before there was a choice stay as they are
+            del kept["engine"]
         if kept["judge"]:
             for key in _ENDPOINT:
                 del kept["judge"][key]
@@ -291,6 +302,8 @@ def load_sweep(path: Path | None, options: dict[str, Any]) -> SweepConfig:
     if "chat_template" in given and not {"freebaseqa", "summarization", "mtbench"} & set(chosen):
         option = "--chat-template" if given["chat_template"] else "--no-chat-template"
         raise ConfigError(f"{option} has no effect on {', '.join(chosen)}; leave it out")
+    if "engine" in given and set(chosen) <= {"perplexity"}:
+        raise ConfigError("--engine has no effect on perplexity, which is teacher-forced; leave it out")
     if given.get("items", 1) < 1:
         raise ConfigError(f"--items {given['items']} cannot be used: expected 1 or more")
     for key in [key for key in given if key in _TASK_OPTIONS]:

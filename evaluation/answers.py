@@ -32,11 +32,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model with its located blocks: what is evaluated."""
+    """A loaded model with its located blocks: what is evaluated. engine: of what is generated."""
 
     loaded: LoadedModel
     architecture: Architecture
     chat_template: bool
+    engine: str = "auto"
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to go on with.
@@ -68,6 +69,7 @@ def answers(
 ) -> Iterator[tuple[list[Answer], SkipReport]]:
     """Answer every prompt (token ids, by item id), batch by batch, the longest first.
 
+    One session runs all of them, so between two batches the model is not to be used for anything else.
     Raises ConfigError for a prompt that leaves no room for `new_tokens` in the model's context.
     """
     context = subject.context
@@ -79,17 +81,22 @@ def answers(
             )
     # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
     ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
-    for keys in batches(ordered, batch_size):
-        with skipping(subject.loaded.model, policy=policy, architecture=subject.architecture) as run:
+    decode: Any = subject.loaded.tokenizer.decode
+    with skipping(
+        subject.loaded.model, policy=policy, architecture=subject.architecture, engine=subject.engine
+    ) as run:
+        before = run.report
+        for keys in batches(ordered, batch_size):
             rows = _generate(subject, [prompts[key] for key in keys], new_tokens)
-        decode: Any = subject.loaded.tokenizer.decode
-        yield (
-            [
-                Answer(key, row, decode(row, skip_special_tokens=True))
-                for key, row in zip(keys, rows, strict=True)
-            ],
-            run.report,
-        )
+            report = run.report
+            yield (
+                [
+                    Answer(key, row, decode(row, skip_special_tokens=True))
+                    for key, row in zip(keys, rows, strict=True)
+                ],
+                report.since(before),
+            )
+            before = report
 
 
 def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

@@ -155,6 +155,7 @@ def scoring(
     match_items: MatchItems = None,
     batch_size: opt.BatchSize = None,
     chat_template: opt.ChatTemplate = True,
+    engine: opt.Engine = None,
     seed: opt.Seed = None,
     judge_model: JudgeModel = None,
     judge_base_url: JudgeUrl = None,

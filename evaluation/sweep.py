@@ -67,7 +67,8 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     profile.check_fits(loaded.model)
     arms = plan(profile, config)
     config = config.settled(profile.policy.warm_up_tokens)
-    subject = Subject(loaded, locate(loaded.model), config.chat_template and _has_template(loaded))
+    templated = config.chat_template and _has_template(loaded)
+    subject = Subject(loaded, locate(loaded.model), templated, config.engine)
     judging = Judging(config.judge, folder / "judge") if config.judge else None
     tasks = [
         _LOADERS[name](settings, subject, config.seed)

@@ -85,6 +85,19 @@ class SkipReport:
             "row_decisions_alike": self.row_decisions_alike,
         }
 
+    def since(self, earlier: SkipReport) -> SkipReport:
+        """What the same session has done after an `earlier` report of it."""
+        layers = zip(self.skipped_per_layer, earlier.skipped_per_layer, strict=True)
+        return replace(
+            self,
+            decode_steps=self.decode_steps - earlier.decode_steps,
+            decode_steps_after_warm_up=self.decode_steps_after_warm_up - earlier.decode_steps_after_warm_up,
+            skipped_per_layer=tuple(now - then for now, then in layers),
+            weight_bytes_saved=self.weight_bytes_saved - earlier.weight_bytes_saved,
+            row_decisions=self.row_decisions - earlier.row_decisions,
+            row_decisions_alike=self.row_decisions_alike - earlier.row_decisions_alike,
+        )
+
     @staticmethod
     def from_shares(like: SkipReport, shares: Sequence[tuple[dict[str, Any], int]]) -> SkipReport:
         """A report from items that were run in batches: each brings its batch's `counts`, and its size.

@@ -24,9 +24,9 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batch_rule import BATCH_RULES
 from skipcal.runtime.engines.base import Engine, Watcher
 from skipcal.runtime.engines.choice import check_engine
-from skipcal.runtime.engines.graph import GraphEngine
-from skipcal.runtime.engines.graph_loop import with_decode_ahead
-from skipcal.runtime.engines.graph_seam import GenerateSeam
+from skipcal.runtime.engines.generate_loop import with_decode_ahead
+from skipcal.runtime.engines.generate_seam import GenerateSeam
+from skipcal.runtime.engines.step_engine import StepEngine
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
     ClockedCriteria,
@@ -66,8 +66,9 @@ def skipping(
                        `prompt_tokens` (one number, or one for each row of the batches to come) are
                        the prefill; position p is decode step p - prompt_tokens. Decisions and
                        logits equal those of decoding the same text token by token.
-    engine:            "auto", "eager" or "graph" (decode steps of generate() in CUDA graphs; what it
-                       cannot run, the eager engine runs, with a warning).
+    engine:            "auto", "eager", or how decode steps of generate() are made cheaper: "graph" (CUDA
+                       graphs) or "recorded" (on a CPU). What these cannot run, the eager engine runs,
+                       with a warning.
     batch_rule:        "rows": each row by its own cosine; "all" or "mean": the rows of a batch arm
                        together, where all their cosines or their mean reach the threshold.
     architecture:      what `locate(model)` returned, to save proving the model again.
@@ -151,8 +152,9 @@ class SkipSession:
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
         self._engine = self._new_engine(architecture)
-        if self._requested_engine == "graph" and not isinstance(self._engine, GraphEngine):
-            logger.warning("engine graph is not used: %s", self._engine.reason)
+        asked = self._requested_engine
+        if asked not in ("auto", "eager") and not isinstance(self._engine, StepEngine):
+            logger.warning("engine %s is not used: %s", asked, self._engine.reason)
         self._idle = idle_report(architecture, self.policy)
         _sessions[self._model] = self
         try:
@@ -213,7 +215,7 @@ class SkipSession:
         # The one place where all criteria are together: the caller's, end of sequence, stop strings.
         criteria = model._get_stopping_criteria
         self._patches.set(model, "_get_stopping_criteria", self._clocked(criteria))
-        if isinstance(self._engine, GraphEngine) and not self._tokens.teacher_forced:
+        if isinstance(self._engine, StepEngine) and not self._tokens.teacher_forced:
             self._seam = GenerateSeam(model, self._engine, self._tokens)
             self._seam.attach(self._patches)
         for name in CONTINUOUS_BATCHING:
@@ -259,13 +261,13 @@ class SkipSession:
             cache = given.get("past_key_values")
             self._tokens.refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
             self._tokens.clock = TokenClock()
-            if isinstance(self._engine, GraphEngine):
-                options = with_decode_ahead(options, self._engine.takes)
+            if isinstance(self._engine, StepEngine):
+                options = with_decode_ahead(options, self._engine.runs_ahead)
             try:
                 return original(**options)
             finally:
                 self._tokens.clock = None
-                if isinstance(self._engine, GraphEngine):
+                if isinstance(self._engine, StepEngine):
                     self._engine.end_call()
 
         return generate

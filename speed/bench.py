@@ -255,11 +255,10 @@ class _Compared:
         }
 
     def _speed_up(self, base: str, mix: tuple[tuple[str, float], ...]) -> Spread:
-        """Ratio of the medians over all steps, and its range round by round."""
+        """Ratios of the medians of each round, whose arms met the same machine: their median and range."""
         above, below = self._medians(((base, 1.0),), _steps), self._medians(mix, _steps)
         each = [a / b for a, b in zip(above, below, strict=True)]
-        whole = self._spread(((base, 1.0),), _steps).median / self._spread(mix, _steps).median
-        return Spread(whole, min(each), max(each), len(each))
+        return Spread(statistics.median(each), min(each), max(each), len(each))
 
     def _spread(self, mix: tuple[tuple[str, float], ...], values: _Values) -> Spread:
         medians = self._medians(mix, values)

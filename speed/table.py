@@ -54,7 +54,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"greedy, rule {_rule(result)}; {machine(result)}, torch {env['torch']}, "
         f"transformers {env['transformers']}; copy bandwidth {result['copy_gb_per_s']['median']:.1f} GB/s; "
         f"medians over {settings['new_tokens'] - 1} steps of each of {result['cases'][0]['rounds']} "
-        "interleaved rounds, in brackets the range of the rounds.",
+        "interleaved rounds; a speed-up is the median of the rounds' own, in brackets their range.",
         "",
         "| batch | context | FFNs skipped | ms/token | tokens/s | ideal by bytes | over its own full model "
         "| of the ideal | over plain `generate()` |",

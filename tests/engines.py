@@ -36,11 +36,11 @@ def counts(report: SkipReport) -> tuple[Any, ...]:
 
 
 def assert_engines_agree(
-    model: Any, policy: Policy, rows: list[list[int]] = ROWS, **options: Any
+    model: Any, policy: Policy, rows: list[list[int]] = ROWS, *, engine: str = "graph", **options: Any
 ) -> SkipReport:
     expected, eager = generated(model, policy, "eager", rows, **options)
-    output, report = generated(model, policy, "graph", rows, **options)
+    output, report = generated(model, policy, engine, rows, **options)
     assert torch.equal(output, expected)
     assert counts(report) == counts(eager)
-    assert report.engine == "graph"
+    assert report.engine == engine, report.engine_reason
     return report

@@ -85,10 +85,16 @@ def test_no_words_at_all_are_answered_with_the_help() -> None:
             "--chat-template has no effect on perplexity",
         ),
         ((*EVALUATE, "--task", "perplexity", "--no-chat-template"), "--no-chat-template has no effect on"),
+        ((*EVALUATE, "--task", "perplexity", "--engine", "eager"), "--engine has no effect on perplexity"),
+        ((*EVALUATE, "--task", "continuation", "--engine", "eagre"), "did you mean 'eager'?"),
+        (
+            (*EVALUATE, "--lm-eval-tasks", "x", "--engine", "eager"),
+            "--engine has no effect on --lm-eval-tasks",
+        ),
         ((*EVALUATE, "--task", "perplexity", "--items", "0"), "--items 0 cannot be used: expected 1 or more"),
         ((*EVALUATE, "--lm-eval-tasks", "x", "--overwrite"), "--overwrite has no effect without --output"),
         ((*EVALUATE, "--lm-eval-tasks", "x", "--corpus", "c4"), "--corpus has no effect on --lm-eval-tasks"),
-        (("bench", "--engine", "grpah"), "not one of auto, eager, graph; did you mean 'graph'?"),
+        (("bench", "--engine", "grpah"), "not one of auto, eager, graph, recorded; did you mean 'graph'?"),
         (("bench", "--rule", "gat"), "did you mean 'gate'?"),
         (
             ("generate", "--profile", SHIPPED, "--prompt", "a", "--dtype", "float31"),

@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from skipcal.runtime.rules import Rule
     from skipcal.runtime.surrogates import Surrogates
 
-ENGINES = ("auto", "eager", "graph")
+ENGINES = ("auto", "eager", "graph", "recorded")
 
 
 def check_engine(name: str) -> None:
     """Raise ConfigError for an unknown name."""
     if name not in ENGINES:
         raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(ENGINES)}", name, ENGINES))
+
+
+def fastest(device: str) -> str:
+    """The engine that "auto" takes for a long run on a type of device, where it supports the model."""
+    return {"cuda": "graph", "cpu": "recorded"}.get(device, "eager")
 
 
 def ffn_engine(
@@ -29,8 +34,8 @@ def ffn_engine(
     surrogates: what is added to the stream in place of a skipped FFN; None: nothing.
     """
     from skipcal.arch.stored import compute_place
+    from skipcal.runtime.engines import graph, recorded
     from skipcal.runtime.engines.eager import EagerEngine
-    from skipcal.runtime.engines.graph import GraphEngine, refusal
 
     def eager(reason: str) -> EagerEngine:
         return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)
@@ -38,9 +43,13 @@ def ffn_engine(
     if asked == "eager":
         return eager("asked for")
     device = compute_place(architecture.stack)[0].type  # offloaded weights lie on none
-    if asked == "auto" and device != "cuda":
-        return eager(f"a {device} gains nothing by graphs")
+    wanted = asked if asked != "auto" else fastest(device)
+    if wanted == "eager":
+        return eager(f"there is no other for a {device}")
+    refusal, kind = {
+        "graph": (graph.refusal, graph.GraphEngine),
+        "recorded": (recorded.refusal, recorded.RecordedEngine),
+    }[wanted]
     if reason := refusal(architecture):
-        return eager(f"graph is not possible: {reason}")
-    why = "asked for" if asked == "graph" else "chosen, for the model is on a GPU"
-    return GraphEngine(architecture, rule, surrogates=surrogates, why=why)
+        return eager(f"{wanted} is not possible: {reason}")
+    return kind(architecture, rule, surrogates=surrogates, asked=asked == wanted)

@@ -16,7 +16,7 @@ to gather or to scatter, and on a CPU each small tensor operation left out count
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,11 +53,14 @@ class EagerEngine:
         """
         self.reason = reason
         self._surrogates = surrogates or Surrogates({})
-        self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
+        self.blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
         self._patches = InstancePatches()
-        self._streams = StreamReader(self._blocks, wanted=lambda: self._active is not None)
+        self._streams = StreamReader(self.blocks, wanted=lambda: self._active is not None)
         self._extras: dict[nn.Module, int] = {}  # outputs besides f: router scores of some MoEs
+        self.forwards: dict[nn.Module, Callable[..., Any]] = {}  # of the chains' modules, their own
+        self.instead: Mapping[nn.Module, Callable[..., Any]] = {}  # of a module's own forward, where it runs
+        self._state: RuleState | None = None  # of the tokens of this pass
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
         self.begin(FULL_PASS)
@@ -65,8 +68,9 @@ class EagerEngine:
     def attach(self) -> None:
         """Set `forward` on the modules of every chain."""
         self._streams.attach()
-        for block in self._blocks:
+        for block in self.blocks:
             for module in block.chain:
+                self.forwards[module] = module.forward
                 self._patches.set(module, "forward", self._wrapped(block, module))
 
     def detach(self) -> None:
@@ -76,20 +80,47 @@ class EagerEngine:
 
     def extras(self, layer: int) -> int:
         """How many outputs besides f the FFN module of a layer was seen to have."""
-        return next((self._extras.get(b.chain[-1], 0) for b in self._blocks if b.index == layer), 0)
+        return next((self._extras.get(b.chain[-1], 0) for b in self.blocks if b.index == layer), 0)
+
+    def whole_block(self, block: Block, f_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What a block that adds f to its input as it is makes of h [1, 1, hidden], a single token on a CPU.
+
+        f_of: f of h. The same as by the `forward` of the chain's modules, in fewer steps of Python.
+        """
+        rule, index = self._rule, block.index
+
+        def leave(h: Tensor) -> Tensor:
+            if self._active is None:
+                return h + f_of(h)
+            token = h.view(1, -1)
+            state = rule.start(self._tokens, h.device) if self._state is None else self._state
+            skip, state = rule.before(index, state, token)
+            if skip:
+                self._state = state
+                self._count(block, skip, 1)
+                self.weight_bytes_saved += block.weight_bytes
+                s = self._surrogates(index, token)
+                return h if s is None else h + s.view(h.shape)
+            f = f_of(h)
+            self._state = rule.after(index, state, token, f.view(1, -1), True) if rule.learns else state
+            return h + f
+
+        return leave
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass."""
         self._tokens = tokens
+        self._live: int | None = None  # whether the only token counts
         self._active = tokens.active
         self._single = tokens.active is not None and len(tokens.active) == 1
-        self._state: RuleState | None = None
+        self._state = None
 
     def _wrapped(self, block: Block, module: nn.Module) -> Callable[..., Any]:
-        inner = module.forward
+        own = self.forwards[module]
         first, adds = module is block.chain[0], module in block.outputs
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            inner = self.instead.get(module, own)
             if self._active is None:
                 y = inner(*args, **kwargs)
                 if adds:
@@ -205,8 +236,13 @@ class EagerEngine:
 
     def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
         self._tokens.tell(block.index, skip)
-        if self._tokens.counted is not None:
-            skipping = int((self._tokens.counted.to(self._h.device) & skip).sum())
+        counted = self._tokens.counted
+        if counted is not None and self._single:  # asked once a pass: on a CPU it costs as much as a decision
+            if self._live is None:
+                self._live = int(counted)
+            skipping = self._live
+        elif counted is not None:
+            skipping = int((counted.to(self._h.device) & skip).sum())
         self.skipped_per_layer[block.index] += skipping
         self.weight_bytes_saved -= self._surrogates.weight_bytes(block.index)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from skipcal.arch.locate import Architecture
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.graph_attention import step_attention
-from skipcal.runtime.engines.graph_cache import StepCache
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_rules import AnyRule, FusedCosine, StepCounts, StepInputs, StepRule
 from skipcal.runtime.engines.if_node import prepare_if_nodes
+from skipcal.runtime.engines.step_cache import StepCache
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -63,14 +63,16 @@ class DecodeStep:
         self._reads_used = self._config._attn_implementation == "sdpa"
         self.dtype = next(architecture.stack.parameters()).dtype
         self.inference = torch.is_inference_mode_enabled()  # tensors made there are of no use outside
-        self.proven = False  # somebody has compared its logits with `model_logits`
+        self.proofs = 0  # how often somebody has compared its logits with `model_logits`
         self.fresh = True
         self._counts = counts
         self.inputs = StepInputs(batch, room, device)
         self._places = torch.arange(room, device=device)
         # The last row is written by the region's last layer, and nobody reads it.
         self._skips = torch.zeros(architecture.num_layers + 1, batch, dtype=torch.bool, device=device)
-        self._ffns, self._rule, self.how = self._blocks(architecture, rule, surrogates, extras)
+        self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
+        capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
+        self.how = f"{capture}; {how}"
         self._logits_static: Tensor | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
@@ -80,13 +82,14 @@ class DecodeStep:
         self.fresh = True
         return self.cache
 
-    def prepare(self, attention_mask: Tensor | None) -> None:
+    def prepare(self, given: dict[str, Any]) -> None:
         """Make the next step possible: padding of a new text, room in the cache, a captured graph.
 
-        attention_mask: [batch, tokens so far], or None without padding. Raises RuntimeError when
-        the capture fails.
+        given: the arguments of the model's forward, of which the attention mask counts: [batch, tokens
+        so far], or None without padding. Raises RuntimeError when the capture fails.
         """
         if self.fresh:
+            attention_mask = given.get("attention_mask")
             self.inputs.valid_static.fill_(True)
             if attention_mask is not None:
                 self.inputs.valid_static[:, : attention_mask.shape[1]] = attention_mask.bool()

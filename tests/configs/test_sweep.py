@@ -123,6 +123,13 @@ def test_what_is_recorded_names_no_place_on_this_computer(tmp_path: Path) -> Non
     assert recorded["tasks"]["mtbench"]["reference_file"] == "r.jsonl"
 
 
+def test_an_engine_is_recorded_where_one_is_asked_for() -> None:
+    """Results from before there was a choice are those of the same settings."""
+    options = {"profile": "p", "task": ["freebaseqa"], "corpus": None}
+    assert "engine" not in load_sweep(None, options).recorded()
+    assert load_sweep(None, {**options, "engine": "eager"}).recorded()["engine"] == "eager"
+
+
 def test_the_profiles_warm_up_fills_in(tmp_path: Path) -> None:
     config = load_sweep(None, {**BASE, "task": ["perplexity", "freebaseqa"]})
     filled = config.settled(7).tasks

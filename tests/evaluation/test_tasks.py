@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def test_batched_answers_are_those_of_each_prompt_alone(subject: Subject, policy
             )
         assert answer.tokens == alone[0, ids.shape[1] :].tolist()
         assert answer.text == subject.loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+def test_each_batch_is_counted_for_itself(subject: Subject, policy: Policy) -> None:
+    """All batches run in one session, whose engine need not begin anew."""
+    prompts = {f"p{n}": torch.randint(3, 97, (n,)).tolist() for n in (3, 9, 5)}
+    for engine in ("eager", "recorded"):
+        chosen = replace(subject, engine=engine)
+        together = list(answers(chosen, policy, prompts, new_tokens=12, batch_size=1))
+        for (answer,), report in together:
+            only = {answer.id: prompts[answer.id]}
+            (((alone,), expected),) = answers(subject, policy, only, new_tokens=12, batch_size=1)
+            assert answer == alone
+            assert report.engine == engine
+            assert report.counts() == expected.counts()
+            assert report.skipped_blocks > 0
 
 
 def test_an_answer_ends_with_its_end_of_sequence(subject: Subject, policy: Policy) -> None:

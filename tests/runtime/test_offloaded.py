@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def test_skipping_is_that_of_the_plain_model(pair: Pair, rule: str) -> None:
     mine, its = generated(pair.offloaded.model, policy)
     assert mine.sequences.tolist() == output.sequences.tolist()
     assert all(torch.equal(a, b) for a, b in zip(mine.logits, output.logits, strict=True))
-    assert its.to_dict() == report.to_dict() and its.engine == "eager"
+    assert replace(its, engine_reason=report.engine_reason) == report and its.engine == "eager"
     assert 0 < report.skipped_blocks < 4 * report.decode_steps_after_warm_up
 
     forced = []

@@ -38,7 +38,7 @@ def test_the_text_says_what_was_measured(result: dict[str, Any]) -> None:
     assert "random weights: speed only, no quality" in text
     assert text.count("break-even skip ratio:") == 2
     assert "skipping 0.25" in text and "watching" in text
-    assert "engine eager (" in text
+    assert "engine recorded (" in text
     ratio = result["cases"][0]["arms"][-1]["realised_over_ideal"]
     assert f"{ratio:.3f}" in text
 

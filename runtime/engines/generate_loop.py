@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from skipcal.errors import SessionError
-from skipcal.runtime.engines.graph_cache import StepCache
+from skipcal.runtime.engines.step_cache import StepCache
 
 
 def decode_ahead(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 class StepLayer(CacheLayerMixin):
@@ -90,6 +90,14 @@ class StepLayer(CacheLayerMixin):
         )
         self.slots = slots
 
+    def as_made_by_transformers(self) -> DynamicLayer:
+        """A layer with these tokens, which can be cut, looked at and gone on from like any other."""
+        layer = DynamicLayer()
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            layer.lazy_initialization(self.keys, self.values)
+            layer.keys, layer.values = (t[:, :, : self.length].clone() for t in (self.keys, self.values))
+        return layer
+
 
 class StepCache(Cache):
     """A StepLayer for each layer of the model."""
@@ -129,6 +137,10 @@ class StepCache(Cache):
         """Forget all tokens; the storage stays."""
         for layer in self.layers:
             layer.reset()
+
+    def hand_out(self) -> None:
+        """Be a cache as transformers makes them, for good: each layer's tokens, and no room besides."""
+        self.layers = [layer.as_made_by_transformers() for layer in self.layers]  # type: ignore[misc]
 
     def rewind(self, tokens: int) -> None:
         """Forget the last tokens."""

@@ -1,7 +1,7 @@
-"""Where generate() meets the graph engine: the cache it makes, and the forward passes of one token.
+"""Where generate() meets an engine of prepared steps: the cache it makes, its passes of one token.
 
 Both methods are set on the model's instance. The cache is ours wherever the engine can run the
-call; then each pass of one token a row is a captured step, and sampling, processors, streaming and
+call; then each pass of one token a row is a prepared step, and sampling, processors, streaming and
 stopping stay those of transformers.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.engines.step_engine import StepEngine
 from skipcal.runtime.generate_call import call_arguments
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.tokens import DecodeTokens
@@ -31,7 +31,7 @@ _KNOWN = {
 class GenerateSeam:
     """Hands decode steps of generate() to `engine`. `stepping`: a pass belongs to the engine."""
 
-    def __init__(self, model: PreTrainedModel, engine: GraphEngine, tokens: DecodeTokens) -> None:
+    def __init__(self, model: PreTrainedModel, engine: StepEngine, tokens: DecodeTokens) -> None:
         """Nothing is set yet."""
         self.stepping = False
         self._model, self._engine, self._tokens = model, engine, tokens
