@@ -244,7 +244,8 @@ def _as_one(calls: list[_Call], branch: Branch) -> list[_Call]:
         handed = call.result
     total, rest = found[size], calls[first + size + 1 :]
     adds = total.function in _ADDITIONS and total.given in (f"{stream}, {handed}", f"{handed}, {stream}")
-    inside = {call.result for call in found[:size]}
+    # Nor may anything else use h: `whole` may return h itself, and what follows may change that in place.
+    inside = {stream, *(call.result for call in found[:size])}
     if not adds or any(inside & set(call.uses) for call in rest):
         return calls
     return [*calls[:first], _Call(total.result, branch.whole, stream, (stream,)), *rest]

@@ -142,13 +142,19 @@ def test_a_residual_branch_is_one_call_where_it_is_one(function: Any, calls: int
 
 
 def test_what_is_used_again_is_not_hidden_in_a_branch() -> None:
-    def function(h: Tensor) -> tuple[Tensor, Tensor]:
+    def f_again(h: Tensor) -> tuple[Tensor, Tensor]:
         f = SECOND(FIRST(h))
         return h + f, f * 2
 
-    recording = record(function, torch.ones(2), branches=[Branch([first_leaf, second_leaf], lambda h: h)])
-    total, doubled = recording.repeat(torch.full((2,), 3.0))
-    assert (total.tolist(), doubled.tolist()) == ([12.0, 12.0], [18.0, 18.0])
+    def h_again(h: Tensor) -> tuple[Tensor, Tensor]:
+        total = h + SECOND(FIRST(h))
+        total += 1
+        return total, h * 2
+
+    for function, expected in ((f_again, ([12.0], [18.0])), (h_again, ([13.0], [6.0]))):
+        branch = Branch([first_leaf, second_leaf], lambda h: h)
+        first, second = record(function, torch.ones(1), branches=[branch]).repeat(torch.tensor([3.0]))
+        assert (first.tolist(), second.tolist()) == expected
 
 
 def reads_a_value(x: Tensor) -> Tensor:
