@@ -114,11 +114,11 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of a checkout that skipcal runs from; None for an installed one."""
+    """Commit of a checkout that skipcal runs from, "-dirty" where files differ from it; None if installed."""
     root = Path(skipcal.__file__).resolve().parent
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:
