@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from skipcal.errors import ConfigError, asking, suggestion
+from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
 Config = TypeVar("Config", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]
 DEFAULT_CORPORA = ["wikitext", "c4"]
+
+
+def _known_engine(name: str) -> str:
+    check_engine(name)
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_known_engine)]
 
 
 class ModelSettings(BaseModel):

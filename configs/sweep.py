@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from skipcal.configs.run import (
+    EngineName,
     ModelSettings,
     PositiveInt,
     given_options,
@@ -17,7 +18,6 @@ from skipcal.configs.run import (
     without_places,
 )
 from skipcal.errors import ConfigError, suggestion
-from skipcal.runtime.engines.choice import check_engine
 
 MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
@@ -198,14 +198,8 @@ class SweepConfig(_Settings, ModelSettings):
     judge: JudgeOptions | None = None
     batch_size: PositiveInt = 16
     chat_template: bool = True
-    engine: str = "auto"
+    engine: EngineName = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("engine")
-    @classmethod
-    def _known_engine(cls, name: str) -> str:
-        check_engine(name)
-        return name
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

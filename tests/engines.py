@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from conftest import left_padded
 
@@ -44,3 +47,32 @@ def assert_engines_agree(
     assert counts(report) == counts(eager)
     assert report.engine == engine, report.engine_reason
     return report
+
+
+def policies(
+    region: tuple[int, int], max_skips: int | None, warm_up: int, thresholds: Iterable[float]
+) -> Iterator[SkipPolicy]:
+    """One policy for each threshold."""
+    for threshold in thresholds:
+        yield SkipPolicy(
+            cold_s=region[0],
+            cold_e=region[1],
+            threshold=threshold,
+            max_skips=max_skips,
+            warm_up_tokens=warm_up,
+        )
+
+
+def assert_left_to_the_eager_engine(
+    model: Any, engine: str, reason: str, caplog: pytest.LogCaptureFixture, **options: Any
+) -> None:
+    """The engine's report and one warning give `reason`; tokens and counts are the eager engine's."""
+    expected, eager = generated(model, SOME, "eager", **options)
+    with caplog.at_level(logging.WARNING):
+        output, report = generated(model, SOME, engine, **options)
+    sequences = [o.sequences if "return_dict_in_generate" in options else o for o in (output, expected)]
+    assert torch.equal(*sequences)
+    assert counts(report) == counts(eager)
+    assert report.engine == "eager"
+    assert reason in report.engine_reason
+    assert [reason in record.message for record in caplog.records] == [True]

@@ -11,7 +11,6 @@ On a CPU nothing is captured: the same function runs anew each time.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,7 +24,7 @@ from skipcal.runtime.engines.graph_attention import step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_rules import AnyRule, FusedCosine, StepCounts, StepInputs, StepRule
 from skipcal.runtime.engines.if_node import prepare_if_nodes
-from skipcal.runtime.engines.step_cache import StepCache
+from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -36,7 +35,7 @@ FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may ne
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
 
-class DecodeStep:
+class DecodeStep(PreparedStep):
     """One decode step of `batch` rows of at most `room` tokens."""
 
     def __init__(
@@ -52,19 +51,10 @@ class DecodeStep:
         extras: Callable[[int], int],
     ) -> None:
         """forward: the causal language model's. extras: outputs besides f of a layer's FFN module."""
-        device = next(architecture.stack.parameters()).device
-        self.batch, self.room, self.device = batch, room, device
-        self.cache = StepCache(architecture.num_layers, min(room, FIRST_SLOTS))
-        self._forward = forward
-        self._parameters = inspect.signature(forward).parameters
-        stack: Any = architecture.stack
-        self._config = stack.config
+        super().__init__(forward, architecture, batch=batch, room=room, slots=min(room, FIRST_SLOTS))
+        self.device = device = next(architecture.stack.parameters()).device
         # Other attention functions mean something else by their arguments, so they stay, with windows.
         self._reads_used = self._config._attn_implementation == "sdpa"
-        self.dtype = next(architecture.stack.parameters()).dtype
-        self.inference = torch.is_inference_mode_enabled()  # tensors made there are of no use outside
-        self.proofs = 0  # how often somebody has compared its logits with `model_logits`
-        self.fresh = True
         self._counts = counts
         self.inputs = StepInputs(batch, room, device)
         self._places = torch.arange(room, device=device)
@@ -75,12 +65,6 @@ class DecodeStep:
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-
-    def start(self) -> StepCache:
-        """An empty cache, for a new text."""
-        self.cache.clear()
-        self.fresh = True
-        return self.cache
 
     def prepare(self, given: dict[str, Any]) -> None:
         """Make the next step possible: padding of a new text, room in the cache, a captured graph.
@@ -94,23 +78,12 @@ class DecodeStep:
             if attention_mask is not None:
                 self.inputs.valid_static[:, : attention_mask.shape[1]] = attention_mask.bool()
             self.fresh = False
-        place = self.cache.get_seq_length()
-        if place >= self.cache.slots:
-            self.cache.reserve(min(2 * self.cache.slots, self.room))
+        self._make_room()
         if self.device.type == "cuda" and self._key() not in self._graphs:
             self._capture()
 
-    def model_logits(self, given: dict[str, Any]) -> Tensor:
-        """Logits [batch, vocabulary] of the model's own pass over `given`; the cache is put back."""
-        logits: Tensor = self._forward(**given).logits[:, -1]
-        self.cache.rewind(1)
-        return logits
-
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
-        """Logits [batch, vocabulary] of the next token; the next step overwrites them.
-
-        ids: [batch, 1]; positions: [batch, 1] or [1, 1]; None: those of rows without padding.
-        """
+        """Logits [batch, vocabulary] of the next token; the next step overwrites them."""
         place = self.cache.get_seq_length()
         self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=tokens)
         graph = self._graphs.get(self._key())
@@ -175,13 +148,8 @@ class DecodeStep:
             for ffn in self._ffns:
                 ffn.set_on(patches)
             with self._attention(inputs.place_static[0] + 1, valid):
-                output = self._forward(
-                    input_ids=inputs.ids_static,
-                    attention_mask=self._mask(seen),
-                    position_ids=inputs.positions_static,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    **({"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}),
+                logits = self._logits(
+                    inputs.ids_static, inputs.positions_static, self._mask(seen), self.cache
                 )
         except BaseException:
             for ffn in self._ffns:
@@ -191,7 +159,6 @@ class DecodeStep:
             patches.restore()
             self.cache.leave_step()
         self._counts.add_no_sync(self._skips, inputs)
-        logits = output.logits[:, -1]
         if self._logits_static is None:
             self._logits_static = torch.empty_like(logits)
         self._logits_static.copy_(logits)

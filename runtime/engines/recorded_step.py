@@ -8,7 +8,6 @@ recorded forward is given only notes which layer is asked.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +20,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.locate import Architecture, Block
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.recording import Branch, NotRecordable, Recording, leaf, record
 from skipcal.runtime.engines.step_cache import StepCache, StepLayer
 from skipcal.runtime.patch import InstancePatches
@@ -32,65 +32,35 @@ _NAME = "skipcal_recorded"
 _MOST_GROUPED = 256  # head size up to which transformers leaves groups of queries to torch
 
 
-class RecordedStep:
-    """One decode step of `batch` rows."""
-
-    room = sys.maxsize
+class RecordedStep(PreparedStep):
+    """One decode step of `batch` rows, however long."""
 
     def __init__(
         self, forward: Callable[..., Any], architecture: Architecture, eager: EagerEngine, *, batch: int
     ) -> None:
         """forward: the causal language model's. eager: attached, its modules decide."""
-        self.batch = batch
-        self.cache = StepCache(architecture.num_layers, FIRST_SLOTS)
-        self.dtype = next(architecture.stack.parameters()).dtype
-        self.inference = torch.is_inference_mode_enabled()
-        self.proofs = 0
-        self._forward, self._eager = forward, eager
-        self._parameters = inspect.signature(forward).parameters
-        stack: Any = architecture.stack
-        self._config = stack.config
+        super().__init__(forward, architecture, batch=batch, room=sys.maxsize, slots=FIRST_SLOTS)
+        self._eager = eager
         self._mask: Tensor | None = None  # [batch, 1, 1, tokens] bool, with padding
-        self._padded = self._fresh = False
+        self._padded = False
         self._recording: Recording | None = None
         self._inside = {module: _OwnList(forward) for module, forward in eager.forwards.items()}
         self._blocks = architecture.blocks
 
-    @property
-    def how(self) -> str:
-        """In words, how it runs."""
-        assert self._recording is not None
-        watched = len(self._eager.blocks)
-        return f"a step is {self._recording.calls} torch calls, with {watched} FFNs asked in between"
-
-    def start(self) -> StepCache:
-        """An empty cache, for a new text."""
-        self.cache.clear()
-        self._fresh = True
-        return self.cache
-
     def prepare(self, given: dict[str, Any]) -> None:
         """Take the padding of `given`, the arguments of the model's forward; the first time, record."""
         mask: Tensor | None = given.get("attention_mask")
-        if self._fresh:
-            self._padded, self._fresh = mask is not None and not bool(mask.all()), False
+        if self.fresh:
+            self._padded, self.fresh = mask is not None and not bool(mask.all()), False
         self._mask = mask.bool()[:, None, None] if mask is not None and self._padded else None
-        if self.cache.get_seq_length() >= self.cache.slots:
-            self.cache.reserve(2 * self.cache.slots)
+        self._make_room()
         if self._recording is None:
             self._recording = self._record(given["input_ids"], self._positions(given.get("position_ids")))
-
-    def model_logits(self, given: dict[str, Any]) -> Tensor:
-        """Logits [batch, vocabulary] of the model's own pass over `given`; the cache is put back."""
-        logits: Tensor = self._forward(**given).logits[:, -1]
-        self.cache.rewind(1)
-        return logits
+            calls, watched = self._recording.calls, len(self._eager.blocks)
+            self.how = f"a step is {calls} torch calls, with {watched} FFNs asked in between"
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
-        """Logits [batch, vocabulary] of the next token.
-
-        ids: [batch, 1]; positions: [batch, 1] or [1, 1]; None: those of rows without padding.
-        """
+        """Logits [batch, vocabulary] of the next token."""
         assert self._recording is not None
         self._eager.begin(tokens)
         self._eager.instead = self._inside
@@ -125,23 +95,12 @@ class RecordedStep:
 
     def _record_around(self, blocks: Iterable[Block], ids: Tensor, positions: Tensor) -> Recording:
         """The step as a list in which the modules of `blocks` are called as they are."""
-        self._eager.begin(FULL_PASS)
         noted = _NotingCache(self.cache)
         # One place, so that no model makes a mask; what is seen is known to the attention below.
         mask = torch.ones(self.batch, 1, 1, 1, dtype=torch.bool)
-        options = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
 
         def step(ids: Tensor, positions: Tensor) -> Tensor:
-            output = self._forward(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=noted,
-                use_cache=True,
-                **options,
-            )
-            logits: Tensor = output.logits[:, -1]
-            return logits
+            return self._logits(ids, positions, mask, noted)
 
         patches = InstancePatches()
         ALL_ATTENTION_FUNCTIONS[_NAME] = self._attend(noted)

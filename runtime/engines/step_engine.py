@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from skipcal.arch.locate import Architecture
 from skipcal.errors import first_words
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_cache import StepCache
 from skipcal.runtime.rules import Rule
 from skipcal.runtime.surrogates import Surrogates
@@ -31,33 +32,6 @@ _PROOFS = 2  # steps of different places: a place that was taken for a constant 
 # weight moves the logits by about their own size.
 _PROOF_TOLERANCE = {torch.float32: 5e-3, torch.float64: 5e-3}
 _PROOF_TOLERANCE_HALF = 5e-2
-
-
-class PreparedStep(Protocol):
-    """One decode step of `batch` rows of at most `room` tokens, over its own `cache`."""
-
-    batch: int
-    room: int
-    cache: StepCache
-    dtype: torch.dtype
-    inference: bool  # made in inference mode, whose tensors are of no use outside
-    proofs: int  # how often its logits have been compared with the model's
-
-    @property
-    def how(self) -> str:
-        """In words, how it runs."""
-
-    def start(self) -> StepCache:
-        """An empty cache, for a new text."""
-
-    def prepare(self, given: dict[str, Any]) -> None:
-        """Make the step over `given`, the arguments of the model's forward, possible."""
-
-    def model_logits(self, given: dict[str, Any]) -> Tensor:
-        """Logits [batch, vocabulary] of the model's own pass over `given`; the cache is put back."""
-
-    def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
-        """Logits [batch, vocabulary] of the next token; the next step may overwrite them."""
 
 
 class StepEngine:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DENSE, left_padded, lively
-from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated
+from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated, policies
 from transformers import LogitsProcessor, StoppingCriteria
 
 from skipcal.arch.check import tiny_model
@@ -36,14 +36,7 @@ pytestmark = pytest.mark.usefixtures("references", "small_caches")
 def test_equals_the_eager_engine(
     tiny: Any, region: tuple[int, int], max_skips: int | None, warm_up: int, rows: int
 ) -> None:
-    for threshold in (-1.0, 0.6, 2.0):
-        policy = SkipPolicy(
-            cold_s=region[0],
-            cold_e=region[1],
-            threshold=threshold,
-            max_skips=max_skips,
-            warm_up_tokens=warm_up,
-        )
+    for policy in policies(region, max_skips, warm_up, (-1.0, 0.6, 2.0)):
         assert_engines_agree(tiny, policy, ROWS[:rows])
 
 

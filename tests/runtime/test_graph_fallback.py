@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import left_padded, lively
-from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated
+from engines import (
+    ALWAYS,
+    ROWS,
+    SOME,
+    assert_engines_agree,
+    assert_left_to_the_eager_engine,
+    counts,
+    generated,
+)
 from transformers import DynamicCache, StoppingCriteria
 
 from skipcal.arch.locate import locate
@@ -43,15 +51,7 @@ def test_the_rest_is_left_to_the_eager_engine_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = change(tiny) if change is not None else tiny
-    expected, eager = generated(model, SOME, "eager", **options)
-    with caplog.at_level(logging.WARNING):
-        output, report = generated(model, SOME, "graph", **options)
-    sequences = [o.sequences if "return_dict_in_generate" in options else o for o in (output, expected)]
-    assert torch.equal(*sequences)
-    assert counts(report) == counts(eager)
-    assert report.engine == "eager"
-    assert reason in report.engine_reason
-    assert [reason in record.message for record in caplog.records] == [True]
+    assert_left_to_the_eager_engine(model, "graph", reason, caplog, **options)
 
 
 def test_a_cache_of_the_callers_is_decoded_eagerly(tiny: Any) -> None:

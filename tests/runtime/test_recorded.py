@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import DENSE, left_padded, lively
-from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated
+from engines import (
+    ALWAYS,
+    ROWS,
+    SOME,
+    assert_engines_agree,
+    assert_left_to_the_eager_engine,
+    counts,
+    generated,
+    policies,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.check import tiny_model
@@ -43,14 +52,7 @@ def agree(model: Any, policy: Any, rows: list[list[int]] = ROWS, **options: Any)
 def test_equals_the_eager_engine(
     tiny: Any, region: tuple[int, int], max_skips: int | None, warm_up: int, rows: int
 ) -> None:
-    for threshold in (-1.0, 0.6, 2.0):
-        policy = SkipPolicy(
-            cold_s=region[0],
-            cold_e=region[1],
-            threshold=threshold,
-            max_skips=max_skips,
-            warm_up_tokens=warm_up,
-        )
+    for policy in policies(region, max_skips, warm_up, (-1.0, 0.6, 2.0)):
         agree(tiny, policy, ROWS[:rows])
 
 
@@ -201,13 +203,7 @@ def test_the_rest_is_left_to_the_eager_engine(
 ) -> None:
     if change is not None:
         change(tiny)
-    expected, eager = generated(tiny, SOME, "eager", **options)
-    with caplog.at_level(logging.WARNING):
-        output, report = generated(tiny, SOME, "recorded", **options)
-    assert torch.equal(output, expected)
-    assert counts(report) == counts(eager)
-    assert report.engine == "eager" and reason in report.engine_reason
-    assert [reason in record.message for record in caplog.records] == [True]
+    assert_left_to_the_eager_engine(tiny, "recorded", reason, caplog, **options)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         generated(tiny, SOME, "auto", **options)

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from conftest import lively
+from engines import policies
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.capture import capture
@@ -73,14 +74,7 @@ def model() -> Any:
 def test_equals_the_oracle_token_for_token_and_ffn_for_ffn(
     model: Any, region: tuple[int, int], max_skips: int | None, warm_up: int
 ) -> None:
-    for threshold in (-1.0, middling_threshold(model), 2.0):
-        policy = SkipPolicy(
-            cold_s=region[0],
-            cold_e=region[1],
-            threshold=threshold,
-            max_skips=max_skips,
-            warm_up_tokens=warm_up,
-        )
+    for policy in policies(region, max_skips, warm_up, (-1.0, middling_threshold(model), 2.0)):
         assert_equals_oracle(model, PROMPT, policy, NEW)
 
 
