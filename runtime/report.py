@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -23,6 +23,11 @@ class SkipReport:
     row_decisions:              (step, layer) decisions taken for two live rows or more, where the
                                 engine measures it; 0: it does not.
     row_decisions_alike:        those of them on which all live rows agreed.
+    prepared_passes:            decode passes that a prepared step ran (engines graph and recorded);
+    eager_passes:               those that the model's own modules ran, one by one. A pass decodes a token of
+                                each row.
+    setup_s:                    seconds in which steps were prepared: compiled, captured or recorded, and
+                                compared with the model's own passes: no part of decoding.
     method, unit:               what was run, and whether its skips are FFN blocks or whole layers.
     byte_shares:                share of the decoder layers' weight bytes that one skip in each layer
                                 leaves out: its FFN's, or the whole layer's.
@@ -39,6 +44,9 @@ class SkipReport:
     byte_shares: tuple[float, ...]
     row_decisions: int = 0
     row_decisions_alike: int = 0
+    prepared_passes: int = 0
+    eager_passes: int = 0
+    setup_s: float = field(default=0.0, compare=False)  # reports are equal by what was done
 
     @property
     def skipped_blocks(self) -> int:
@@ -83,13 +91,24 @@ class SkipReport:
             "weight_bytes_saved": self.weight_bytes_saved,
             "row_decisions": self.row_decisions,
             "row_decisions_alike": self.row_decisions_alike,
+            "prepared_passes": self.prepared_passes,
+            "eager_passes": self.eager_passes,
         }
 
     def since(self, earlier: SkipReport) -> SkipReport:
-        """What the same session has done after an `earlier` report of it."""
+        """What the same session has done after an `earlier` report of it.
+
+        Where no prepared step ran since, the engine was the eager one, whatever had run before.
+        """
         layers = zip(self.skipped_per_layer, earlier.skipped_per_layer, strict=True)
+        prepared = self.prepared_passes - earlier.prepared_passes
+        eager = self.eager_passes - earlier.eager_passes
         return replace(
             self,
+            engine="eager" if eager and not prepared else self.engine,
+            prepared_passes=prepared,
+            eager_passes=eager,
+            setup_s=self.setup_s - earlier.setup_s,
             decode_steps=self.decode_steps - earlier.decode_steps,
             decode_steps_after_warm_up=self.decode_steps_after_warm_up - earlier.decode_steps_after_warm_up,
             skipped_per_layer=tuple(now - then for now, then in layers),
@@ -120,12 +139,15 @@ class SkipReport:
             weight_bytes_saved=total("weight_bytes_saved"),
             row_decisions=total("row_decisions"),
             row_decisions_alike=total("row_decisions_alike"),
+            prepared_passes=total("prepared_passes"),
+            eager_passes=total("eager_passes"),
         )
 
     @staticmethod
     def merged(reports: Sequence[SkipReport]) -> SkipReport:
         """One report over several sessions of the same policy on the same model."""
-        return SkipReport.from_shares(reports[0], [(report.counts(), 1) for report in reports])
+        merged = SkipReport.from_shares(reports[0], [(report.counts(), 1) for report in reports])
+        return replace(merged, setup_s=math.fsum(report.setup_s for report in reports))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a ratio over no token is None."""

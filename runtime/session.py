@@ -22,7 +22,7 @@ from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batch_rule import BATCH_RULES
-from skipcal.runtime.engines.base import Engine, Watcher
+from skipcal.runtime.engines.base import FULL_PASS, Engine, Watcher
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.engines.generate_loop import with_decode_ahead
 from skipcal.runtime.engines.generate_seam import GenerateSeam
@@ -129,6 +129,7 @@ class SkipSession:
         self._seam: GenerateSeam | None = None
         self._tokens = DecodeTokens(policy, teacher_forced=teacher_forced, prompt_tokens=prompt_tokens)
         self._watcher: Watcher | None = None
+        self._eager_passes = 0
         self._handles: list[Any] = []
         self._patches = InstancePatches()
 
@@ -195,6 +196,9 @@ class SkipSession:
             engine_reason=self._engine.reason,
             row_decisions=decisions,
             row_decisions_alike=alike,
+            prepared_passes=self._engine.prepared_passes,
+            eager_passes=self._eager_passes,
+            setup_s=self._engine.setup_s,
         )
 
     def _new_engine(self, architecture: Architecture) -> Engine:
@@ -245,6 +249,8 @@ class SkipSession:
         if self._seam is None or not self._seam.stepping:
             given = call_arguments(self._stack_signature, args, kwargs)
             tokens = self._tokens.of_pass(given)
+            if not self._tokens.teacher_forced and tokens is not FULL_PASS:
+                self._eager_passes += 1
             self._engine.begin(replace(tokens, watcher=self._watcher) if self._watcher else tokens)
 
     # generate()

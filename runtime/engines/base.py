@@ -65,6 +65,14 @@ class Engine(Protocol):
     def row_decisions(self) -> tuple[int, int]:
         """Decisions on which all live rows agreed, and decisions; (0, 0) where it is not measured."""
 
+    @property
+    def prepared_passes(self) -> int:
+        """Decode passes that a prepared step ran."""
+
+    @property
+    def setup_s(self) -> float:
+        """Seconds in which steps were prepared."""
+
     def attach(self) -> None:
         """Set on the model what skipping needs."""
 

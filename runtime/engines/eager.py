@@ -38,6 +38,8 @@ class EagerEngine:
 
     name = "eager"
     row_decisions = (0, 0)
+    prepared_passes = 0
+    setup_s = 0.0
 
     def __init__(
         self,

@@ -119,6 +119,7 @@ class _Told:
 
     def __init__(self, device: torch.device, streamer: Any) -> None:
         self._streamer = streamer
+        self._device = device
         self._waits = torch.cuda.Event() if device.type == "cuda" else None
 
     def tell_no_sync(self, running: Tensor, tokens: Tensor) -> None:
@@ -127,7 +128,7 @@ class _Told:
         self._goes_on = running.any().to("cpu", non_blocking=there)
         self._tokens = tokens.to("cpu", non_blocking=there) if self._streamer is not None else None
         if self._waits is not None:
-            self._waits.record()
+            self._waits.record(torch.cuda.current_stream(self._device))
 
     def is_over(self) -> bool:
         """Wait for the copy, stream it, and say whether no row goes on."""

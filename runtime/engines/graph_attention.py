@@ -22,11 +22,11 @@ _NOT_OURS = ("position_bias", "softcap", "s_aux")  # what else a model may want 
 
 
 @contextmanager
-def step_attention(config: Any, length: Tensor, valid: Tensor) -> Iterator[None]:
+def step_attention(config: Any, length: Tensor, valid: Tensor | None) -> Iterator[None]:
     """Inside, models of `config` attend by the op.
 
     config: of the stack, and of its attention modules. length: 0-d int64, places in use with the
-    current token's; valid: [batch, places] bool, False where there is padding.
+    current token's; valid: [batch, places] bool, False where there is padding; None: there is none.
     """
     torch_attention: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 

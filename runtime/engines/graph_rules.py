@@ -62,6 +62,24 @@ class StepRule(Protocol):
         """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as runtime.ops.ffn makes them."""
 
 
+class Unasked:
+    """No rule: the FFN runs for every row."""
+
+    def __init__(self, skips: Tensor) -> None:
+        """Show rows of `skips`, which nobody writes."""
+        self._skips = skips
+
+    def start(self) -> None:
+        """Nothing begins."""
+
+    def before(self, layer: int, h: Tensor) -> Tensor:
+        """Nobody skips."""
+        return self._skips[layer]
+
+    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+        """Nobody learns."""
+
+
 class AnyRule:
     """A rule as pure functions of tensors: they are captured as they are.
 
@@ -91,8 +109,9 @@ class AnyRule:
         return torch.logical_and(torch.as_tensor(skip), self._inputs.active_static, out=self._skips[layer])
 
     def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
-        """Tell the rule."""
-        self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
+        """Tell the rule, if it wants to know."""
+        if self._rule.learns:
+            self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
 
 
 class FusedCosine:

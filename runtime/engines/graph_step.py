@@ -11,20 +11,29 @@ On a CPU nothing is captured: the same function runs anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture
-from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.engines.graph_attention import step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
-from skipcal.runtime.engines.graph_rules import AnyRule, FusedCosine, StepCounts, StepInputs, StepRule
+from skipcal.runtime.engines.graph_rules import (
+    AnyRule,
+    FusedCosine,
+    StepCounts,
+    StepInputs,
+    StepRule,
+    Unasked,
+)
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
+from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -32,6 +41,11 @@ from skipcal.runtime.surrogates import Surrogates
 
 MIN_WINDOW = 256
 FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need
+_ROW = 16  # bytes to which a row of flags is filled up
+# Of what a layer adds to its stream, and of the logits.
+_LIMITS = {torch.float32: (1e-2, 5e-3), torch.float64: (1e-2, 5e-3)}
+_HALF_LIMITS = (1e-1, 2e-1)
+_Key = tuple[int, int, bool]
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
 
@@ -58,39 +72,71 @@ class DecodeStep(PreparedStep):
         self._counts = counts
         self.inputs = StepInputs(batch, room, device)
         self._places = torch.arange(room, device=device)
-        # The last row is written by the region's last layer, and nobody reads it.
-        self._skips = torch.zeros(architecture.num_layers + 1, batch, dtype=torch.bool, device=device)
+        self._padded = False
+        # Each layer's begin where kernels like to read. The last is written by the region's last layer, and
+        # nobody reads it.
+        self._skips_static = torch.zeros(
+            architecture.num_layers + 1, _ROW * -(-batch // _ROW), dtype=torch.bool, device=device
+        )
+        self._skips = self._skips_static[:, :batch]
+        self._layers = architecture.blocks
         self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
 
-    def prepare(self, given: dict[str, Any]) -> None:
-        """Make the next step possible: padding of a new text, room in the cache, a captured graph.
+    def settle(self, given: dict[str, Any]) -> None:
+        """Take the padding of a new text, and have room in the cache.
 
         given: the arguments of the model's forward, of which the attention mask counts: [batch, tokens
-        so far], or None without padding. Raises RuntimeError when the capture fails.
+        so far], or None without padding.
         """
         if self.fresh:
-            attention_mask = given.get("attention_mask")
-            self.inputs.valid_static.fill_(True)
-            if attention_mask is not None:
-                self.inputs.valid_static[:, : attention_mask.shape[1]] = attention_mask.bool()
+            mask: Tensor | None = given.get("attention_mask")
+            self._padded = mask is not None and not bool(mask.all())
+            if mask is not None and self._padded:
+                self.inputs.valid_static.fill_(True)
+                self.inputs.valid_static[:, : mask.shape[1]] = mask.bool()
             self.fresh = False
-        self._make_room()
-        if self.device.type == "cuda" and self._key() not in self._graphs:
+        self.cache.make_room()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the step is captured; on a CPU nothing is."""
+        return self.device.type != "cuda" or self._key() in self._graphs
+
+    def make(self, given: dict[str, Any]) -> None:
+        """Capture the step for the present window."""
+        with self._on_device():
             self._capture()
+
+    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
+        """Of each layer where the step runs uncaptured, and of the logits of the captured one."""
+        ids, positions = given["input_ids"], given.get("position_ids")
+        streams = LayerStreams(self._layers)
+        with streams.noting():
+            own = self._model_logits(given)
+        place = self.cache.get_seq_length()
+        with self._on_device(), streams.leading():
+            self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=FULL_PASS)
+            self._compute()
+        layers, logits = _LIMITS.get(self.dtype, _HALF_LIMITS)
+        yield streams.worst(layers)
+        mine = self.run_no_sync(ids, positions, FULL_PASS)
+        self.cache.rewind(1)
+        yield logits_deviation(mine, own, logits)
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
         """Logits [batch, vocabulary] of the next token; the next step overwrites them."""
         place = self.cache.get_seq_length()
-        self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=tokens)
-        graph = self._graphs.get(self._key())
-        if graph is None:
-            self._compute()
-        else:
-            graph.replay()
+        with self._on_device():
+            self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=tokens)
+            graph = self._graphs.get(self._key())
+            if graph is None:
+                self._compute()
+            else:
+                graph.replay()
         self.cache.advance()
         assert self._logits_static is not None
         return self._logits_static
@@ -102,30 +148,43 @@ class DecodeStep(PreparedStep):
         surrogates: Surrogates,
         extras: Callable[[int], int],
     ) -> tuple[list[StepFFN], StepRule, str]:
-        """The FFN blocks of the rule's layers, the rule, and in words how they run."""
-        blocks = [block for block in architecture.blocks if block.index in rule.layers]
-        found = [fused_weights(block, self.batch) for block in blocks]
-        fused = [weights for weights in found if isinstance(weights, FFNWeights)]
+        """The FFN blocks that are not the model's own, the rule, and in words how they run.
+
+        The kernels stand for the FFNs of which the rule is not asked too: a step without a rule is then
+        the same step, and what a rule gains over it is skipping alone.
+        """
+        found = {block.index: fused_weights(block, self.batch) for block in architecture.blocks}
+        asked = {index: found[index] for index in rule.layers}
+        modules = {index: why for index, why in asked.items() if isinstance(why, str)}
         step_rule: StepRule
-        if isinstance(rule, CosineRule) and len(fused) == len(blocks):
+        if isinstance(rule, CosineRule) and not modules:
             step_rule = FusedCosine(rule, self.inputs, self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []
-        for block, weights in zip(blocks, found, strict=True):
+        for block in architecture.blocks:
+            weights = found[block.index]
             if isinstance(weights, FFNWeights):
-                ffns.append(FusedFFN(block, weights, step_rule, surrogates))
-            else:
+                if block.index in asked:
+                    ffns.append(FusedFFN(block, weights, step_rule, surrogates))
+                else:
+                    ffns.append(FusedFFN(block, weights, Unasked(self._skips), Surrogates({})))
+            elif block.index in asked:
                 ffns.append(ModuleFFN(block, step_rule, surrogates, extras))
-        words = [f"{len(fused)} FFNs in predicated kernels"] if fused else []
-        others = dict.fromkeys(why for why in found if isinstance(why, str))
-        if others:
-            words.append(f"{len(blocks) - len(fused)} as modules in IF nodes ({'; '.join(others)})")
+        fused = len(ffns) - len(modules)
+        words = [f"{fused} FFNs in predicated kernels"] if fused else []
+        if modules:
+            why = "; ".join(dict.fromkeys(modules.values()))
+            words.append(f"{len(modules)} as modules in IF nodes ({why})")
         return ffns, step_rule, ", ".join(words) or "no FFN to skip"
 
-    def _key(self) -> tuple[int, int]:
-        """What a captured graph is good for: a window, and the place of the storage."""
-        return (self._window(), self.cache.version)
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Inside, launches go to the model's GPU, whichever is the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _key(self) -> _Key:
+        """What a captured graph is good for: a window, the place of the storage, padding or none."""
+        return (self._window(), self.cache.version, self._padded)
 
     def _window(self) -> int:
         if self._reads_used:  # the op finds out by itself how much is there
@@ -138,10 +197,12 @@ class DecodeStep(PreparedStep):
     def _compute(self) -> None:
         """The step itself: all of it can be captured."""
         inputs, window = self.inputs, self._window()
-        self._skips.zero_()
+        self._skips_static.zero_()
         self._rule.start()
-        valid = inputs.valid_static[:, :window]
-        seen = (self._places[:window] <= inputs.place_static) & valid
+        valid = inputs.valid_static[:, :window] if self._padded else None
+        seen = (self._places[:window] <= inputs.place_static).expand(self.batch, -1)
+        if valid is not None:
+            seen = seen & valid
         patches = InstancePatches()
         self.cache.enter_step(inputs.place_static, window)
         try:
@@ -163,7 +224,7 @@ class DecodeStep(PreparedStep):
             self._logits_static = torch.empty_like(logits)
         self._logits_static.copy_(logits)
 
-    def _attention(self, length: Tensor, valid: Tensor) -> AbstractContextManager[None]:
+    def _attention(self, length: Tensor, valid: Tensor | None) -> AbstractContextManager[None]:
         return step_attention(self._config, length, valid) if self._reads_used else nullcontext()
 
     def _mask(self, seen: Tensor) -> Tensor:
@@ -180,8 +241,8 @@ class DecodeStep(PreparedStep):
         # writes to the cache is overwritten by the step that is to come.
         self.inputs.place_static.fill_(self.cache.get_seq_length())
         self.inputs.active_static.fill_(False)
-        bodies = prepare_if_nodes()
-        stream = _capture_stream()
+        bodies = prepare_if_nodes() if any(isinstance(ffn, ModuleFFN) for ffn in self._ffns) else None
+        stream = _capture_stream(self.device)
         for warm in [stream] * _WARM_UPS + ([] if bodies is None else [bodies]):
             warm.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warm):
@@ -191,17 +252,16 @@ class DecodeStep(PreparedStep):
         graph = torch.cuda.CUDAGraph()
         # Graphs of one step never run at the same time and copy their results out: one pool will do.
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # which a capture that fails does not put back
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._compute()
         self._graphs = {key: g for key, g in self._graphs.items() if key[1] == self.cache.version}
         self._graphs[self._key()] = graph
 
 
-_streams: list[torch.cuda.Stream] = []
-
-
-def _capture_stream() -> torch.cuda.Stream:
-    """One stream for all captures: torch hands out a limited number in turn."""
-    if not _streams:
-        _streams.append(torch.cuda.Stream())
-    return _streams[0]
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream of a GPU for all captures: torch hands out a limited number in turn."""
+    return torch.cuda.Stream(device)

@@ -49,7 +49,7 @@ class IfNode:
             graph.begin_capture_to_if_node(self._flag)
             self._body = graph
         else:
-            self._body = _driver().open(self._flag)
+            self._body = _driver(torch.cuda.current_device()).open(self._flag)
 
     def end(self) -> None:
         """The body ends here."""
@@ -63,12 +63,15 @@ class IfNode:
 
 
 class _Driver:
-    """IF nodes by the CUDA driver's own functions, for torch without them."""
+    """IF nodes by the CUDA driver's own functions, for torch without them; of one GPU, the current one."""
 
     def __init__(self) -> None:
         from cuda.bindings import driver
 
         self._cuda: Any = driver
+        self._capture_info = with_edges(driver, "cuStreamGetCaptureInfo")
+        self._add_node = with_edges(driver, "cuGraphAddNode")
+        self._update_dependencies = with_edges(driver, "cuStreamUpdateCaptureDependencies")
         major, minor = torch.cuda.get_device_capability()
         self._module = _ok(driver.cuModuleLoadData(_compiled(f"compute_{major}{minor}")))
         self._kernel = _ok(driver.cuModuleGetFunction(self._module, b"set_condition"))
@@ -80,7 +83,7 @@ class _Driver:
         """Add the node to the graph that the current stream captures, and start capturing its body."""
         cuda, outer = self._cuda, torch.cuda.current_stream().cuda_stream
         context = _ok(cuda.cuCtxGetCurrent())
-        graph = _ok(cuda.cuStreamGetCaptureInfo(outer))[2]
+        graph = _ok(self._capture_info(outer))[2]
         handle = _ok(cuda.cuGraphConditionalHandleCreate(graph, context, 0, 0))
         arguments = ((int(handle), flag.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p))
         _ok(cuda.cuLaunchKernel(self._kernel, 1, 1, 1, 1, 1, 1, 0, outer, arguments, 0))
@@ -89,10 +92,10 @@ class _Driver:
         node.type = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
         node.conditional.type = cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
         node.conditional.handle, node.conditional.size, node.conditional.ctx = handle, 1, context
-        _, _, graph, before, edges, count = _ok(cuda.cuStreamGetCaptureInfo(outer))
-        added = _ok(cuda.cuGraphAddNode(graph, before, edges, count, node))
+        _, _, graph, before, edges, count = _ok(self._capture_info(outer))
+        added = _ok(self._add_node(graph, before, edges, count, node))
         replace = cuda.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
-        _ok(cuda.cuStreamUpdateCaptureDependencies(outer, [added], None, 1, int(replace)))
+        _ok(self._update_dependencies(outer, [added], None, 1, int(replace)))
 
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         inner, body = self.stream.cuda_stream, node.conditional.phGraph_out[0]
@@ -105,8 +108,14 @@ class _Driver:
 
 
 @cache
-def _driver() -> _Driver:
+def _driver(device: int) -> _Driver:
+    assert device == torch.cuda.current_device()
     return _Driver()
+
+
+def with_edges(driver: Any, name: str) -> Any:
+    """The driver's function with the data of edges: called plainly from CUDA 13 on, before it _v2 or _v3."""
+    return next(found for n in (f"{name}_v3", f"{name}_v2", name) if (found := getattr(driver, n, None)))
 
 
 def prepare_if_nodes() -> torch.cuda.Stream | None:
@@ -116,7 +125,7 @@ def prepare_if_nodes() -> torch.cuda.Stream | None:
     """
     if hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
         return None
-    return _driver().stream
+    return _driver(torch.cuda.current_device()).stream
 
 
 def _compiled(architecture: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,26 +12,27 @@ from torch import Tensor
 from skipcal.arch.locate import Architecture
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.step_cache import StepCache
+from skipcal.runtime.engines.step_proof import Deviation
 
 
 class PreparedStep:
     """One decode step of `batch` rows of at most `room` tokens, over its own `cache`.
 
-    fresh: a new text has begun. proofs: how often somebody has compared its logits with `model_logits`.
-    inference: it was made in inference mode, whose tensors are of no use outside.
+    fresh: a new text has begun. proofs, misses: how often its deviations from the model's own pass were
+    noise, and how often more. inference: it was made in inference mode, whose tensors are of no use outside.
     """
 
-    how: str  # in words, how it runs; known once it is prepared
+    how: str  # in words, how it runs; known once it is made
 
     def __init__(
         self, forward: Callable[..., Any], architecture: Architecture, *, batch: int, room: int, slots: int
     ) -> None:
         """forward: the causal language model's. slots: of the cache at first; it grows by doubling."""
         self.batch, self.room = batch, room
-        self.cache = StepCache(architecture.num_layers, slots)
+        self.cache = StepCache(architecture.num_layers, slots, most=room)
         self.dtype = next(architecture.stack.parameters()).dtype
         self.inference = torch.is_inference_mode_enabled()
-        self.proofs = 0
+        self.proofs = self.misses = 0
         self.fresh = True
         self._forward = forward
         takes_it = "logits_to_keep" in inspect.signature(forward).parameters
@@ -45,8 +46,21 @@ class PreparedStep:
         self.fresh = True
         return self.cache
 
-    def prepare(self, given: dict[str, Any]) -> None:
-        """Make the step over `given`, the arguments of the model's forward, possible."""
+    def settle(self, given: dict[str, Any]) -> None:
+        """Take from `given`, the arguments of the model's forward, what the next step needs to know."""
+        raise NotImplementedError
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the next step can be run as it is."""
+        raise NotImplementedError
+
+    def make(self, given: dict[str, Any]) -> None:
+        """Compile, capture or record what is missing for the step over `given`. Raises what goes wrong."""
+        raise NotImplementedError
+
+    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
+        """How far the step over `given`, skipping nothing, is from the model's; the cache is put back."""
         raise NotImplementedError
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
@@ -56,16 +70,11 @@ class PreparedStep:
         """
         raise NotImplementedError
 
-    def model_logits(self, given: dict[str, Any]) -> Tensor:
+    def _model_logits(self, given: dict[str, Any]) -> Tensor:
         """Logits [batch, vocabulary] of the model's own pass over `given`; the cache is put back."""
         logits: Tensor = self._forward(**given).logits[:, -1]
         self.cache.rewind(1)
         return logits
-
-    def _make_room(self) -> None:
-        """Have a place in the cache for one token more."""
-        if self.cache.get_seq_length() >= self.cache.slots:
-            self.cache.reserve(min(2 * self.cache.slots, self.room))
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits [batch, vocabulary] of the model's forward over one token a row: what a step is made of."""

@@ -50,7 +50,7 @@ class RecordedEngine(step_engine.StepEngine):
         return super().reason
 
     def prepare(self, given: dict[str, Any]) -> bool:
-        """Make the step over `given`, the arguments of the model's forward, possible; False: be eager."""
+        """Whether the step over `given`, the arguments of the model's forward, is prepared; else be eager."""
         if self._waits > 0:
             self._waits -= 1
             return False

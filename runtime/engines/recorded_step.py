@@ -20,15 +20,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.locate import Architecture, Block
-from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.recording import Branch, NotRecordable, Recording, leaf, record
 from skipcal.runtime.engines.step_cache import StepCache, StepLayer
+from skipcal.runtime.engines.step_proof import Deviation, logits_deviation
 from skipcal.runtime.patch import InstancePatches
 
 FIRST_SLOTS = 256  # of a cache; it grows by doubling
 _NAME = "skipcal_recorded"
+_LIMIT = 5e-3  # of the logits: torch may order sums in another way where memory lies otherwise
 _MOST_GROUPED = 256  # head size up to which transformers leaves groups of queries to torch
 
 
@@ -47,17 +49,31 @@ class RecordedStep(PreparedStep):
         self._inside = {module: _OwnList(forward) for module, forward in eager.forwards.items()}
         self._blocks = architecture.blocks
 
-    def prepare(self, given: dict[str, Any]) -> None:
-        """Take the padding of `given`, the arguments of the model's forward; the first time, record."""
+    def settle(self, given: dict[str, Any]) -> None:
+        """Take the padding of `given`, the arguments of the model's forward."""
         mask: Tensor | None = given.get("attention_mask")
         if self.fresh:
             self._padded, self.fresh = mask is not None and not bool(mask.all()), False
         self._mask = mask.bool()[:, None, None] if mask is not None and self._padded else None
-        self._make_room()
-        if self._recording is None:
-            self._recording = self._record(given["input_ids"], self._positions(given.get("position_ids")))
-            calls, watched = self._recording.calls, len(self._eager.blocks)
-            self.how = f"a step is {calls} torch calls, with {watched} FFNs asked in between"
+        self.cache.make_room()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the step is recorded."""
+        return self._recording is not None
+
+    def make(self, given: dict[str, Any]) -> None:
+        """Record."""
+        self._recording = self._record(given["input_ids"], self._positions(given.get("position_ids")))
+        calls, watched = self._recording.calls, len(self._eager.blocks)
+        self.how = f"a step is {calls} torch calls, with {watched} FFNs asked in between"
+
+    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
+        """Of the logits, which are the model's bit for bit: the calls are its own."""
+        own = self._model_logits(given)
+        mine = self.run_no_sync(given["input_ids"], given.get("position_ids"), FULL_PASS)
+        self.cache.rewind(1)
+        yield logits_deviation(mine, own, _LIMIT)
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
         """Logits [batch, vocabulary] of the next token."""

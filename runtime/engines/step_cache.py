@@ -20,10 +20,10 @@ class StepLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, slots: int) -> None:
-        """Room for `slots` tokens; more are given room when they come, outside captured steps."""
+    def __init__(self, slots: int, most: int) -> None:
+        """Room for `slots` tokens; up to `most` are given room when they come, outside captured steps."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots = slots
+        self.slots, self.most = slots, most
         self.version = 0  # of the storage
         self.length = 0
         self.place_static: Tensor | None = None  # [1] int64, set while a step runs
@@ -50,8 +50,7 @@ class StepLayer(CacheLayerMixin):
             self.values.index_copy_(2, self.place_static, value_states)
             return self.keys[:, :, : self.window], self.values[:, :, : self.window]
         end = self.length + key_states.shape[2]
-        if end > self.slots:
-            self.reserve(max(end, 2 * self.slots))
+        self.make_room(end)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -79,8 +78,13 @@ class StepLayer(CacheLayerMixin):
             for t in (self.keys, self.values):
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
 
-    def reserve(self, slots: int) -> None:
-        """Room for `slots` tokens, in new storage: steps captured before are void."""
+    def make_room(self, tokens: int) -> None:
+        """Have room for `tokens`; where there is none, in new storage: steps captured before are void."""
+        if tokens <= self.slots:
+            return
+        if tokens > self.most:
+            raise ValueError(f"{tokens} tokens do not fit a cache that was made for {self.most} at most")
+        slots = min(max(tokens, 2 * self.slots), self.most)
         assert self.keys is not None and self.values is not None
         more = slots - self.slots
         self.version += 1
@@ -104,9 +108,9 @@ class StepCache(Cache):
 
     layers: list[StepLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_layers: int, slots: int) -> None:
-        """Room for `slots` tokens of each row."""
-        super().__init__(layers=[StepLayer(slots) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, slots: int, *, most: int) -> None:
+        """Room for `slots` tokens of each row at first, for `most` in the end."""
+        super().__init__(layers=[StepLayer(slots, most) for _ in range(num_layers)])
 
     @property
     def slots(self) -> int:
@@ -118,10 +122,10 @@ class StepCache(Cache):
         """Changes when the storage moves: a captured step is good for one version only."""
         return self.layers[0].version
 
-    def reserve(self, slots: int) -> None:
-        """Room for `slots` tokens of each row."""
+    def make_room(self) -> None:
+        """Have a place for one token more of each row."""
         for layer in self.layers:
-            layer.reserve(slots)
+            layer.make_room(layer.length + 1)
 
     def enter_step(self, place: Tensor, window: int) -> None:
         """From here on `update` writes one token at `place` [1] and returns `window` places."""

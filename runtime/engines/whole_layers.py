@@ -29,6 +29,8 @@ class RemovedLayers:
 
     name = "eager"
     row_decisions = (0, 0)
+    prepared_passes = 0
+    setup_s = 0.0
     reason = "the layers are taken out of the model"
 
     def __init__(self, architecture: Architecture, removed: tuple[int, ...]) -> None:
@@ -83,6 +85,8 @@ class SkippedLayers:
 
     name = "eager"
     row_decisions = (0, 0)
+    prepared_passes = 0
+    setup_s = 0.0
     reason = "layers are skipped whole"
 
     def __init__(self, architecture: Architecture, rule: Rule) -> None:
