@@ -63,7 +63,7 @@ def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Ten
     return f, sums[None]
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _gate_up_one(
     h_ptr, norm_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr, eps,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -93,7 +93,7 @@ def _gate_up_one(
         tl.store(a_ptr + n, a.to(a_ptr.dtype.element_ty), mask=inside_n)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _down_one(
     a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -123,7 +123,7 @@ def _down_one(
         tl.store(f_ptr + n, tl.zeros([BLOCK_N], tl.float32).to(f_ptr.dtype.element_ty), mask=inside_n)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _norm_some(
     h_ptr, norm_ptr, x_ptr, skip_ptr, eps,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +138,7 @@ def _norm_some(
         tl.store(x_ptr + row * HIDDEN + k, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _gate_up_some(
     x_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -172,7 +172,7 @@ def _gate_up_some(
         )
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _down_some(
     a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,

@@ -77,7 +77,7 @@ def _check(h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, thr
         raise ValueError("gate: weight, log_norm_weight, bias and threshold must be float32")
 
 
-@jit
+@jit(unaligned=("log_norm_weight_ptr", "bias_ptr", "threshold_ptr"))
 def _gate(
     h_ptr: tl.tensor, weight_ptr: tl.tensor, log_norm_weight_ptr: tl.tensor, bias_ptr: tl.tensor,
     threshold_ptr: tl.tensor, skip_ptr: tl.tensor, score_ptr: tl.tensor, h_stride: int, threshold_stride: int,
