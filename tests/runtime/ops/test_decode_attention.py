@@ -76,6 +76,7 @@ SHAPES = [  # batch, heads, kv_heads, slots, head_dim, length
     (2, 4, 1, 50, 96, 49),
     (1, 7, 1, 9, 128, 3),
     (5, 1, 1, 33, 20, 33),
+    (2, 6, 2, 33, 8, 30),  # heads shorter than a matrix product on tensor cores takes
 ]
 
 
@@ -175,14 +176,14 @@ def test_each_slot_in_use_is_read_once_and_no_other(
 
 
 def test_a_program_without_slots_reads_nothing_but_the_length(reads: Reads) -> None:
-    q, k, v = cache(1, 1, 1, 40, 8)  # 5 splits of a block each, of which 2 have slots
+    q, k, v = cache(1, 1, 1, 40, 8)  # 8 splits, and slots for 2 of a block each
     decode_attention(q, k, v, used(12), scale=0.3)
     assert (reads.of(q) == 2).all()
 
 
 def test_the_slots_in_use_are_dealt_out_evenly(reads: Reads) -> None:
     """However short the context is: else a long cache would leave it to a few programs."""
-    q, k, v = cache(1, 2, 2, 400, 8)  # 3 splits a head
+    q, k, v = cache(1, 2, 2, 400, 8)  # 4 splits a head, and three blocks
     decode_attention(q, k, v, used(24), scale=0.3)
     assert (reads.of(q) == 3).all()
 
