@@ -219,7 +219,7 @@ class EagerEngine:
             f = torch.where(self._ran[:, None], f, self._in_place_of(block, module).to(f.dtype))
             output = f.reshape(self._shape)
         self._added = f if self._added is None else self._added + f
-        if module is block.chain[-1]:
+        if module is block.chain[-1] and self._rule.learns:
             assert self._state is not None
             scaled = self._added if block.scale == 1.0 else self._added * block.scale
             self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)

@@ -72,6 +72,18 @@ def test_a_model_that_no_step_can_run_is_decoded_eagerly(tiny: Any, caplog: pyte
     assert "engine graph is not used" in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["graph", "recorded"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_changes_with_the_length_is_not_prepared(kind: str, engine: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    model = lively("llama", rope_parameters=rope)
+    _, report = generated(model, SOME, engine)
+    assert report.engine == "eager"
+    assert f"its rotary embedding ({kind}) looks at how long the text has become" in report.engine_reason
+
+
 def test_a_step_that_fails_or_lies_is_given_up(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.set_attn_implementation("eager")  # which is given the mask of `_mask`
     expected, eager = generated(tiny, SOME, "eager")
