@@ -116,7 +116,8 @@ def logits_deviation(of: str, mine: Tensor, own: Tensor, limit: float) -> Deviat
 
 
 def _norms(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(t, dim=-1)
+    return norms
 
 
 @contextmanager

@@ -76,4 +76,4 @@ def test_half_precision_captures_and_skips() -> None:
 def test_auto_is_the_graph() -> None:
     _, report = generated(on_gpu("llama"), SOME, "auto", ROWS[:1])
     assert report.engine == "graph"
-    assert "on a GPU" in report.engine_reason
+    assert "on a cuda" in report.engine_reason
