@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ def counters(layers: int) -> dict[str, Tensor]:
     return {"per_layer": per_layer, "agreement": torch.tensor([5, 2**33], device=DEVICE)}
 
 
-def counted(op: Any, skips: Tensor, live: list[bool], active: list[bool], ruled: list[bool]) -> list[Any]:
+def counted(
+    op: Any, skips: Tensor, live: Sequence[int], active: Sequence[int], ruled: Sequence[int]
+) -> list[Any]:
     """What `op` adds: [skipped, by all, by some] by layer, and [alike, decisions]."""
     after = counters(len(ruled))
     op(skips, flags(live), flags(active), ruled=flags(ruled), **after)
