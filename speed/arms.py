@@ -28,10 +28,11 @@ STATIC_COMPILED = "hf-static-compiled"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one arm. report: None outside a session."""
+    """One run of one arm. report: of the timed part, None outside a session; setup_s: of all of it."""
 
     timing: Timing
     report: SkipReport | None
+    setup_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Bench:
                     self._generate(3)  # records a step, and proves the first two
                 before = session.report
                 timing = self._generate(self.new_tokens)
-                return Run(timing, session.report.since(before))
+                report = session.report
+                return Run(timing, report.since(before), report.setup_s)
 
         return run
 

@@ -25,6 +25,7 @@ from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import SURROGATE_BUDGET
 from skipcal.errors import ConfigError, SkipcalError
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.report import SkipReport
 from skipcal.speed.arms import (
     FULL,
     PLAIN,
@@ -236,12 +237,10 @@ class _Compared:
         total = self.read.total - saved
         ideal = self.read.ideal_speed_up(saved)
         over_full, over_plain = self._speed_up(FULL, mix), self._speed_up(PLAIN, mix)
-        report = reports[0][0]
         return {
             "arm": arm,
             "skip_ratio": ratio,
-            "engine": None if report is None else report.engine,
-            "engine_reason": None if report is None else report.engine_reason,
+            **self._how_it_ran(mix),
             "prefill_s": self._spread(mix, lambda run: (run.timing.prefill_s,)).to_dict(),
             "step_ms": _scaled(step, 1e3).to_dict(),
             "tok_per_s": self.batch_size / step.median,
@@ -252,6 +251,19 @@ class _Compared:
             "speed_up_over_plain": over_plain.to_dict(),
             "realised_over_ideal": over_full.median / ideal,
             "realised_over_ideal_from_plain": over_plain.median / ideal,
+        }
+
+    def _how_it_ran(self, mix: tuple[tuple[str, float], ...]) -> dict[str, Any]:
+        """Engines and passes of all rounds: an engine may give up in the middle of one."""
+        runs = [run for name, _ in mix for run in self.runs[name]]
+        reports = [run.report for run in runs if run.report is not None]
+        names = [name for report in reports for name in engines_of(report)]
+        return {
+            "engine": " and ".join(dict.fromkeys(names)) or None,
+            "engine_reason": "; or: ".join(dict.fromkeys(report.engine_reason for report in reports)) or None,
+            "prepared_passes": sum(report.prepared_passes for report in reports),
+            "eager_passes": sum(report.eager_passes for report in reports),
+            "setup_s": statistics.median(run.setup_s for run in runs),
         }
 
     def _speed_up(self, base: str, mix: tuple[tuple[str, float], ...]) -> Spread:
@@ -270,6 +282,12 @@ class _Compared:
         """Median of each round, of a mean of arms."""
         columns = [[share * statistics.median(values(run)) for run in self.runs[name]] for name, share in mix]
         return [sum(column) for column in zip(*columns, strict=True)]
+
+
+def engines_of(report: SkipReport) -> list[str]:
+    """The engines that ran decode passes: of a prepared one a part may have been left to the eager one."""
+    partly = report.engine != "eager" and report.eager_passes > 0
+    return [report.engine, "eager"] if partly else [report.engine]
 
 
 _Values = Callable[[Run], tuple[float, ...]]

@@ -18,12 +18,13 @@ MODULES = {
     "annotated_types": "annotated-types",
     "typing_inspection": "typing-inspection",
 }
+_NEWER = ("typing_extensions",)  # there, but perhaps older than what pydantic needs
 _PYTHON, _PLATFORMS = "3.12", ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def download_wheels() -> None:
     """Fill .wheels/ for Python 3.12, in the versions that are installed here."""
-    names = [f"{name}=={version(name)}" for name in MODULES.values()]
+    names = [f"{name}=={version(name)}" for name in (*MODULES.values(), *_NEWER)]
     for old in WHEELS.glob("*.whl"):  # two versions of one would stop the whole installation
         old.unlink()
     platforms = [option for name in _PLATFORMS for option in ("--platform", name)]

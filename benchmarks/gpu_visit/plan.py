@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from gpu_visit.steps import Step, Visit
 
@@ -33,9 +34,39 @@ def check(visit: Visit) -> list[Step]:
     ]
 
 
+def measure(visit: Visit) -> list[Step]:
+    """The numbers of docs/speed.md, and each command on a GPU."""
+    gpu = visit.on_gpu
+    ops = "tests/runtime/ops" if gpu else "tests/runtime/ops/test_lang.py"
+    larger = "llama-2-13b" if visit.shape == "llama-2-7b" else visit.shape
+    calls = ("model_folder", "profile", "generate", "fit", "evaluate")
+    return [
+        Step("versions", 60, "gpu_visit.device:versions"),
+        _bench(visit, "decode", visit.shape, 95, rounds=5),
+        _bench(visit, "decode_gate", f"{visit.shape}-gate", 50, rounds=5, rule="gate"),
+        _bench(visit, "decode_13b", "llama-2-13b", 60, rounds=2, shape=larger),
+        _bench(visit, "decode_batch_8", f"{visit.shape}-batch-8", 45, rounds=3, batch_size=[8]),
+        *(Step(name, 60, f"gpu_visit.commands:{name}") for name in calls),
+        _tests("ops", 150, ops, 8 if gpu else 0),
+    ]
+
+
+def _bench(visit: Visit, name: str, saved: str, limit_s: float, *, rounds: int, **settings: Any) -> Step:
+    """limit_s: for its rounds, of which the first always runs; loading comes on top."""
+    gpu = visit.on_gpu
+    ratios = [0.125, 0.25, 0.5] if gpu else [0.25]
+    size = {"context_tokens": [512 if gpu else 16], "new_tokens": 64 if gpu else 5}
+    options = {
+        "settings": {"ratios": ratios, "rounds": rounds if gpu else 1, **size, **settings},
+        "limit_s": limit_s,
+        "save": f"gpu_decode_{saved}",
+    }
+    return Step(name, 1.5 * limit_s + 40, "gpu_visit.bench:bench", options)
+
+
 def _tests(name: str, limit_s: float, path: str, processes: int, *, left_out: str | None = None) -> Step:
     options = {"paths": [path], "processes": processes}
     return Step(name, limit_s, "gpu_visit.suite:tests", options, left_out=left_out)
 
 
-PLANS: dict[str, Callable[[Visit], list[Step]]] = {"check": check}
+PLANS: dict[str, Callable[[Visit], list[Step]]] = {"check": check, "measure": measure}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -71,15 +70,3 @@ def test_a_block_of_a_page_is_made_from_its_result(
     arm = result["cases"][0]["arms"][-1]
     assert f"| 1 | 8 | 0.5 | {arm['step_ms']['median']:.2f} |" in text
     script(monkeypatch, "readme_table.py", "--check", *args)
-
-
-def test_the_gpu_script_runs_on_a_tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(
-        monkeypatch, "gpu_decode.py", "--shape", "tiny", "--device", "cpu", "--dtype", "float32",
-        "--rounds", "3", "--batch-size", "1", "--context-tokens", "8", "--new-tokens", "3",
-        "--time-limit", "0", "--output", tmp_path,
-    )  # fmt: skip
-    made = json.loads((tmp_path / "gpu_decode_tiny.json").read_text())
-    assert made["format"] == "skipcal.bench/1"
-    assert made["command"].startswith("python benchmarks/gpu_decode.py --shape tiny")
-    assert made["cases"][0]["rounds"] == 1  # the time limit
