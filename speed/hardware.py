@@ -114,7 +114,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of a checkout that skipcal runs from, "-dirty" where files differ from it; None if installed."""
+    """Commit of a checkout that skipcal runs from, "-dirty" where files differ from it; None if installed.
+
+    Of a copy without its history SKIPCAL_COMMIT tells it.
+    """
+    if told := os.environ.get("SKIPCAL_COMMIT"):
+        return told
     root = Path(skipcal.__file__).resolve().parent
     if not (root / ".git").exists():
         return None
