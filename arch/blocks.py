@@ -97,6 +97,24 @@ def context_tokens(config: PretrainedConfig) -> int | None:
     return longest
 
 
+def parallel_limit(config: PretrainedConfig, prompt_tokens: int) -> int | None:
+    """The longest row, in tokens, whose rotary angles in one pass are those of decoding it; None: any.
+
+    prompt_tokens: that are prefilled. LongRoPE takes other angles for all of a row that is longer than the
+    model was first trained on, dynamic NTK others for every length.
+    """
+    text = config.get_text_config()
+    given: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        kind = str(rope.get("rope_type"))
+        if kind == "longrope" and prompt_tokens <= rope["original_max_position_embeddings"]:
+            limits.append(int(rope["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            limits.append(max(prompt_tokens, int(text.max_position_embeddings)))
+    return min(limits, default=None)
+
+
 def is_one(scale: float | Tensor) -> bool:
     """Whether scaling by it changes nothing; a tensor's values are not looked at."""
     return isinstance(scale, float) and scale == 1.0
