@@ -36,6 +36,7 @@ from skipcal.errors import ConfigError
 from skipcal.evaluation.sweep import run_sweep
 from skipcal.evaluation.token_map import token_map
 from skipcal.profiles.fits import warn_of_other_opening
+from skipcal.profiles.parts import GateFit
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report.tables import provenance
@@ -195,14 +196,19 @@ def profile(closed: LoadedModel, text: Path) -> SkipProfile:
     return made
 
 
-def fits(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) -> None:
+def fitted(loaded: LoadedModel, profile: SkipProfile, text: Path) -> GateFit:
     config = FitConfig(
         data_files=[str(text)], prompts=4, prompt_tokens=16, rank=2, damage_prompts=2,
         closed_loop_prompts=2, device="cpu",
     )  # fmt: skip
     with torch.enable_grad():
-        fitted = fit_gate_profile(loaded, profile, config)
-    assert fitted.gate is not None and fitted.gate.fit.corpora[0].opening == ["<s>"]
+        made = fit_gate_profile(loaded, profile, config)
+    assert made.gate is not None
+    return made.gate.fit
+
+
+def fits(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) -> None:
+    assert fitted(loaded, profile, text).corpora[0].opening == ["<s>"]
 
 
 def tunes(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) -> None:
@@ -316,6 +322,12 @@ def test_no_special_token_is_counted_over_known_text(before: tuple[str, ...], fi
     made = profiled(loaded_with(before), text, mode="prefill", prompt_tokens=16)
     assert sorted(set(made.traces[0].position.tolist())) == list(range(first, 16))
     assert made.profile.calibration.corpora[0].tokens == 4 * (16 - first)
+
+
+def test_no_special_token_is_fitted_on(text: Path) -> None:
+    loaded = loaded_with(("<s>", "<sop>"))
+    fit = fitted(loaded, profiled(loaded, text).profile, text)
+    assert fit.tokens == fit.corpora[0].tokens == 4 * (16 - 2 - 2)  # but the opening and the warm-up
 
 
 # In profiles
