@@ -17,17 +17,13 @@ import typer
 
 from skipcal.calibrate.processes import Processes
 from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
+from skipcal.quiet import TALKATIVE
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
-
-
-# Warnings that are no user's business: casts of inputs, kernels for other machines (transformers imports
-# torchao wherever it is installed), what torchao will have to change.
-_TALKATIVE = ("accelerate", "bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 class Console:
@@ -77,7 +73,6 @@ class Console:
         from skipcal.arch.loading import load_model
         from skipcal.arch.placement import memory_limits
 
-        quiet_loading()
         name, limits = settings.pop("model"), memory_limits(settings.pop("max_memory"))
         self.doing(f"loading {name or EMBEDDED_MODEL}")
         return load_model(name, max_memory=limits, **settings)
@@ -187,7 +182,7 @@ def _quieten(processes: Processes) -> None:
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
     log.setLevel(logging.INFO if watched else logging.WARNING)
-    for library in _TALKATIVE:
+    for library in TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ["MPLBACKEND"] = "Agg"  # commands draw into files, never into a window
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -224,11 +219,3 @@ def command_line() -> str:
         label, separator, path = word.rpartition("=")
         words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
     return " ".join(["skipcal", *words])
-
-
-def quiet_loading() -> None:
-    """No bar of transformers unless stderr is a terminal, and this process the one that draws there."""
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE") == "1":
-        disable_progress_bar()

@@ -27,6 +27,7 @@ from skipcal.arch.source import Source, check_source, find_source, refuse_tokeni
 from skipcal.arch.stored import named_weights, stored
 from skipcal.configs.names import DTYPES
 from skipcal.errors import ConfigError, SkipcalError, Unavailable, first_words, suggestion
+from skipcal.quiet import bars_on_a_terminal
 
 _VALUES_PER_TENSOR = 16
 
@@ -65,6 +66,7 @@ class LoadedModel:
         }
 
 
+@bars_on_a_terminal()
 def load_model(
     name: str | None = None,
     *,
