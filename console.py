@@ -20,6 +20,7 @@ from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
+    from skipcal.profiles.output import Output
 
 logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
@@ -42,6 +43,7 @@ class Console:
         self._stdout = sys.stdout
         self.processes = processes
         self.on_interrupt = "no output was written or changed"
+        self._outputs = contextlib.ExitStack()
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
@@ -57,6 +59,18 @@ class Console:
         """A remark that is no part of the result."""
         if self.processes.leads:
             typer.echo(text, err=self._as_json)
+
+    def output(self, path: Path, *, overwrite: bool, alone: bool = True) -> Output:
+        """An output that is held until the command ends; see `Output`."""
+        from skipcal.profiles.output import Output
+
+        held = Output(path, overwrite=overwrite, alone=alone)
+        self._outputs.callback(held.release)
+        return held
+
+    def release_outputs(self) -> None:
+        """Let other runs have the names."""
+        self._outputs.close()
 
     def doing(self, what: str) -> None:
         """Say what takes a while, to somebody who watches: a line on stderr, where that is a terminal."""
@@ -128,6 +142,8 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
         hint = f"({type(error).__name__}; run again with --debug for the traceback)"
         console.complain(f"error: {first_words(error)} {hint}", own=True)
         raise typer.Exit(1) from None
+    finally:
+        console.release_outputs()
 
 
 def _processes(together: bool) -> Processes:
