@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.calibrate.corpora import file_sha256
+from skipcal.calibrate.local_files import ending, open_text
 from skipcal.configs.sweep import QuestionSettings
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers
@@ -106,7 +107,7 @@ def read_questions(path: Path) -> dict[str, Question]:
 
     Raises Unavailable for a missing question, aliases that are missing or empty, a repeated id.
     """
-    records = _release(path) if path.suffix.lower() == ".json" else read_records(path)
+    records = _release(path) if ending(path) == ".json" else read_records(path)
     questions: dict[str, Question] = {}
     for where, record in records:
         text = text_field(record, "question", where)
@@ -125,7 +126,8 @@ def read_questions(path: Path) -> dict[str, Question]:
 def _release(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The release's form: Questions[].Parses[].Answers[].AnswersName[]."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["Questions"]
+        with open_text(path) as file:
+            entries = json.load(file)["Questions"]
     except OSError as error:
         raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skipcal.calibrate.local_files import open_text
 from skipcal.configs import options as opt
 from skipcal.console import command, given
 from skipcal.errors import ConfigError, Unavailable
@@ -83,7 +84,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("give the prompt once, with --prompt TEXT or --prompt-file FILE")
     if file is not None:
         try:
-            prompt = file.read_text(encoding="utf-8")
+            with open_text(file) as opened:
+                prompt = opened.read()
         except UnicodeDecodeError as error:
             raise Unavailable(f"prompt file {file} is not UTF-8 text (byte {error.start})") from error
         except OSError as error:
