@@ -9,7 +9,7 @@ import typer
 
 from skipcal.configs import options as opt
 from skipcal.configs.help import MODEL, OUTPUT
-from skipcal.console import Console, command, given
+from skipcal.console import Console, check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def report(
         if no_tokens and asked:
             stray = next(iter(asked)).replace("_", "-")
             raise ConfigError(f"--{stray} has no effect with --no-tokens; leave one of them out")
+        check_typed("--text", text or "")
         if text is not None and not text.strip():
             raise ConfigError("--text is empty; give some text, or leave it out for skipcal's own")
         console.importing()

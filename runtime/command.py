@@ -10,7 +10,7 @@ import typer
 
 from skipcal.calibrate.local_files import open_text
 from skipcal.configs import options as opt
-from skipcal.console import command, given
+from skipcal.console import check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.runtime.engines.choice import check_engine
 
@@ -91,6 +91,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         except OSError as error:
             raise Unavailable(f"prompt file {file} cannot be read ({error.strerror})") from error
     assert prompt is not None
+    check_typed("--prompt", prompt)
     if not prompt.strip():
         raise ConfigError("the prompt is empty; give some text to answer or go on from")
     return prompt
