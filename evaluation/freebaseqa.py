@@ -12,7 +12,7 @@ from skipcal.calibrate.corpora import file_sha256
 from skipcal.calibrate.local_files import ending, open_text
 from skipcal.configs.sweep import QuestionSettings
 from skipcal.errors import Unavailable
-from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.data import read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, drawn, in_subsets, text_quality
@@ -64,12 +64,7 @@ class FreebaseQA:
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record a question."""
-        prompts = {
-            key: subject.encode(
-                [{"role": "user", "content": PROMPT.format(question=self.questions[key].text)}]
-            )
-            for key in ids
-        }
+        prompts = {key: _prompt(self.questions[key], subject) for key in ids}
         for group, report in answers(
             subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
         ):
@@ -86,7 +81,10 @@ class FreebaseQA:
 
 
 def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> FreebaseQA:
-    """Read and draw the questions. Raises Unavailable for a file that cannot be used."""
+    """Read and draw the questions.
+
+    Raises Unavailable for a file that cannot be used, ConfigError for questions that do not fit the model.
+    """
     if settings.data_file is None:
         raise Unavailable(
             "FreebaseQA is not on the hub; get FreebaseQA-eval.json from github.com/kelvin-jiang/FreebaseQA "
@@ -94,12 +92,18 @@ def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> 
         )
     path = Path(settings.data_file)
     questions = drawn(read_questions(path), settings.items, seed, str(path))
+    prompts = {key: _prompt(question, subject) for key, question in questions.items()}
+    check_prompts(subject, prompts, settings.new_tokens)
     return FreebaseQA(
         questions=questions,
         new_tokens=settings.new_tokens,
         warm_up_tokens=settings.warm_up,
         source={"file": path.name, "sha256": file_sha256(path), "items": settings.items, "seed": seed},
     )
+
+
+def _prompt(question: Question, subject: Subject) -> list[int]:
+    return subject.encode([{"role": "user", "content": PROMPT.format(question=question.text)}])
 
 
 def read_questions(path: Path) -> dict[str, Question]:
