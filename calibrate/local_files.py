@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -72,7 +72,8 @@ def whole_characters(text: str) -> str:
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    # Opened here, for pyarrow takes no name whose bytes are no UTF-8.
+    with path.open("rb") as raw, pq.ParquetFile(raw) as file:
         rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
         for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
@@ -80,6 +81,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_text(path) as file:
+        values: Iterable[tuple[str, Any]]
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         first = next(lines, None)
         if first is None:

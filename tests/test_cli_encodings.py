@@ -85,7 +85,7 @@ def test_what_is_typed_may_have_any_character() -> None:
 
 def test_the_help_needs_ascii_alone() -> None:
     group = typer.main.get_command(app)
-    context = typer.Context(group, info_name="skipcal")  # type: ignore[arg-type]
+    context = typer.Context(group, info_name="skipcal")
     for name, each in group.commands.items():  # type: ignore[attr-defined]
         assert each.get_help(typer.Context(each, info_name=name, parent=context)).isascii(), name
-    assert group.get_help(context).isascii()  # type: ignore[arg-type]
+    assert group.get_help(context).isascii()
