@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,6 +23,7 @@ from skipcal.quiet import TALKATIVE
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
+    from skipcal.profiles.output import Output
 
 logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
@@ -38,11 +41,12 @@ class Console:
         self._stdout = sys.stdout
         self.processes = processes
         self.on_interrupt = "no output was written or changed"
+        self._outputs = contextlib.ExitStack()
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
         if self.processes.leads:
-            self._stdout.write(text if self._as_json else readable + "\n")
+            self._stdout.write(_ascii(text) if self._as_json else readable + "\n")
             self._stdout.flush()
 
     def result(self, document: Any, readable: str) -> None:
@@ -52,7 +56,19 @@ class Console:
     def say(self, text: str) -> None:
         """A remark that is no part of the result."""
         if self.processes.leads:
-            typer.echo(text, err=self._as_json)
+            print(text, file=sys.stderr if self._as_json else sys.stdout, flush=True)
+
+    def output(self, path: Path, *, overwrite: bool, alone: bool = True) -> Output:
+        """An output that is held until the command ends; see `Output`."""
+        from skipcal.profiles.output import Output
+
+        held = Output(path, overwrite=overwrite, alone=alone)
+        self._outputs.callback(held.release)
+        return held
+
+    def release_outputs(self) -> None:
+        """Let other runs have the names."""
+        self._outputs.close()
 
     def doing(self, what: str) -> None:
         """Say what takes a while, to somebody who watches: a line on stderr, where that is a terminal."""
@@ -85,7 +101,7 @@ class Console:
     def complain(self, text: str, *, own: bool = False) -> None:
         """A line on stderr. own: it happened in this process alone, so that it has to speak itself."""
         if own or self.processes.leads:
-            typer.echo(text, err=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -94,6 +110,7 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
 
     together: the command can be run by several processes; others refuse to do the same work N times.
     """
+    _replace_what_cannot_be_shown()
     processes = _processes(together)
     _quieten(processes)
     console = Console(as_json, processes)
@@ -123,6 +140,8 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
         hint = f"({type(error).__name__}; run again with --debug for the traceback)"
         console.complain(f"error: {first_words(error)} {hint}", own=True)
         raise typer.Exit(1) from None
+    finally:
+        console.release_outputs()
 
 
 def _processes(together: bool) -> Processes:
@@ -164,6 +183,30 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def check_typed(option: str, text: str) -> None:
+    """Raise ConfigError for text whose bytes are not what the terminal's encoding says."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(
+            f"{option} '{_ascii(text)[:80]}' is no {sys.getfilesystemencoding()} text, as LANG and LC_ALL "
+            "have it; set them to UTF-8, or give the text in a file where there is an option for one"
+        )
+
+
+def _replace_what_cannot_be_shown() -> None:
+    """Print a question mark for a character that the terminal has not, rather than end in the middle.
+
+    (Which is why nothing here is printed by `typer.echo`: to a terminal of ASCII it writes UTF-8.)
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _ascii(text: str) -> str:
+    """JSON text that any terminal can show: in JSON, other characters stand inside strings alone."""
+    return re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
 
 
 class _Line(logging.Formatter):

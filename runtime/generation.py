@@ -9,8 +9,11 @@ from typing import Any, TextIO
 import torch
 from transformers import BatchEncoding, TextStreamer, set_seed
 
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
+from skipcal.runtime.chat_template import WITHOUT, templated
+from skipcal.runtime.greedy import greedy_decoding, sampled_decoding, warn_of_overruled
 from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
@@ -65,16 +68,20 @@ def generate_text(
     """Generate at most `new_tokens` tokens after `prompt`.
 
     chat_template: wrap the prompt by the tokenizer's template, where it has one.
-    seed:          sample with the model's own settings and this seed; None is greedy decoding.
+    seed:          sample with this seed, by what the model's own settings say of the distribution; None is
+                   greedy decoding. Its other settings, as beams, are not used, which a warning says.
     engine:        as `skipping` takes it.
     stream:        where the text goes as it is made.
+    Raises ConfigError for a text that does not fit the model, and for a template that refuses it.
     """
     tokenizer: Any = loaded.tokenizer
     model: Any = loaded.model
     wrapped = chat_template and bool(getattr(tokenizer, "chat_template", None))
     if wrapped:
-        inputs = tokenizer.apply_chat_template(
+        inputs = templated(
+            tokenizer,
             [{"role": "user", "content": prompt}],
+            instead=WITHOUT,
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
@@ -82,17 +89,23 @@ def generate_text(
     else:
         ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
         inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    length = inputs["input_ids"].shape[1]
+    check_length(
+        model,
+        length + new_tokens,
+        f"a prompt of {length} tokens and {new_tokens} new ones do",
+        lower="--new-tokens, or shorten the prompt",
+    )
+    check_ids(model, inputs["input_ids"].tolist())
+    warn_of_overruled(model, sampled=seed is not None)
     inputs = inputs.to(input_device(model))
     clock = _TimedStreamer(tokenizer, stream)
-    sampling: dict[str, Any] = {"do_sample": True}
-    if seed is None:
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    else:
+    decoding = greedy_decoding if seed is None else sampled_decoding
+    if seed is not None:
         set_seed(seed)
-    with skipping(model, policy=policy, engine=engine) as run:
+    with skipping(model, policy=policy, engine=engine) as run, decoding(model):
         start = time.perf_counter()
-        output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock, **sampling)
-    length = inputs["input_ids"].shape[1]
+        output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
     return Generation(
         prompt_tokens=length,
         new_tokens=output.shape[1] - length,

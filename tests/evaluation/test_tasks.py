@@ -133,7 +133,7 @@ def test_the_releases_json_is_understood(tmp_path: Path) -> None:
         ),
         (['{"id": "a", "question": "q", "answers": ["x"]}'] * 2, ":2: the id 'a' stands there twice"),
         (["not json"], ":1 is no JSON object"),
-        (["[1]"], ":1 is no JSON object"),
+        (["[1]"], ", entry 1 is no JSON object"),
         ([""], "holds no question"),
     ],
 )
@@ -152,7 +152,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path, subject: Subject) ->
     with pytest.raises(Unavailable, match="--data-files freebaseqa=PATH"):
         load_freebaseqa(QuestionSettings(), subject, 0)
     (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(Unavailable, match="is no Parquet file"):
+    with pytest.raises(Unavailable, match=r"bad\.parquet could not be read"):
         load_summarization(SummarySettings(data_file=str(tmp_path / "bad.parquet")), subject, 0)
 
 
