@@ -21,9 +21,10 @@ from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / "speed.md", ROOT / "docs" / "gate.md"]
+PAGES = [ROOT / "docs" / name for name in ("speed.md", "gate.md", "gpu.md")]
 BLOCK = re.compile(r"(<!-- (?P<kind>speed|fit): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S)
-SCRIPTS = {"fit_cost": "fit_cost.py"}  # others are called as their results up to the last underscore
+# Others are called as their results up to the last underscore.
+SCRIPTS = {"fit_cost": "fit_cost.py", "gpu_decode": "gpu_visit measure"}
 
 
 def updated(text: str, results: Path) -> str:
@@ -33,7 +34,8 @@ def updated(text: str, results: Path) -> str:
         name = block["name"]
         path = results / f"{name}.json"
         if not path.exists():
-            script = SCRIPTS.get(name, f"{name.rpartition('_')[0]}.py")
+            stem = name.rpartition("_")[0]
+            script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
             body = f"Not measured yet: `python benchmarks/{script}`."
         elif block["kind"] == "speed":
             body = to_markdown(load_result(path))
@@ -89,7 +91,7 @@ def _duration(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is old")
-    parser.add_argument("--page", type=Path, action="append", help="default: docs/speed.md and docs/gate.md")
+    parser.add_argument("--page", type=Path, action="append", help="default: those with tables in docs/")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     for page in options.page or PAGES:
