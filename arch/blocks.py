@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from skipcal.arch.families import Family
+from skipcal.runtime.patch import InstancePatches
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,24 @@ def context_tokens(config: PretrainedConfig) -> int | None:
     return longest
 
 
+def parallel_limit(config: PretrainedConfig, prompt_tokens: int) -> int | None:
+    """The longest row, in tokens, whose rotary angles in one pass are those of decoding it; None: any.
+
+    prompt_tokens: that are prefilled. LongRoPE takes other angles for all of a row that is longer than the
+    model was first trained on, dynamic NTK others for every length.
+    """
+    text = config.get_text_config()
+    given: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        kind = str(rope.get("rope_type"))
+        if kind == "longrope" and prompt_tokens <= rope["original_max_position_embeddings"]:
+            limits.append(int(rope["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            limits.append(max(prompt_tokens, int(text.max_position_embeddings)))
+    return min(limits, default=None)
+
+
 def is_one(scale: float | Tensor) -> bool:
     """Whether scaling by it changes nothing; a tensor's values are not looked at."""
     return isinstance(scale, float) and scale == 1.0
@@ -125,20 +144,18 @@ class StreamReader:
         self._wanted = wanted
         self._given: dict[int, Tensor] = {}
         self._attended: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
+        self._patches = InstancePatches()
 
     def attach(self) -> None:
         """Hook the parallel layers among the blocks."""
         for block in self._blocks:
             assert block.attention is not None
-            enter = block.layer.register_forward_pre_hook(self._enter(block.index), with_kwargs=True)
-            attend = block.attention.register_forward_hook(self._attend(block.index))
-            self._handles += [enter, attend]
+            self._patches.before_forward(block.layer, self._enter(block.index))
+            self._patches.after_forward(block.attention, self._attend(block.index))
 
     def detach(self) -> None:
         """Take the hooks off. A second call does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._patches.restore()
         self._given.clear()
         self._attended.clear()
 
@@ -207,18 +224,17 @@ def observe(blocks: tuple[Block, ...], observer: BlockObserver) -> Iterator[None
 
         return hook
 
-    handles: list[Any] = []
+    patches = InstancePatches()
     try:
         reader.attach()
         for block in blocks:
-            handles.append(block.chain[0].register_forward_pre_hook(before(block), with_kwargs=True))
+            patches.before_forward(block.chain[0], before(block))
             for module in block.outputs:
-                handles.append(module.register_forward_hook(after(block, module is block.chain[-1])))
+                patches.after_forward(module, after(block, module is block.chain[-1]))
         yield
     finally:
         reader.detach()
-        for handle in handles:
-            handle.remove()
+        patches.restore()
 
 
 @contextmanager
@@ -241,17 +257,16 @@ def observe_sums(blocks: tuple[Block, ...], observer: Callable[[int, Tensor, Any
 
         return hook
 
-    handles: list[Any] = []
+    patches = InstancePatches()
     try:
         for block in blocks:
             if block.into is None:
-                handles.append(block.layer.register_forward_hook(returned(block.index)))
+                patches.after_forward(block.layer, returned(block.index))
             else:
-                handles.append(block.into.register_forward_pre_hook(given(block.index), with_kwargs=True))
+                patches.before_forward(block.into, given(block.index))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        patches.restore()
 
 
 def input_device(module: nn.Module) -> torch.device:

@@ -1,127 +1,148 @@
 """What the compiler makes of the ops' kernels for an H100 or H200 (sm_90), without having one.
 
-Prints registers, stack, shared memory and local memory (spills) of each kernel as its launcher calls
-it, and fails if one spills. No timing: that needs the GPU. Needs the tools that come with Triton's
-wheel, and TRITON_INTERPRET unset.
+    python benchmarks/ops_sm90.py                                 print a line a launch
+    python benchmarks/ops_sm90.py --only "7B, ffn, rows 1"        of one case
+    python benchmarks/ops_sm90.py --output benchmarks/results     also write ops_sm90.json there
 
-    python benchmarks/ops_sm90.py
+Every kernel, as its launcher calls it for one token of Llama-2 7B or 13B in bfloat16, and for heads of
+other sizes. What the columns mean, and how far they can be trusted, is told in sm90.py. Nothing is timed:
+that needs the GPU. Exits with 1 if a kernel spills registers. Needs the tools in Triton's wheel, and
+TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from sm90 import Usage, without_device
+from torch import Tensor
 
-from skipcal.runtime.ops import decode_attention, gate, low_rank
+from skipcal.profiles.files import dump_json, write_text_atomic
+from skipcal.runtime.ops import arm, count, decode_attention, ffn, gate, low_rank
+from skipcal.speed.hardware import environment
 
-BF16 = torch.bfloat16
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class Usage(NamedTuple):
-    """What one program of a kernel occupies."""
-
-    kernel: str
-    registers: int  # a thread
-    stack_bytes: int
-    local_bytes: int  # registers that did not fit
-    shared_bytes: int
-    wide_loads: int  # instructions that load 16 bytes a thread
+SHAPES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40)}  # hidden, ffn, heads, layers
+SLOTS, RANK = 1024, 64
+COLUMNS = "registers", "spill_bytes", "shared_bytes", "wide_loads", "resident", "waves", "in_flight_bytes"
 
 
-class _NoDevice:
-    """Stands in for Triton's driver: names the target, and launches nothing."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+def bf16(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
 
 
-def compiled_by(call: Any, *args: Any, **kwargs: Any) -> Iterator[Usage]:
-    """The kernels that a launcher would have launched."""
-    kernels: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *a: Any, **kw: Any) -> None:
-        kernels.append(run(self, *a, **kw | {"warmup": True}))
-
-    JITFunction.run = compile_only
-    try:
-        call(*args, **kwargs)
-    finally:
-        JITFunction.run = run
-    yield from map(usage, kernels)
+def flags(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bool)
 
 
-def usage(kernel: Any) -> Usage:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        resources, code = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", resources)
-    assert found, resources
-    registers, stack, _, local = map(int, found.groups())
-    wide = len(re.findall(r"LDG\.E[.\w]*\.128|LDGSTS[.\w]*\.128", code))
-    return Usage(kernel.metadata.name, registers, stack, local, kernel.metadata.shared, wide)
+def launch_ffn(hidden: int, width: int, rows: int) -> None:
+    norm, gate_up, down = bf16(hidden), bf16(width, hidden), bf16(hidden, width)
+    ffn.ffn(bf16(rows, hidden), flags(rows), ffn.FFNWeights(norm, 1e-5, gate_up, gate_up, down))
 
 
-def attention_usage(heads: int, kv_heads: int, head_dim: int) -> Iterator[Usage]:
-    q = torch.zeros(1, heads, head_dim, dtype=BF16)
-    k = torch.zeros(1, kv_heads, 1024, head_dim, dtype=BF16)
-    valid = torch.ones(1, 1024, dtype=torch.bool)
-    length = torch.tensor(1)
-    yield from compiled_by(decode_attention.decode_attention, q, k, k, length, valid=valid, scale=1.0)
+def launch_arm(hidden: int, rows: int) -> None:
+    parts = -(-hidden // (ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS)["down"][0])
+    arm.arm(
+        torch.zeros(parts, 3, rows),
+        torch.zeros(rows, dtype=torch.int32),
+        flags(rows),
+        flags(rows),
+        live=flags(rows),
+        threshold=torch.zeros(1),
+        limit=torch.zeros(1, dtype=torch.int32),
+    )
 
 
-def gate_usage(hidden: int) -> Iterator[Usage]:
-    h, weight, zero = torch.zeros(4, hidden, dtype=BF16), torch.zeros(hidden), torch.tensor(0.0)
-    yield from compiled_by(gate.gate, h, weight, log_norm_weight=zero, bias=zero, threshold=zero)
+def launch_attention(heads: int, kv_heads: int, head_dim: int, padded: bool) -> None:
+    q, k = bf16(1, heads, head_dim), bf16(1, kv_heads, SLOTS, head_dim)
+    valid = flags(1, SLOTS) if padded else None
+    decode_attention.decode_attention(q, k, k, torch.tensor(1), valid=valid, scale=1.0)
 
 
-def low_rank_usage(hidden: int, rank: int) -> Iterator[Usage]:
-    h, bias = torch.zeros(4, hidden, dtype=BF16), torch.zeros(hidden, dtype=BF16)
-    down = torch.zeros(rank, hidden, dtype=BF16)
-    skip = torch.ones(4, dtype=torch.int32)
-    yield from compiled_by(low_rank.low_rank, h, down, down.T.contiguous(), bias, skip)
+def launch_gate(hidden: int, rows: int) -> None:
+    zero = torch.tensor(0.0)
+    gate.gate(bf16(rows, hidden), torch.zeros(hidden), log_norm_weight=zero, bias=zero, threshold=zero)
+
+
+def launch_low_rank(hidden: int, rows: int) -> None:
+    low_rank.low_rank(bf16(rows, hidden), bf16(RANK, hidden), bf16(hidden, RANK), bf16(hidden), flags(rows))
+
+
+def launch_count(layers: int, rows: int) -> None:
+    per_layer, agreement = (torch.zeros(*shape, dtype=torch.long) for shape in ((3, layers), (2,)))
+    skips, row, ruled = flags(layers, rows), flags(rows), flags(layers)
+    count.count(skips, row, row, ruled=ruled, per_layer=per_layer, agreement=agreement)
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """By name, what launches an op's kernels."""
+    found: dict[str, Callable[[], None]] = {}
+    for size, (hidden, width, heads, layers) in SHAPES.items():
+        for rows in (1, 2, 8, 64):
+            found[f"{size}, ffn, rows {rows}"] = partial(launch_ffn, hidden, width, rows)
+        for rows in (1, 8):
+            found[f"{size}, arm, rows {rows}"] = partial(launch_arm, hidden, rows)
+            found[f"{size}, gate, rows {rows}"] = partial(launch_gate, hidden, rows)
+            found[f"{size}, low_rank {RANK}, rows {rows}"] = partial(launch_low_rank, hidden, rows)
+            found[f"{size}, count, rows {rows}"] = partial(launch_count, layers, rows)
+        for padded in (False, True):
+            launch = partial(launch_attention, heads, heads, 128, padded)
+            found[f"{size}, attention{', padded' * padded}"] = launch
+    for heads, kv_heads, head_dim in ((32, 8, 128), (8, 2, 8), (8, 8, 8), (9, 3, 64), (32, 32, 72)):
+        for padded in (False, True):
+            launch = partial(launch_attention, heads, kv_heads, head_dim, padded)
+            found[f"attention, {heads} heads of {head_dim} on {kv_heads}{', padded' * padded}"] = launch
+    return found
+
+
+def compiled(launch: Callable[[], None]) -> list[Usage]:
+    """The kernels that it would have launched."""
+    with without_device() as noted:
+        launch()
+    return noted
+
+
+def row(case: str, usage: Usage) -> dict[str, Any]:
+    derived = {name: getattr(usage, name) for name in ("resident", "in_flight_bytes")}
+    return {"case": case, **asdict(usage), **derived, "waves": round(usage.waves, 2)}
+
+
+def save(folder: Path, rows: list[dict[str, Any]]) -> None:
+    document = {
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": environment() | {"triton": triton.__version__},
+        "target": "sm_90",
+        "launches": rows,
+    }
+    write_text_atomic(folder / "ops_sm90.json", dump_json(document), overwrite=True)
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(_NoDevice())
-    for op in (decode_attention, gate, low_rank):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", action="append", choices=cases(), metavar="CASE", help="repeatable")
+    parser.add_argument("--output", type=Path, help="folder for the result; default: none is written")
+    options = parser.parse_args()
+    for op in (arm, count, decode_attention, ffn, gate, low_rank):
         op.runs_kernels = lambda tensor: True  # type: ignore[attr-defined]
-    cases = {
-        "attention, 32 heads of 128": attention_usage(32, 32, 128),
-        "attention, 32 heads of 128 on 8": attention_usage(32, 8, 128),
-        "attention, 9 heads of 64 on 3": attention_usage(9, 3, 64),
-        "attention, 32 heads of 72": attention_usage(32, 32, 72),
-        "gate, hidden 4096": gate_usage(4096),
-        "gate, hidden 8192": gate_usage(8192),
-        "low rank, hidden 4096, rank 64": low_rank_usage(4096, 64),
-        "low rank, hidden 5120, rank 96": low_rank_usage(5120, 96),
-    }
-    spilled = False
-    for case, kernels in cases.items():
-        for kernel in kernels:
-            spilled |= kernel.stack_bytes + kernel.local_bytes > 0
-            print(f"{case:34s}", *(f"{name} {value}" for name, value in kernel._asdict().items()))
-    raise SystemExit(spilled)
+    rows = []
+    print(f"{'case':40s} {'kernel':14s} {'programs':>8s}", *COLUMNS)
+    for case, launch in cases().items():
+        if case in (options.only or cases()):
+            for usage in compiled(launch):
+                rows.append(row(case, usage))
+                cells = (f"{rows[-1][name]:{len(name)}}" for name in COLUMNS)
+                print(f"{case:40s} {usage.kernel:14s} {usage.programs:8d}", *cells, flush=True)
+    if options.output:
+        save(options.output, rows)
+    raise SystemExit(any(usage["spill_bytes"] for usage in rows))
 
 
 if __name__ == "__main__":

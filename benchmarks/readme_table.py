@@ -3,7 +3,7 @@
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
 
-A table stands between <!-- speed: NAME --> or <!-- fit: NAME --> and <!-- end speed --> or <!-- end fit -->.
+A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; kinds are speed, fit and kernels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("speed.md", "gate.md", "gpu.md")]
-BLOCK = re.compile(r"(<!-- (?P<kind>speed|fit): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S)
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu")]
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>speed|fit|kernels): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
+)
 # Others are called as their results up to the last underscore.
-SCRIPTS = {"fit_cost": "fit_cost.py", "gpu_decode": "gpu_visit measure"}
+SCRIPTS = {"fit_cost": "fit_cost.py", "ops_sm90": "ops_sm90.py", "gpu_decode": "gpu_visit measure"}
 
 
 def updated(text: str, results: Path) -> str:
@@ -40,7 +42,8 @@ def updated(text: str, results: Path) -> str:
         elif block["kind"] == "speed":
             body = to_markdown(load_result(path))
         else:
-            body = fit_table(json.loads(path.read_text(encoding="utf-8")))
+            make = fit_table if block["kind"] == "fit" else kernel_table
+            body = make(json.loads(path.read_text(encoding="utf-8")))
         return f"{block[1]}\n{body}\n\n{block[4]}"
 
     return BLOCK.sub(table, text)
@@ -84,6 +87,27 @@ def fit_table(result: dict[str, Any]) -> str:
     )
 
 
+def kernel_table(result: dict[str, Any]) -> str:
+    """Launches at the shape of Llama-2 7B."""
+    lines = [
+        f"Compiled by Triton {result['environment']['triton']} for {result['target']}, in bfloat16, at the "
+        "shape of Llama-2 7B:",
+        "",
+        "| launch | kernel | programs | registers | spilt bytes | shared KiB | 16-byte loads | blocks an SM "
+        "| waves | KiB on the way to an SM |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for launch in result["launches"]:
+        if launch["case"].startswith("7B, "):
+            lines.append(
+                f"| {launch['case'].removeprefix('7B, ')} | `{launch['kernel']}` | {launch['programs']:,} | "
+                f"{launch['registers']} | {launch['spill_bytes']} | {launch['shared_bytes'] / 1024:.0f} | "
+                f"{launch['wide_loads']} | {launch['resident']} | {launch['waves']:.2f} | "
+                f"{launch['in_flight_bytes'] / 1024:.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
@@ -91,7 +115,7 @@ def _duration(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is old")
-    parser.add_argument("--page", type=Path, action="append", help="default: those with tables in docs/")
+    parser.add_argument("--page", type=Path, action="append", help="default: speed, gate and gpu in docs/")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     for page in options.page or PAGES:

@@ -58,4 +58,4 @@ class _Text:
         self._tokenizer = tokenizer
 
     def __call__(self, text: str, **settings: Any) -> Any:
-        return self._tokenizer(text, add_special_tokens=False, **settings)
+        return self._tokenizer(text, **{**settings, "add_special_tokens": False})

@@ -24,6 +24,7 @@ from skipcal.calibrate.transfer import held_out_texts, policy_of, transfer, tran
 from skipcal.configs.run import without_folder
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
 
 __all__ = [
@@ -190,6 +191,7 @@ def run_compare(
         loaded = loaded_model_factory()
         for profile in profiles.values():
             profile.check_fits(loaded.model)
+            warn_of_other_opening(profile, loaded.tokenizer)
         samples = held_out_texts(
             corpora,
             list(profiles.values()),
@@ -263,6 +265,8 @@ def _provenance(sample: CorpusSample) -> dict[str, Any]:
         "revision": corpus.revision,
         "sha256": sample.sha256,
         "format": corpus.format,
+        "opening": sample.opening,
+        "joined_by": sample.joined_by,
         "rows": len(sample.prompts),
         "tokens": sum(map(len, sample.prompts)),
     }

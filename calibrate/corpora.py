@@ -2,8 +2,9 @@
 
 A *document* corpus gives one prompt per document, its first tokens. A *stream* corpus is one
 text, cut into consecutive windows. A *question set* gives documents, or in the formats that join
-items random windows over several of them. What is taken is drawn by seed; so are the held-out
-prompts, which share no document, window or item with the others.
+items random windows over several of them. Each prompt begins as `skipcal.runtime.opening` says. What
+is taken is drawn by seed; so are the held-out prompts, which share no document, window or item with
+the others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
 from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, likely, resolve_corpora
 from skipcal.calibrate.retry import retried
-from skipcal.errors import Unavailable, first_words
+from skipcal.errors import ConfigError, Unavailable, first_words
+from skipcal.runtime.opening import opening, opening_names, text_ids, window
 
 __all__ = [
     "KNOWN_CORPORA",
@@ -34,13 +36,18 @@ __all__ = [
 
 SHUFFLE_BUFFER = 10_000  # documents of a streamed corpus among which the seed draws
 STREAM_CHARACTERS = 20_000_000  # of a stream corpus, its beginning; WikiText-2 has 11 million
+RECORD_SEPARATOR = ""  # between the records of a stream corpus: those of WikiText are lines, with their ends
 OVERLAP_TOKENS = 16  # a run this long in two rows is no chance; templates and idioms are shorter
 _TRIES = 8  # windows drawn over joined items for each that is wanted, before a set counts as too small
 
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Prompts cut from one corpus, as token ids: each of `prompt_tokens` tokens."""
+    """Prompts cut from one corpus, as token ids: each of `prompt_tokens` tokens.
+
+    opening:   the special tokens that each begins with, by name.
+    joined_by: what stands between the texts that were made one before it was cut; None: none were.
+    """
 
     corpus: Corpus
     prompts: list[list[int]]
@@ -48,6 +55,8 @@ class CorpusSample:
     documents: int  # read, short ones included; 1 for a stream
     short_documents: int
     sha256: str | None
+    opening: list[str]
+    joined_by: str | None
 
 
 def sample_corpus(
@@ -64,9 +73,16 @@ def sample_corpus(
 
     avoid: rows of token ids; text that has OVERLAP_TOKENS tokens in a row with one is passed over.
            Shorter rows exclude nothing.
-    Raises Unavailable when the text cannot be read, or is too short for so many.
+    Raises Unavailable when the text cannot be read, or is too short for so many; ConfigError when the
+    tokens that the tokenizer begins a text with leave no room for one.
     """
     wanted = prompts + held_out
+    begun = len(opening(tokenizer))
+    if prompt_tokens <= begun:
+        raise ConfigError(
+            f"rows of {prompt_tokens} tokens leave no room for text beside the {begun} that the tokenizer "
+            "begins one with; ask for longer ones"
+        )
     on_hub = not corpus.local and corpus.source != "embedded"
     if on_hub and (corpus.revision is None or corpus.revision.startswith("refs/")):
         found = retried(lambda: _commit(corpus), f"corpus {corpus.name!r}")
@@ -98,6 +114,8 @@ def sample_corpus(
         documents=documents,
         short_documents=short,
         sha256=digest,
+        opening=opening_names(tokenizer),
+        joined_by=_joined_by(corpus),
     )
 
 
@@ -123,16 +141,18 @@ def _windows(
     corpus: Corpus, tokenizer: Any, wanted: int, length: int, seed: int, used: _Runs
 ) -> tuple[list[list[int]], int, int]:
     """Windows of a stream, drawn by seed among all of its first STREAM_CHARACTERS."""
-    text = _stream_text(corpus)
-    # verbose=False: the stream is longer than the model's context, and is never given to it whole.
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = text_ids(tokenizer, _stream_text(corpus))
+    begun = opening(tokenizer)
+    room = length - len(begun)
+
+    def free(row: list[int]) -> bool:
+        return len(row) == length and not used.meet(row[len(begun) :])
+
     starts = [
-        start
-        for start in range(0, len(ids) - length + 1, length)
-        if not used.meet(ids[start : start + length])
+        start for start in range(0, len(ids) - room + 1, room) if free(window(ids, start, length, begun))
     ]
     drawn = random.Random(seed).sample(starts, min(wanted, len(starts)))
-    return [ids[start : start + length] for start in drawn], 1, 0
+    return [window(ids, start, length, begun) for start in drawn], 1, 0
 
 
 def _openings(
@@ -140,17 +160,18 @@ def _openings(
 ) -> tuple[list[list[int]], int, int]:
     """First tokens of documents, in an order drawn by seed; short documents are passed over."""
     rows: list[list[int]] = []
+    begun = opening(tokenizer)
     documents = short = 0
     with _data_errors(corpus):
         for text in _shuffled_texts(corpus, seed):
             if len(rows) == wanted:
                 break
             documents += 1
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            if len(ids) < length:
+            row = window(text_ids(tokenizer, text), 0, length, begun)
+            if len(row) < length:
                 short += 1
-            elif not used.meet(ids[:length]):
-                rows.append(ids[:length])
+            elif not used.meet(row[len(begun) :]):
+                rows.append(row)
     return rows, documents, short
 
 
@@ -163,7 +184,7 @@ def _joined(
     """
     with _data_errors(corpus):
         items = list(islice(_shuffled_texts(corpus, seed), SHUFFLE_BUFFER))
-    free = [text for text in items if not used or not used.meet(tokenizer(text)["input_ids"])]
+    free = [text for text in items if not used or not used.meet(text_ids(tokenizer, text))]
     cut = round(len(free) * wanted[0] / sum(wanted))
     draw = random.Random(seed)
     parts = ((free[:cut], wanted[0]), (free[cut:], wanted[1]))
@@ -176,20 +197,22 @@ def _item_windows(
 ) -> list[list[int]]:
     """Up to `count` different windows; every item is used before one is used again."""
     deck = _endless(texts, draw)
+    begun = opening(tokenizer)
+    room = length - len(begun)
     rows: list[list[int]] = []
     for _ in range(_TRIES * count):
         if len(rows) == count:
             break
         chosen: dict[str, None] = {}  # a set that keeps the order
         ids: list[int] = []
-        while len(ids) <= length and len(chosen) < len(set(texts)):
+        while len(ids) <= room and len(chosen) < len(set(texts)):
             chosen[next(deck)] = None
-            ids = tokenizer(SEPARATOR.join(chosen), verbose=False)["input_ids"]
-        if len(ids) < length:
+            ids = text_ids(tokenizer, SEPARATOR.join(chosen))
+        if len(ids) < room:
             break  # all items together are too short
-        start = draw.randrange(len(ids) - length + 1)
-        row = ids[start : start + length]
-        if row not in rows:
+        start = draw.randrange(len(ids) - room + 1)
+        row = window(ids, start, length, begun)
+        if len(row) == length and row not in rows:
             rows.append(row)
     return rows
 
@@ -203,7 +226,7 @@ def _stream_text(corpus: Corpus) -> str:
     if corpus.source == "embedded":
         folder = resources.files("skipcal.calibrate") / "text"
         files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
-        return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+        return SEPARATOR.join(file.read_text(encoding="utf-8") for file in files)
     if corpus.local:
         return _read_text(Path(corpus.source))
     with _data_errors(corpus):
@@ -213,7 +236,13 @@ def _stream_text(corpus: Corpus) -> str:
             size += len(piece)
             if size >= STREAM_CHARACTERS:
                 break
-    return "".join(pieces)
+    return RECORD_SEPARATOR.join(pieces)
+
+
+def _joined_by(corpus: Corpus) -> str | None:
+    if corpus.source == "embedded" or corpus.format in JOINED_FORMATS:
+        return SEPARATOR
+    return RECORD_SEPARATOR if corpus.stream and not corpus.local else None
 
 
 def _read_text(path: Path) -> str:

@@ -26,10 +26,12 @@ from skipcal.calibrate.provenance import sample_info
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.fit import FitConfig
 from skipcal.errors import ConfigError, TargetOutOfReach
+from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings, tensors_file
 from skipcal.profiles.schema import SkipProfile, model_slug, threshold_for
 from skipcal.profiles.tensors import GateTensors
 from skipcal.runtime.gate import NEVER, GatePolicy
+from skipcal.runtime.opening import prefill_tokens
 from skipcal.speed.hardware import peak_memory
 
 logger = logging.getLogger(__name__)
@@ -80,12 +82,14 @@ class _Fitter:
         self._config = config
         self._architecture: Architecture = locate(loaded.model)
         self.warm_up_tokens = profile.policy.warm_up_tokens
-        self._first = 1 + self.warm_up_tokens
+        self._given = prefill_tokens(loaded.tokenizer)
+        self._first = self._given + self.warm_up_tokens
 
     def check(self) -> None:
         """Refuse what can be refused before any text is read, then read it."""
         config, layers = self._config, self._architecture.num_layers
         self._profile.check_fits(self._model, same_weights=True)
+        warn_of_other_opening(self._profile, self._loaded.tokenizer)
         if layers < 3:
             raise ConfigError(
                 f"the model has {layers} layers; the first and the last always run, so 3 are needed"
@@ -187,7 +191,11 @@ class _Fitter:
         )
         by_corpus: dict[float, dict[str, float]] = {}
         ratio = partial(
-            teacher_forced_ratio, self._model, self._architecture, batch_size=self._config.batch_size
+            teacher_forced_ratio,
+            self._model,
+            self._architecture,
+            batch_size=self._config.batch_size,
+            prompt_tokens=self._given,
         )
 
         def measure(threshold: float) -> float:

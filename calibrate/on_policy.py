@@ -85,7 +85,7 @@ class LayerFit:
 class Sweep:
     """Runs over rows of equal length with the blocks `layers` as candidates for skipping.
 
-    first: positions below it run the full model and count nowhere (1 + warm-up).
+    first: positions below it run the full model and count nowhere: what is given, and the warm-up.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from skipcal.configs.run import ProfileConfig
 from skipcal.errors import SkipcalError, Unavailable
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
+from skipcal.runtime.opening import prefill_tokens
 from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -33,7 +34,8 @@ SkipCounts = tuple[int, int]  # skipped FFN blocks, decode steps past the warm-u
 class Passes:
     """Runs rows of token ids through one model, in batches.
 
-    prompt_tokens: positions of a row below it are the prefill, in captures and with skipping.
+    prompt_tokens: positions of a row below it are the prefill, in captures and with skipping. In mode
+                   prefill that is what the tokenizer begins a text with, at least the first position.
     """
 
     def __init__(self, loaded: LoadedModel, architecture: Architecture, config: ProfileConfig) -> None:
@@ -45,7 +47,8 @@ class Passes:
         self._new_tokens = config.new_tokens
         self._generates = config.mode == "generate"
         self._cut = config.prompt_tokens
-        self.prompt_tokens = config.prompt_tokens if self._generates else 1
+        known = prefill_tokens(loaded.tokenizer)
+        self.prompt_tokens = config.prompt_tokens if self._generates else known
 
     def continued(self, prompts: list[list[int]], what: str) -> list[list[int]]:
         """Each prompt with what the model, as it is set up now, writes after it greedily."""

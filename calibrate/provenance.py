@@ -58,6 +58,8 @@ def sample_info(sample: CorpusSample, tokens: int) -> CorpusInfo:
         short_documents=sample.short_documents,
         prompts=len(sample.prompts),
         tokens=tokens,
+        opening=sample.opening,
+        joined_by=sample.joined_by,
     )
 
 

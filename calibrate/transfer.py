@@ -156,7 +156,7 @@ def calibration_prompts(profile: SkipProfile, corpus: Corpus, tokenizer: Any) ->
                 questions=info.name.partition(":")[0] if info.format else None,
                 format=info.format,  # type: ignore[arg-type]  # a profile that names another fails to load
             ),
-            tokenizer,
+            _Whole(tokenizer) if info.opening is None and not calibration.chat_template else tokenizer,
             chat_template=calibration.chat_template,
             prompts=info.prompts,
             prompt_tokens=calibration.prompt_tokens,
@@ -165,6 +165,19 @@ def calibration_prompts(profile: SkipProfile, corpus: Corpus, tokenizer: Any) ->
         )
         prompts += sample.prompts
     return prompts
+
+
+class _Whole:
+    """A tokenizer whose special tokens are part of a text, as they were before rows had an opening.
+
+    Of a stream the first window alone began with them. Texts of profiles from then are cut like that.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **_settings: Any) -> Any:
+        return self._tokenizer(text, verbose=False)
 
 
 def _same_source(info: CorpusInfo, corpus: Corpus, digest: str | None) -> bool:

@@ -27,6 +27,7 @@ from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.perplexity import Perplexity, load_perplexity
 from skipcal.evaluation.statistics import Share, estimate
 from skipcal.evaluation.tasks import Record
+from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint, Tuning
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import Policy, SkipPolicy
@@ -55,6 +56,7 @@ def tune_profile(loaded: LoadedModel, profile: SkipProfile, config: TuneConfig) 
     Raises TargetOutOfReach when nothing meets the budget, ConfigError for rules the profile does not have.
     """
     profile.check_fits(loaded.model)
+    warn_of_other_opening(profile, loaded.tokenizer)
     run = _Tuner(loaded, profile, config)
     points, settings = run.measured()
     budget = Budget(

@@ -14,6 +14,7 @@ from skipcal.arch.locate import Architecture, input_device
 from skipcal.errors import ConfigError
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
+from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -42,12 +43,12 @@ class Subject:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to go on with.
 
-        Without a chat template the contents stand one after the other, as plain text.
+        Without a chat template the contents stand one after the other, as plain text that goes on.
         """
         tokenizer: Any = self.loaded.tokenizer
         if not self.chat_template:
             text = "\n\n".join(message["content"] for message in messages)
-            return list(tokenizer(text, verbose=False)["input_ids"])
+            return row_ids(tokenizer, text)
         ids = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, tokenize=True
         )["input_ids"]

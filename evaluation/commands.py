@@ -119,6 +119,7 @@ def _lm_eval(
 
     from skipcal.evaluation.arms import Arm
     from skipcal.evaluation.lm_eval import LONGEST_ANSWER, SEED, run_lm_eval
+    from skipcal.profiles.fits import warn_of_other_opening
 
     ask = Ask(
         target_skip_ratio=ratio,
@@ -131,6 +132,7 @@ def _lm_eval(
     policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
     loaded = console.load(options)
     found.check_fits(loaded.model)
+    warn_of_other_opening(found, loaded.tokenizer)
     frame = run_lm_eval(
         loaded,
         policies,

@@ -26,6 +26,7 @@ from skipcal.plots.sweep import FIGURES, main_metrics, save_sweep_figures
 from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
 from skipcal.profiles.markdown import table
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.opening import opening_names
 
 SWEEP_FORMAT = "skipcal.sweep/1"
 SETTINGS = "sweep.json"
@@ -90,13 +91,14 @@ def write_results(
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:
-    """Model, hardware and versions."""
+    """Model, the special tokens its texts began with, hardware and versions."""
     model = loaded.described()
     device = input_device(loaded.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "model": model.pop("name"),
         **model,
+        "opening": opening_names(loaded.tokenizer),
         "device": f"{device.type} ({name})",
         "python": platform.python_version(),
         "skipcal": skipcal.__version__,

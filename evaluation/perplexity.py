@@ -17,6 +17,7 @@ from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.statistics import Scale, Share
 from skipcal.evaluation.tasks import ALL, Metrics, Record
 from skipcal.runtime.batching import batches
+from skipcal.runtime.opening import prefill_tokens
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -28,9 +29,10 @@ PASS_TOKENS = 1024  # of one forward pass; logits of more would fill memory befo
 class Perplexity:
     """Windows of known text.
 
-    A window is a text of its own: its first `prompt_tokens` are the prefill, and the warm-up starts
-    anew. Scored are all tokens after the prompt, and apart those predicted by a step past the
-    warm-up; the same positions for every method, those without a warm-up too.
+    A window is a text of its own, with the special tokens that begin one: its first `prompt_tokens` are
+    the prefill, these tokens among them, and the warm-up starts anew. Scored are all tokens after the
+    prompt, and apart those predicted by a step past the warm-up; the same positions for every method,
+    those without a warm-up too.
     """
 
     windows: dict[str, list[int]]
@@ -139,12 +141,14 @@ def load_perplexity(settings: PerplexitySettings, subject: Subject, seed: int) -
             f"{subject.context}; lower --window-tokens"
         )
     windows, sources = text_rows(settings, subject, settings.windows, settings.window_tokens, seed)
+    # What the tokenizer begins a text with is no text: it is never scored.
+    given = max(settings.prompt_tokens, prefill_tokens(subject.loaded.tokenizer))
     return Perplexity(
         windows=windows,
         subsets={key: key.rpartition("/")[0] for key in windows},
-        prompt_tokens=settings.prompt_tokens,
+        prompt_tokens=given,
         warm_up_tokens=settings.warm_up,
-        new_tokens=settings.window_tokens - settings.prompt_tokens,
+        new_tokens=settings.window_tokens - given,
         source={"corpora": sources, "window_tokens": settings.window_tokens, "seed": seed},
     )
 
@@ -172,6 +176,8 @@ def text_rows(
                 "sha256": sample.sha256,
                 "text_column": None if found.stream else settings.text_column,
                 "format": found.format,
+                "opening": sample.opening,
+                "joined_by": sample.joined_by,
                 "rows": count,
             }
         )

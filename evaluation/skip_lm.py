@@ -28,6 +28,7 @@ from skipcal.errors import ConfigError, first_words
 from skipcal.evaluation.harness import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.runtime.batching import padded
+from skipcal.runtime.opening import opening_names
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import idle_report, skipping
@@ -220,6 +221,7 @@ class SkipLM(HFLM):  # type: ignore[misc]
             "chat_template": self.uses_chat_template,
             "max_length": self.max_length,
             "vocabulary": len(self.tokenizer),
+            "opening": opening_names(self.tokenizer),
             "lm_eval": harness_version,
         }
         return RecordFile(folder / f"{self.label}-{digest(header)}.jsonl", header)

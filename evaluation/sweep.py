@@ -29,7 +29,9 @@ from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
 from skipcal.evaluation.summarization import load_summarization
 from skipcal.evaluation.tasks import ALL, Metrics, Task
+from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.opening import opening_names
 from skipcal.runtime.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     An interruption loses the batch that is running; the same call goes on from there.
     """
     profile.check_fits(loaded.model)
+    warn_of_other_opening(profile, loaded.tokenizer)
     arms = plan(profile, config)
     config = config.settled(profile.policy.warm_up_tokens)
     templated = config.chat_template and _has_template(loaded)
@@ -209,6 +212,7 @@ def model_identity(subject: Subject) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "config": digest(config),
         "generation_config": digest(generation),
+        "opening": opening_names(tokenizer),
         "tokenizer": digest(backend.to_str() if backend else sorted(tokenizer.get_vocab().items())),
         "chat_template": digest(tokenizer.chat_template) if subject.chat_template else None,
     }

@@ -21,7 +21,9 @@ from skipcal.arch.locate import Architecture, input_device, locate, unwrap
 from skipcal.baselines.whole_layers import ScheduleRule, ShortGPT, SkipDecode
 from skipcal.calibrate.capture import capture
 from skipcal.errors import ConfigError
+from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -118,9 +120,9 @@ def token_map(
     """Find out which tokens of `text` skip which FFN blocks, exactly as decoding it would.
 
     profile:           a profile, or a policy: a SkipPolicy, or what `skipcal.make_policy` gives.
-    text:              a text, to which the tokenizer adds its special tokens; or token ids, as of a prompt
-                       and what was generated after it. generate() never reads the last token it makes:
-                       without that one the counts are those of its report.
+    text:              a text, which begins with the special tokens that the tokenizer puts before one; or
+                       token ids, as of a prompt and what was generated after it. generate() never reads
+                       the last token it makes: without that one the counts are those of its report.
     target_skip_ratio: picks another of the profile's operating points.
     prompt_tokens:     tokens that are the prefill, by the full model.
     warm_up_tokens:    instead of the policy's; 0 lets every token after the prompt be decided.
@@ -135,6 +137,7 @@ def token_map(
     inner = unwrap(model)
     if isinstance(profile, SkipProfile):
         profile.check_fits(inner)
+        warn_of_other_opening(profile, tokenizer)
     policy = _policy(profile, target_skip_ratio, warm_up_tokens)
     ids = _ids(tokenizer, text, inner, prompt_tokens)
     found = architecture or locate(inner)
@@ -234,7 +237,7 @@ def _most_skips(policy: Policy) -> int:
 def _ids(tokenizer: Any, text: str | Sequence[int], model: Any, prompt_tokens: int) -> list[int]:
     """The token ids of `text`. Raises ConfigError for what the model cannot decode."""
     if isinstance(text, str):
-        ids = [int(n) for n in tokenizer(text, verbose=False)["input_ids"]]
+        ids = row_ids(tokenizer, text)
     else:
         given = torch.as_tensor(text)
         if given.dim() != 1 or given.is_floating_point():

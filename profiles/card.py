@@ -124,7 +124,8 @@ def _corpora(profile: SkipProfile) -> str:
     else:
         told = f"Windows of {how.prompt_tokens} tokens; statistics are over the text itself"
     template = ", chat template applied" if how.chat_template else ""
-    return f"{_texts(how.corpora, 'prompts')}\n\n{told}. Seed {how.seed}{template}."
+    opening = f", each begun with {escaped(' '.join(how.opening))}" if how.opening else ""
+    return f"{_texts(how.corpora, 'prompts')}\n\n{told}{opening}. Seed {how.seed}{template}."
 
 
 def _texts(corpora: Iterable[CorpusInfo], unit: str) -> str:

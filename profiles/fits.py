@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skipcal.errors import ProfileMismatch
 from skipcal.profiles.parts import GateSettings, ModelInfo
+from skipcal.profiles.reading import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,33 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
             "the profile was made on other weights of %s: thresholds may not hold",
             made_on.name,
         )
+
+
+def warn_of_other_opening(profile: SkipProfile, tokenizer: Any) -> None:
+    """Warn where the profile's texts began otherwise than those that are measured by this tokenizer."""
+    from skipcal.runtime.opening import opening_names
+
+    if profile.calibration.chat_template:
+        return  # they began as the template does
+    now = opening_names(tokenizer)
+    corpora = profile.calibration.corpora
+    if now and any(corpus.opening is None for corpus in corpora):
+        logger.warning(
+            "the profile does not say how its texts began: windows of running text lacked the %s that texts "
+            "begin with here, so ratios may not hold; make it anew with: skipcal profile",
+            _tokens(now),
+        )
+    others = [c.opening for c in corpora if c.opening is not None and c.opening != now]
+    if others:
+        logger.warning(
+            "the profile's texts began with %s, texts begin with %s here: ratios may not hold",
+            _tokens(others[0]),
+            _tokens(now),
+        )
+
+
+def _tokens(opening: list[str]) -> str:
+    return printable(" ".join(opening)) or "no special token"
 
 
 def _warn_of_other_form(made_on: ModelInfo, quantization: str | None, adapted: bool) -> None:

@@ -65,6 +65,9 @@ class CorpusInfo(Part):
     format:          of a question set, how its records became text.
     short_documents: passed over, for they have fewer than `prompt_tokens` tokens.
     tokens:          over which the statistics are taken.
+    opening:         the special tokens that each prompt or window began with, none where the tokenizer adds
+                     none or a chat template has its own; None: not recorded, and windows began with none.
+    joined_by:       what stood between the texts that were made one before it was cut; None: none were.
     """
 
     name: str
@@ -78,6 +81,8 @@ class CorpusInfo(Part):
     short_documents: Count
     prompts: Count
     tokens: Count
+    opening: List[str] | None = None
+    joined_by: str | None = None
 
     @property
     def place(self) -> str:
@@ -85,10 +90,11 @@ class CorpusInfo(Part):
         return " ".join(filter(None, [self.source, self.config, self.split, self.format]))
 
     @model_serializer(mode="wrap")
-    def _without_absent_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Running text has no format, and profiles from before there were any stay as they are."""
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Running text has no format, and profiles from before these were recorded stay as they are."""
         fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "format" or value is not None}
+        optional = ("format", "opening", "joined_by")
+        return {name: value for name, value in fields.items() if name not in optional or value is not None}
 
 
 class CalibrationInfo(Part):
@@ -105,6 +111,11 @@ class CalibrationInfo(Part):
     seed: int
     chat_template: bool
     closed_loop: Literal["teacher-forced", "decode"] | None
+
+    @property
+    def opening(self) -> list[str] | None:
+        """The special tokens that all its texts began with; None: not recorded."""
+        return self.corpora[0].opening if self.corpora else None
 
 
 class LayerStatistics(Part):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import textwrap
 
-from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
+from skipcal.profiles.parts import (
+    CalibrationInfo,
+    GatePoint,
+    GateSettings,
+    OperatingPoint,
+    StaticSettings,
+)
 from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.policy import SkipPolicy
@@ -34,7 +40,7 @@ def _head(profile: SkipProfile) -> str:
     rho = "-" if regions.monotonicity is None else f"{regions.monotonicity:.2f}"
     lines = [
         ("model", f"{model.name}, {model.num_layers} layers, {model.dtype}"),
-        ("calibrated on", f"{texts}, mode {calibration.mode}"),
+        ("calibrated on", f"{texts}, mode {calibration.mode}{_opening(calibration)}"),
         ("cold_s", f"{policy.cold_s}{_interval(regions.cold_s_interval)}"),
         ("cold_e", f"{policy.cold_e}{_interval(regions.cold_e_interval)}"),
         ("fit", f"R2 {fit}, Spearman's rho of the middle {rho} ({regions.method})"),
@@ -45,6 +51,10 @@ def _head(profile: SkipProfile) -> str:
     return "\n".join(
         textwrap.fill(f"{name:<14}{value}", WIDTH, subsequent_indent=" " * 14) for name, value in lines
     )
+
+
+def _opening(calibration: CalibrationInfo) -> str:
+    return f", each text begun with {' '.join(calibration.opening)}" if calibration.opening else ""
 
 
 def _interval(interval: tuple[int, int] | None) -> str:

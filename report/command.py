@@ -96,10 +96,11 @@ def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text:
             "--no-tokens"
         ) from error
     from skipcal.evaluation.token_map import token_map
+    from skipcal.runtime.opening import row_ids
 
     profile.check_fits(loaded.model)
     tokenizer: Any = loaded.tokenizer
-    count = len(tokenizer(text, verbose=False)["input_ids"])
+    count = len(row_ids(tokenizer, text))
     if count > MOST_TOKENS:
         raise ConfigError(f"--text has {count} tokens; expected at most {MOST_TOKENS}, to be told apart")
     return token_map(loaded.model, tokenizer, policy, text)

@@ -293,6 +293,10 @@ def provenance(profile: SkipProfile) -> Facts:
         ("weights fingerprint", model.fingerprint),
         ("calibration", f"mode {how.mode}: {lengths}"),
         ("chat template", "yes" if how.chat_template else "no"),
+        (
+            "texts begin with",
+            "not recorded" if how.opening is None else " ".join(how.opening) or "no special token",
+        ),
         ("closed loop", how.closed_loop or "not run"),
         ("seed", str(how.seed)),
         (

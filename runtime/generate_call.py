@@ -25,16 +25,41 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 class TokenClock:
     """Counts the tokens that one generate() call has chosen, and knows which rows are over.
 
-    `emitted` is the number of tokens chosen for each row so far.
+    Passes and tokens take turns; only a prompt may be given in several passes. emitted: tokens chosen for
+    each row so far.
     """
 
     def __init__(self) -> None:
         """Start before the first token."""
         self.emitted = 0
         self._over: Tensor | None = None  # [rows] bool
+        self._passed = False  # there was a pass for the next token
+        self._last_prefill = 0  # value of `emitted` then
+
+    def begin_pass(self) -> None:
+        """A pass for the next token begins. Raises SessionError where there was one already."""
+        # Rows that are over are passed on with, where other processes are not done yet.
+        if self._passed and self.emitted and not self._all_over():
+            raise SessionError(
+                "the model was called twice for one token of generate(), where every call counts as a decode "
+                "step; leave it alone in logits processors, stopping criteria, streamers and hooks"
+            )
+        self._passed = True
+
+    def begin_again(self) -> bool:
+        """Whether the text may be prefilled anew for the next token: not for every token."""
+        every_time = 0 < self._last_prefill == self.emitted - 1
+        self._last_prefill = self.emitted
+        return not every_time
 
     def tick(self, over: Tensor) -> None:
         """One more token was chosen for every row; rows in `over` have had their last."""
+        if not self._passed:
+            raise SessionError(
+                "generate() has chosen a token by a pass that skipping(...) did not see: the block was left, "
+                "or its hooks were taken off the model; keep both until the call has returned"
+            )
+        self._passed = False
         self.emitted += 1
         self._over = over if self._over is None else self._over | over
 
@@ -44,6 +69,9 @@ class TokenClock:
         Beam search asks its criteria about candidates, not rows; its beams all live to the end.
         """
         return ~self._over if self._over is not None and len(self._over) == rows else None
+
+    def _all_over(self) -> bool:
+        return self._over is not None and bool(self._over.all())
 
 
 class ClockedCriteria(StoppingCriteriaList):

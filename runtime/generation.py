@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import BatchEncoding, TextStreamer, set_seed
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
+from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
@@ -79,7 +80,8 @@ def generate_text(
             return_dict=True,
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
+        inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     inputs = inputs.to(input_device(model))
     clock = _TimedStreamer(tokenizer, stream)
     sampling: dict[str, Any] = {"do_sample": True}

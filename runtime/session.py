@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from skipcal.arch.blocks import parallel_limit
 from skipcal.arch.locate import Architecture, locate, unwrap
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
@@ -27,6 +28,7 @@ from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.engines.generate_loop import with_decode_ahead
 from skipcal.runtime.engines.generate_seam import GenerateSeam
 from skipcal.runtime.engines.step_engine import StepEngine
+from skipcal.runtime.engines.whole_layers import RemovedLayers
 from skipcal.runtime.generate_call import (
     CONTINUOUS_BATCHING,
     ClockedCriteria,
@@ -39,6 +41,7 @@ from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.report import SkipReport
 from skipcal.runtime.tokens import DecodeTokens
+from skipcal.runtime.turn import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,10 @@ def skipping(
 
 
 class SkipSession:
-    """One use of a model under a policy. Enter it once; read `report` inside or afterwards."""
+    """One use of a model under a policy. Enter it once; read `report` inside or afterwards.
+
+    It follows one call at a time, whichever thread makes it. Leaving it stops a call that still runs.
+    """
 
     def __init__(
         self,
@@ -128,10 +134,12 @@ class SkipSession:
         self._engine: Engine | None = None
         self._seam: GenerateSeam | None = None
         self._tokens = DecodeTokens(policy, teacher_forced=teacher_forced, prompt_tokens=prompt_tokens)
+        self._shortest_prompt = min(prompt_tokens)
         self._watcher: Watcher | None = None
         self._eager_passes = 0
-        self._handles: list[Any] = []
-        self._patches = InstancePatches()
+        self._turn = Turn()
+        self._patches = InstancePatches(self._model)
+        self._wrapped = False  # somebody else goes on calling our generate() after the session
 
     def watch(self, watcher: Watcher) -> None:
         """Have `watcher(layer, skip)` told which tokens of the passes to come skip what.
@@ -147,8 +155,16 @@ class SkipSession:
         """Prepare the model; nothing is changed on it when this raises."""
         if self._engine is not None:
             raise SessionError("this session was entered before; call skipping(...) again for a new one")
-        if self._model in _sessions:
+        if _sessions.setdefault(self._model, self) is not self:
             raise SessionError("the model is already inside a skipping(...) block; leave that one first")
+        try:
+            self._enter()
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def _enter(self) -> None:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
@@ -157,14 +173,11 @@ class SkipSession:
         if asked not in ("auto", "eager") and not isinstance(self._engine, StepEngine):
             logger.warning("engine %s is not used: %s", asked, self._engine.reason)
         self._idle = idle_report(architecture, self.policy)
-        _sessions[self._model] = self
-        try:
-            self._engine.attach()
-            self._attach(architecture)
-        except BaseException:
-            self._detach()
-            raise
-        return self
+        if self._tokens.teacher_forced:
+            config: Any = architecture.stack.config
+            self._tokens.longest = parallel_limit(config, self._shortest_prompt)
+        self._engine.attach()
+        self._attach(architecture)
 
     def __exit__(
         self,
@@ -172,8 +185,11 @@ class SkipSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the model as it was found."""
-        self._detach()
+        """Leave the model as it was found, after what still runs in another thread has been stopped."""
+        try:
+            self._turn.close()
+        finally:
+            self._detach()
         if kind is None and int(self._tokens.steps) == 0 and self.policy.unit == "ffn":
             logger.warning(
                 "no decode step ran inside skipping(...): only the full model was used. "
@@ -211,10 +227,9 @@ class SkipSession:
     def _attach(self, architecture: Architecture) -> None:
         model, stack = self._model, architecture.stack
         self._stack_signature = inspect.signature(stack.forward)
-        self._handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
-        ]
+        self._patches.before_forward(model, self._before_model)
+        self._patches.before_forward(stack, self._before_stack)
+        self._patches.after_forward(stack, self._after_stack, always_call=True)
         self._patches.set(model, "generate", self._generating(model.generate))
         # The one place where all criteria are together: the caller's, end of sequence, stop strings.
         criteria = model._get_stopping_criteria
@@ -223,19 +238,22 @@ class SkipSession:
             self._seam = GenerateSeam(model, self._engine, self._tokens)
             self._seam.attach(self._patches)
         for name in CONTINUOUS_BATCHING:
-            self._patches.set(model, name, refuse_continuous_batching)
+            self._patches.set(model, name, self._refusing(getattr(model, name)))
+        if isinstance(self._engine, RemovedLayers):
+            self._patches.set(model, "save_pretrained", self._engine.refuse_copies)
 
     def _detach(self) -> None:
-        assert self._engine is not None
-        self._engine.detach()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._patches.restore()
-        self._seam = None
-        _sessions.pop(self._model, None)
+        try:
+            if self._engine is not None:
+                self._engine.detach()
+        finally:
+            self._wrapped |= "generate" in self._patches.restore()
+            self._seam = None
+            if _sessions.get(self._model) is self:
+                del _sessions[self._model]
 
     def _before_model(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._turn.check()
         if self._model.training:
             raise SessionError("the model is in training mode; call model.eval() before skipping(...)")
         if kwargs.get("labels") is not None and not self._tokens.teacher_forced:
@@ -245,13 +263,38 @@ class SkipSession:
             )
 
     def _before_stack(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._turn.begin_pass()
+        if self._stepping:
+            return
         assert self._engine is not None
-        if self._seam is None or not self._seam.stepping:
-            given = call_arguments(self._stack_signature, args, kwargs)
-            tokens = self._tokens.of_pass(given)
-            if not self._tokens.teacher_forced and tokens is not FULL_PASS:
-                self._eager_passes += 1
-            self._engine.begin(replace(tokens, watcher=self._watcher) if self._watcher else tokens)
+        given = call_arguments(self._stack_signature, args, kwargs)
+        tokens = self._tokens.of_pass(given)
+        if not self._tokens.teacher_forced and tokens is not FULL_PASS:
+            self._eager_passes += 1
+        self._engine.begin(replace(tokens, watcher=self._watcher) if self._watcher else tokens)
+
+    def _after_stack(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """output: None where the pass has failed, or was refused by a hook before it."""
+        if not self._turn.mine:
+            return
+        try:
+            if output is None:
+                self._rest()
+            elif not self._stepping:
+                assert self._engine is not None
+                self._engine.end()
+        finally:
+            self._turn.end_pass()
+
+    @property
+    def _stepping(self) -> bool:
+        """Whether the pass is part of a prepared step, or of making one."""
+        return self._seam is not None and self._seam.stepping
+
+    def _rest(self) -> None:
+        """Let what is called between passes be the model's own."""
+        assert self._engine is not None
+        self._engine.begin(FULL_PASS)
 
     # generate()
 
@@ -260,23 +303,36 @@ class SkipSession:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._tokens.teacher_forced:
-                raise SessionError("a teacher_forced session does not generate; open one without it")
+            if self._wrapped:
+                return original(*args, **kwargs)
             given = call_arguments(signature, args, kwargs)
-            options = prepare_options(given, self._model.generation_config)
-            cache = given.get("past_key_values")
-            self._tokens.refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
-            self._tokens.clock = TokenClock()
-            if isinstance(self._engine, StepEngine):
-                options = with_decode_ahead(options, self._engine.runs_ahead)
             try:
-                return original(**options)
-            finally:
-                self._tokens.clock = None
-                if isinstance(self._engine, StepEngine):
-                    self._engine.end_call()
+                with self._turn.taken():
+                    return self._generate(original, given)
+            except SessionError:
+                if given.get("streamer") is not None:
+                    given["streamer"].end()  # somebody in another thread may be reading from it
+                raise
 
         return generate
+
+    def _generate(self, original: Any, given: dict[str, Any]) -> Any:
+        """`original`, which is generate(), with the arguments `given` by name."""
+        if self._tokens.teacher_forced:
+            raise SessionError("a teacher_forced session does not generate; open one without it")
+        options = prepare_options(given, self._model.generation_config)
+        cache = given.get("past_key_values")
+        self._tokens.refuse_foreign_cache(int(cache.get_seq_length()) if cache is not None else 0)
+        self._tokens.clock = TokenClock()
+        if isinstance(self._engine, StepEngine):
+            options = with_decode_ahead(options, self._engine.runs_ahead)
+        try:
+            return original(**options)
+        finally:
+            self._tokens.clock = None
+            self._rest()
+            if isinstance(self._engine, StepEngine):
+                self._engine.end_call()
 
     def _clocked(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -286,6 +342,17 @@ class SkipSession:
             return criteria if clock is None else ClockedCriteria.around(criteria, clock)
 
         return get_stopping_criteria
+
+    def _refusing(self, original: Any) -> Any:
+        """A method of continuous batching, refused until the session is over."""
+
+        @functools.wraps(original)
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if not self._turn.over:
+                refuse_continuous_batching()
+            return original(*args, **kwargs)
+
+        return refuse
 
 
 def idle_report(architecture: Architecture, policy: Policy) -> SkipReport:

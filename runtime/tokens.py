@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,16 +39,20 @@ class DecodeTokens:
 
     steps, ruled_steps: tokens decoded so far, and those of them to which the policy applied.
     clock: that of the generate() call in progress, if there is one.
+    longest: row in tokens that teacher forcing may be given; None: any.
     """
 
     def __init__(self, policy: Policy, *, teacher_forced: bool, prompt_tokens: list[int]) -> None:
         """Nothing has run. prompt_tokens: for teacher forcing, as `skipping` takes them."""
         self.teacher_forced = teacher_forced
         self.clock: TokenClock | None = None
+        self.longest: int | None = None
         self.steps, self.ruled_steps = LazyCount(), LazyCount()
         self._policy = policy
         self._prompt_tokens = prompt_tokens
-        self._prefill_end: int | None = None
+        # Of loops written by hand, of which there may be several at a time: by cache, and of new caches.
+        self._prefill_ends: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._new_ends: dict[int, None] = {}  # the latest stands last
 
     def of_pass(self, given: dict[str, Any]) -> PassTokens:
         """The tokens of the pass over `given`, the arguments of the stack's forward by name."""
@@ -64,12 +69,18 @@ class DecodeTokens:
             return ruled if bool(active.any()) else FULL_PASS
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        step = self._decode_step(past, length)
+        if self.clock is None:
+            step = self._step_of_loop(cache, past, length)
+        else:
+            step = self._step_of_generate(self.clock, past, batch, length)
         return FULL_PASS if step is None else self.of_step(step, batch, tokens.device, ids)
 
     def of_step(self, step: int, batch: int, device: torch.device, ids: Tensor | None) -> PassTokens:
         """One token of each row, which are all at decode step `step`. ids: [batch]."""
-        live = self.clock.live(batch) if self.clock is not None else None
+        live = None
+        if self.clock is not None:
+            self.clock.begin_pass()
+            live = self.clock.live(batch)
         decoded = batch if live is None else live.sum()
         self.steps.add_no_sync(decoded)
         if step < self._policy.warm_up_tokens:
@@ -86,25 +97,44 @@ class DecodeTokens:
                 "tokens; begin with the whole text and an empty cache"
             )
 
-    def _decode_step(self, past: int, length: int) -> int | None:
-        """Index of the decode step that this pass is, None for a prefill."""
-        if self.clock is not None:  # inside generate()
-            if self.clock.emitted == 0:
-                return None
-            if length != 1:
-                raise SessionError(
-                    f"generate() decoded {length} tokens in one pass; skipping needs a cache and one "
-                    "token a pass (use_cache=True, no assisted decoding)"
-                )
-            return self.clock.emitted - 1
+    def _step_of_generate(self, clock: TokenClock, past: int, batch: int, length: int) -> int | None:
+        """Index of the decode step that a pass of generate() is, None for a prefill."""
+        if clock.emitted and length == 1:
+            return clock.emitted - 1
+        clock.begin_pass()
+        if clock.emitted == 0:
+            return None
+        # Some models drop their cache where a text outgrows what they were first trained on, and prefill all
+        # of it again. That takes the place of one decode step, to which the policy does not apply.
+        if past == 0 and clock.begin_again():
+            live = clock.live(batch)
+            self.steps.add_no_sync(batch if live is None else live.sum())
+            return None
+        raise SessionError(
+            f"generate() decoded {length} tokens in one pass; skipping needs a cache and one "
+            "token a pass (use_cache=True, no assisted decoding)"
+        )
+
+    def _step_of_loop(self, cache: Any, past: int, length: int) -> int | None:
+        """Index of the decode step that a pass of a loop written by hand is, None for a prefill."""
         if past == 0 or length > 1:
             self.refuse_foreign_cache(past)
-            self._prefill_end = past + length
+            end = past + length
+            if cache is not None:
+                self._prefill_ends[cache] = end
+            self._new_ends.pop(end, None)
+            self._new_ends[end] = None
             return None
-        if self._prefill_end is None:  # the prefill ran before the session began
+        known = self._prefill_ends.get(cache)
+        if (
+            known is None
+        ):  # the prefill made it; or it is a copy of one; or the prefill ran before the session began
+            known = past if past in self._new_ends else next(reversed(self._new_ends), None)
+        if known is None or past < known:
             self.refuse_foreign_cache(past)
-            self._prefill_end = past
-        return past - self._prefill_end
+            known = past
+        self._prefill_ends[cache] = known
+        return past - known
 
     def _known_text_steps(
         self, given: dict[str, Any], batch: int, length: int, device: torch.device
@@ -135,5 +165,16 @@ class DecodeTokens:
                 f"prompt_tokens names {len(self._prompt_tokens)} rows, the pass has {batch}; open a session "
                 "for each batch"
             )
+        if self.longest is not None:
+            self._refuse_longer(
+                int((positions if real is None else positions * real).max()) + 1, self.longest
+            )
         steps = positions - torch.tensor(self._prompt_tokens, device=device)[:, None]
         return (steps if real is None else steps.masked_fill(~real, -1)).reshape(-1)
+
+    def _refuse_longer(self, tokens: int, longest: int) -> None:
+        if tokens > longest:
+            raise SessionError(
+                f"a row of {tokens} tokens is decoded with other rotary angles than one pass gives it, for "
+                f"the model changes them past {longest}; give rows of {longest} at most, or use generate()"
+            )

@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,23 @@ from skipcal.speed.timing import Spread, spread
 # Several times the last-level cache: 105 MB on the CPUs, 50 MB on the GPUs this was written on.
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 _COPY_REPEATS = 5
+_COPY_WARM_UPS = 100  # a seventh of a second on an H100
 
 
 def copy_bandwidth(device: torch.device, *, rounds: int, size: int | None = None) -> Spread:
     """GB/s of a copy within the device's memory, bytes read plus bytes written.
 
-    size: bytes of the source. A round's value is the median of a few copies.
+    size: bytes of the source. A round's value is the median of a few copies; on a GPU they are timed
+    there, after copies that bring its clocks up.
     """
     count = (size or COPY_BYTES.get(device.type, 2**29)) // 4
     source = torch.rand(count, device=device)
     target = torch.empty_like(source)
-    target.copy_(source)  # touches the pages
+    for _ in range(_COPY_WARM_UPS if device.type == "cuda" else 1):
+        target.copy_(source)  # touches the pages
     measured = []
     for _ in range(rounds):
-        seconds = []
-        for _ in range(_COPY_REPEATS):
-            _wait(device)
-            start = time.perf_counter()
-            target.copy_(source)
-            _wait(device)
-            seconds.append(time.perf_counter() - start)
+        seconds = [_seconds(lambda: target.copy_(source), device) for _ in range(_COPY_REPEATS)]
         measured.append([8 * count / s / 1e9 for s in seconds])
     return spread(measured)
 
@@ -99,9 +96,19 @@ def told_of_memory(what: str) -> Iterator[None]:
         ) from error
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, by the device's own clock where it has one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        before.record()
+        work()
+        after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def _cpu_name() -> str:
@@ -114,7 +121,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of a checkout that skipcal runs from, "-dirty" where files differ from it; None if installed."""
+    """Commit of a checkout that skipcal runs from, "-dirty" where files differ from it; None if installed.
+
+    Of a copy without its history SKIPCAL_COMMIT tells it.
+    """
+    if told := os.environ.get("SKIPCAL_COMMIT"):
+        return told
     root = Path(skipcal.__file__).resolve().parent
     if not (root / ".git").exists():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def text_of(row: list[int]) -> str:
 
 def words(first: int, count: int) -> str:
     return " ".join(f"w{n}" for n in range(first, first + count))
+
+
+def prose(seed: int, words: int) -> str:
+    """Words that no other seed has in this order."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(words))
 
 
 def local(path: Path, **settings: Any) -> Corpus:

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_visit"), help="folder for the results")
     parser.add_argument("--only", action="append", help="this step; repeatable")
     parser.add_argument("--time-limit", type=float, help="seconds for all steps together")
+    parser.add_argument("--commit", help="what the checkout is, where it has come without its history")
     options = parser.parse_args()
     if options.what == "wheels":
         download_wheels()
@@ -51,7 +52,7 @@ def main() -> None:
             [step for step in steps if options.only is None or step.name in options.only],
             visit,
             name=f"gpu_{options.what}",
-            env=prepared_environment(Path(work), options.device),
+            env=prepared_environment(Path(work), options.device, commit=options.commit),
             limit_s=options.time_limit or _LIMITS_S[options.what],
         )
     print(table(outcomes))

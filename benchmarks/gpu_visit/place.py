@@ -32,7 +32,7 @@ def download_wheels() -> None:
     subprocess.run([*command, "-d", str(WHEELS), *names], check=True)
 
 
-def prepared_environment(work: Path, device: str) -> dict[str, str]:
+def prepared_environment(work: Path, device: str, *, commit: str | None) -> dict[str, str]:
     """Variables under which a step finds this checkout, what it imports, and its caches in `work`.
 
     Exits with a word of advice where a package is missing.
@@ -55,6 +55,7 @@ def prepared_environment(work: Path, device: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
+        **({} if commit is None else {"SKIPCAL_COMMIT": commit}),
         **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}),
     }
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from skipcal.errors import SessionError
+
 Watcher = Callable[[int, Tensor], None]
 
 
@@ -81,3 +83,17 @@ class Engine(Protocol):
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass."""
+
+    def end(self) -> None:
+        """The pass is over. Raises SessionError where a part of the model did not ask whether to skip.
+
+        What is called before the next one is announced is the model's own.
+        """
+
+
+def bypassed(layer: int) -> SessionError:
+    """The error for a layer whose modules were called past what stands on them."""
+    return SessionError(
+        f"layer {layer} was not asked whether to skip: somebody else has replaced the forward of its modules "
+        "inside skipping(...); do that before the session, or have the replacement call the forward it found"
+    )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from skipcal.arch.blocks import StreamReader
 from skipcal.arch.locate import Architecture, Block
 from skipcal.errors import SessionError
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens, bypassed
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import Rule, RuleState
 from skipcal.runtime.surrogates import Surrogates
@@ -57,10 +57,11 @@ class EagerEngine:
         self._surrogates = surrogates or Surrogates({})
         self.blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
-        self._patches = InstancePatches()
+        self._patches = InstancePatches(architecture.stack)
         self._streams = StreamReader(self.blocks, wanted=lambda: self._active is not None)
         self._extras: dict[nn.Module, int] = {}  # outputs besides f: router scores of some MoEs
         self.forwards: dict[nn.Module, Callable[..., Any]] = {}  # of the chains' modules, their own
+        self.asking: dict[nn.Module, Callable[..., Any]] = {}  # what stands there instead
         self.instead: Mapping[nn.Module, Callable[..., Any]] = {}  # of a module's own forward, where it runs
         self._state: RuleState | None = None  # of the tokens of this pass
         self.skipped_per_layer = [0] * architecture.num_layers
@@ -73,12 +74,14 @@ class EagerEngine:
         for block in self.blocks:
             for module in block.chain:
                 self.forwards[module] = module.forward
-                self._patches.set(module, "forward", self._wrapped(block, module))
+                self.asking[module] = self._wrapped(block, module)
+                self._patches.set(module, "forward", self.asking[module])
 
     def detach(self) -> None:
         """Put back what `attach` found. A second call does nothing."""
         self._patches.restore()
         self._streams.detach()
+        self.begin(FULL_PASS)  # whoever still holds a forward of ours gets the module's own
 
     def extras(self, layer: int) -> int:
         """How many outputs besides f the FFN module of a layer was seen to have."""
@@ -116,10 +119,21 @@ class EagerEngine:
         self._active = tokens.active
         self._single = tokens.active is not None and len(tokens.active) == 1
         self._state = None
+        self._open: Block | None = None  # whose chain has been entered and not been left
+        self._entered: list[int] = []
+
+    def end(self) -> None:
+        """The pass is over. Raises SessionError where a block was not called by what is set on it."""
+        if self._active is not None:
+            if self._open is not None:
+                raise bypassed(self._open.index)
+            if len(self._entered) < len(self.blocks):
+                raise bypassed(next(b.index for b in self.blocks if b.index not in self._entered))
+        self.begin(FULL_PASS)
 
     def _wrapped(self, block: Block, module: nn.Module) -> Callable[..., Any]:
         own = self.forwards[module]
-        first, adds = module is block.chain[0], module in block.outputs
+        first, last, adds = module is block.chain[0], module is block.chain[-1], module in block.outputs
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inner = self.instead.get(module, own)
@@ -132,6 +146,10 @@ class EagerEngine:
             x = args[0] if name is None else kwargs[name]
             if first:
                 x = self._enter(block, x)
+            elif self._open is not block:
+                raise bypassed(block.index)
+            if last:
+                self._open = None
             if self._rows is None:
                 if adds and module not in self._extras:  # the prefill ran before the session: look once
                     self._extras[module] = _extras_of(inner(*args, **kwargs))
@@ -151,6 +169,10 @@ class EagerEngine:
 
     def _enter(self, block: Block, x: Tensor) -> Tensor:
         """Decide who skips; return the input of those who run (of all, if nobody does)."""
+        if self._open is not None:
+            raise bypassed(self._open.index)
+        self._open = block
+        self._entered.append(block.index)
         stream = self._streams.h(block, x)
         if stream is None:
             raise SessionError(
@@ -219,7 +241,7 @@ class EagerEngine:
             f = torch.where(self._ran[:, None], f, self._in_place_of(block, module).to(f.dtype))
             output = f.reshape(self._shape)
         self._added = f if self._added is None else self._added + f
-        if module is block.chain[-1]:
+        if module is block.chain[-1] and self._rule.learns:
             assert self._state is not None
             scaled = self._added if block.scale == 1.0 else self._added * block.scale
             self._state = self._rule.after(block.index, self._state, self._h, scaled, self._ran)

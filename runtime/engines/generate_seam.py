@@ -50,6 +50,8 @@ class GenerateSeam:
 
         @functools.wraps(original)
         def prepare_cache(*args: Any, **kwargs: Any) -> Any:
+            if self._tokens.clock is None:  # somebody else's wrapper has outlived the session
+                return original(*args, **kwargs)
             given = call_arguments(signature, args, kwargs)
             config, kept = given["generation_config"], given["model_kwargs"]
             reason = _unfit(config, kept, given["generation_mode"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
+from skipcal.runtime.ops.count import count
 from skipcal.runtime.rules import CosineRule, Rule
 
 
@@ -159,26 +160,21 @@ class StepCounts:
 
     def __init__(self, num_layers: int, ruled: range | tuple[int, ...], device: torch.device) -> None:
         """Nothing yet. ruled: the layers in which a rule has a say."""
-        zeros = torch.zeros(3, num_layers, dtype=torch.long, device=device)
-        self._per_layer = zeros
-        self._skipped, self._by_all, self._by_some = zeros.unbind()
+        self._per_layer = torch.zeros(3, num_layers, dtype=torch.long, device=device)
         self._agreement = torch.zeros(2, dtype=torch.long, device=device)  # decisions alike, decisions
         self._ruled = torch.zeros(num_layers, dtype=torch.bool, device=device)
         self._ruled[list(ruled)] = True
-        self._layers = len(ruled)
 
     def add_no_sync(self, skips: Tensor, inputs: StepInputs) -> None:
         """One step's `skips` [layers + 1, batch]: the last row is nobody's."""
-        skips = skips[:-1]
-        live = inputs.counted_static
-        self._skipped.add_((skips & live).sum(1))
-        somebody = live.any()  # else the pass was launched before the host knew that all is over
-        self._by_all.add_(skips.all(1) & somebody)
-        self._by_some.add_(skips.any(1) & somebody)
-        alike = (skips | ~live).all(1) | ~(skips & live).any(1)
-        tells = inputs.active_static.any() & (live.sum() > 1)  # one row always agrees with itself
-        self._agreement[0].add_((alike & self._ruled & tells).sum())
-        self._agreement[1].add_(tells * self._layers)
+        count(
+            skips[:-1],
+            inputs.counted_static,
+            inputs.active_static,
+            ruled=self._ruled,
+            per_layer=self._per_layer,
+            agreement=self._agreement,
+        )
 
     def read(self) -> tuple[list[int], list[int], list[int]]:
         """By layer: blocks skipped by live rows; passes in which every row, and any row, skipped."""

@@ -11,7 +11,7 @@ On a CPU nothing is captured: the same function runs anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -42,9 +42,11 @@ from skipcal.runtime.surrogates import Surrogates
 MIN_WINDOW = 256
 FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need
 _ROW = 16  # bytes to which a row of flags is filled up
-# Of what a layer adds to its stream, and of the logits.
+# Of what a layer adds to its stream (and of logits made of one and the same stream), and of a captured step
+# from an uncaptured one, whose libraries may sum in another order. tests/step_proof.json: over 200 models of
+# 16 to 48 layers the noise of a layer is 0.006 of what it adds in half precision, and 5e-7 in float32.
 _LIMITS = {torch.float32: (1e-2, 5e-3), torch.float64: (1e-2, 5e-3)}
-_HALF_LIMITS = (1e-1, 2e-1)
+_HALF_LIMITS = (2e-2, 2e-1)
 _Key = tuple[int, int, bool]
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
@@ -83,7 +85,7 @@ class DecodeStep(PreparedStep):
         self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
-        self._logits_static: Tensor | None = None
+        self._logits_static: Tensor  # [batch, vocabulary]
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
 
     def settle(self, given: dict[str, Any]) -> None:
@@ -111,21 +113,25 @@ class DecodeStep(PreparedStep):
         with self._on_device():
             self._capture()
 
-    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
-        """Of each layer where the step runs uncaptured, and of the logits of the captured one."""
+    def deviations(self, given: dict[str, Any]) -> list[Deviation]:
+        """Of each layer and the logits, uncaptured and led; then of the captured step from the uncaptured."""
         ids, positions = given["input_ids"], given.get("position_ids")
         streams = LayerStreams(self._layers)
         with streams.noting():
             own = self._model_logits(given)
         place = self.cache.get_seq_length()
-        with self._on_device(), streams.leading():
+        limit, captured_limit = _LIMITS.get(self.dtype, _HALF_LIMITS)
+        with self._on_device():
             self.inputs.set_no_sync(ids=ids, positions=positions, place=place, tokens=FULL_PASS)
-            self._compute()
-        layers, logits = _LIMITS.get(self.dtype, _HALF_LIMITS)
-        yield streams.worst(layers)
-        mine = self.run_no_sync(ids, positions, FULL_PASS)
-        self.cache.rewind(1)
-        yield logits_deviation(mine, own, logits)
+            with streams.leading():
+                led = self._compute()
+            found = [streams.worst(limit), logits_deviation("the result of a step", led, own, limit)]
+            if (graph := self._graphs.get(self._key())) is not None:
+                free = self._compute().clone()
+                graph.replay()
+                captured = self._logits_static
+                found.append(logits_deviation("a captured step", captured, free, captured_limit))
+        return found
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
         """Logits [batch, vocabulary] of the next token; the next step overwrites them."""
@@ -138,7 +144,6 @@ class DecodeStep(PreparedStep):
             else:
                 graph.replay()
         self.cache.advance()
-        assert self._logits_static is not None
         return self._logits_static
 
     def _blocks(
@@ -194,8 +199,8 @@ class DecodeStep(PreparedStep):
             window *= 2
         return min(window, self.cache.slots)
 
-    def _compute(self) -> None:
-        """The step itself: all of it can be captured."""
+    def _compute(self) -> Tensor:
+        """The step itself, all of which can be captured: logits [batch, vocabulary], in place."""
         inputs, window = self.inputs, self._window()
         self._skips_static.zero_()
         self._rule.start()
@@ -220,9 +225,9 @@ class DecodeStep(PreparedStep):
             patches.restore()
             self.cache.leave_step()
         self._counts.add_no_sync(self._skips, inputs)
-        if self._logits_static is None:
+        if not hasattr(self, "_logits_static"):
             self._logits_static = torch.empty_like(logits)
-        self._logits_static.copy_(logits)
+        return self._logits_static.copy_(logits)
 
     def _attention(self, length: Tensor, valid: Tensor | None) -> AbstractContextManager[None]:
         return step_attention(self._config, length, valid) if self._reads_used else nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class PreparedStep:
         """Compile, capture or record what is missing for the step over `given`. Raises what goes wrong."""
         raise NotImplementedError
 
-    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
+    def deviations(self, given: dict[str, Any]) -> list[Deviation]:
         """How far the step over `given`, skipping nothing, is from the model's; the cache is put back."""
         raise NotImplementedError
 

@@ -76,7 +76,11 @@ class RecordedEngine(step_engine.StepEngine):
 
     def _has_another_forward(self, module: nn.Module) -> bool:
         """Whether somebody has set a `forward` on the instance: what it does besides would be lost."""
-        forward = self._eager.forwards.get(module, module.forward)
+        forward = module.forward
+        if asking := self._eager.asking.get(module):
+            if forward is not asking:
+                return True
+            forward = self._eager.forwards[module]
         return getattr(forward, "__func__", None) is not type(module).forward
 
 

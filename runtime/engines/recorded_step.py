@@ -68,12 +68,12 @@ class RecordedStep(PreparedStep):
         calls, watched = self._recording.calls, len(self._eager.blocks)
         self.how = f"a step is {calls} torch calls, with {watched} FFNs asked in between"
 
-    def deviations(self, given: dict[str, Any]) -> Iterator[Deviation]:
+    def deviations(self, given: dict[str, Any]) -> list[Deviation]:
         """Of the logits, which are the model's bit for bit: the calls are its own."""
         own = self._model_logits(given)
         mine = self.run_no_sync(given["input_ids"], given.get("position_ids"), FULL_PASS)
         self.cache.rewind(1)
-        yield logits_deviation(mine, own, _LIMIT)
+        return [logits_deviation("the result of a step", mine, own, _LIMIT)]
 
     def run_no_sync(self, ids: Tensor, positions: Tensor | None, tokens: PassTokens) -> Tensor:
         """Logits [batch, vocabulary] of the next token."""

@@ -101,6 +101,10 @@ class StepEngine:
         """Announce a forward pass of the model's own."""
         self._eager.begin(tokens)
 
+    def end(self) -> None:
+        """A forward pass of the model's own is over."""
+        self._eager.end()
+
     def fall_back(self, reason: str) -> None:
         """Say once that, and why, the eager engine takes over."""
         if reason not in self._refusals:

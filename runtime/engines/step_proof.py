@@ -36,7 +36,7 @@ class Deviation:
 
     def __str__(self) -> str:
         """In words."""
-        return f"{self.of} differs from the model's by {self.error:.1e} of its size, over {self.limit:.0e}"
+        return f"{self.of} is off by {self.error:.1e} of its size, over {self.limit:.0e}"
 
 
 class LayerStreams:
@@ -108,11 +108,11 @@ def added_error(mine: Tensor, own: Tensor, entered: Tensor) -> Tensor:
     return (_norms(off) / _norms(b - h).clamp_min(_TINY)).max()
 
 
-def logits_deviation(mine: Tensor, own: Tensor, limit: float) -> Deviation:
+def logits_deviation(of: str, mine: Tensor, own: Tensor, limit: float) -> Deviation:
     """Of logits [rows, vocabulary], each row centred: what all of them share says nothing of a text."""
     a, b = (t.float() - t.float().mean(-1, keepdim=True) for t in (mine, own))
     error = float((_norms(a - b) / _norms(b).clamp_min(_TINY)).max())
-    return Deviation("the result of a step", error, limit)
+    return Deviation(of, error, limit)
 
 
 def _norms(t: Tensor) -> Tensor:

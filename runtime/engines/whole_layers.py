@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skipcal.arch.blocks import first_output
 from skipcal.arch.locate import Architecture, Block
 from skipcal.errors import SessionError
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.runtime.engines.base import FULL_PASS, PassTokens, bypassed
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import Rule, RuleState
 
@@ -37,7 +37,7 @@ class RemovedLayers:
         """Prepare to remove the layers with these indices."""
         self._architecture = architecture
         self._removed = frozenset(removed)
-        self._patches = InstancePatches()
+        self._patches = InstancePatches(architecture.stack)
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
 
@@ -58,6 +58,7 @@ class RemovedLayers:
             if isinstance(value, list | tuple) and len(value) == architecture.num_layers:
                 self._patches.set(config, key, type(value)(value[block.index] for block in kept))
         self._patches.set(config, count, len(kept))
+        self._patches.set(stack, "__reduce_ex__", self.refuse_copies)
 
     def detach(self) -> None:
         """Put the layers back. A second call does nothing."""
@@ -72,6 +73,16 @@ class RemovedLayers:
             self.skipped_per_layer[index] += int(counted.sum())
             tokens.tell(index, counted)
             self.weight_bytes_saved += self._architecture.blocks[index].layer_bytes
+
+    def end(self) -> None:
+        """Nothing is asked during a pass."""
+
+    def refuse_copies(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Stand in for what copies or saves the model."""
+        raise SessionError(
+            f"{len(self._removed)} layers are out of the model inside skipping(...), and a copy or a file of "
+            "it would lack them; copy or save it before the session or after it"
+        )
 
 
 class SkippedLayers:
@@ -94,10 +105,10 @@ class SkippedLayers:
         _refuse_late_masks(architecture, rule)
         self._blocks = tuple(b for b in architecture.blocks if b.index in rule.layers)
         self._rule = rule
-        self._patches = InstancePatches()
+        self._patches = InstancePatches(architecture.stack)
         self._tuples: dict[int, int] = {}  # by layer, outputs besides the stream
-        self._tokens = FULL_PASS
         self._state: RuleState | None = None
+        self.begin(FULL_PASS)
         self.skipped_per_layer = [0] * architecture.num_layers
         self.weight_bytes_saved = 0
 
@@ -109,11 +120,20 @@ class SkippedLayers:
     def detach(self) -> None:
         """Put back what `attach` found. A second call does nothing."""
         self._patches.restore()
+        self.begin(FULL_PASS)  # whoever still holds a forward of ours gets the layer's own
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass."""
         self._tokens = tokens
         self._state = None
+        self._asked: list[int] = []
+
+    def end(self) -> None:
+        """The pass is over. Raises SessionError where a layer was not called by what is set on it."""
+        lost = next((b.index for b in self._blocks if b.index not in self._asked), None)
+        if self._tokens.active is not None and lost is not None:
+            raise bypassed(lost)
+        self.begin(FULL_PASS)
 
     def _wrapped(self, block: Block, inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -141,6 +161,7 @@ class SkippedLayers:
         tokens = self._tokens
         if tokens.active is None:
             return None
+        self._asked.append(block.index)
         if self._state is None:
             self._state = self._rule.start(tokens, stream.device)
         asked, self._state = self._rule.before(

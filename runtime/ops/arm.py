@@ -72,7 +72,7 @@ def reference(
     skip_next.copy_(left > 0)
 
 
-@jit
+@jit(unaligned=("skip_ptr", "next_ptr", "live_ptr"))
 def _arm(
     sums_ptr, left_ptr, skip_ptr, next_ptr, live_ptr, threshold_ptr, limit_ptr,
     PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,

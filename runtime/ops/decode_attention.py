@@ -18,13 +18,14 @@ from torch import Tensor
 from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 # Slots that a program loads at a time: twice as many spill registers at head_dim 128, as ptxas compiles
-# it for sm_90. And programs over all rows, heads and splits, about four for each SM of a large GPU.
-# Neither is tuned on a device yet.
+# it for sm_90. Programs over all rows, heads and splits, about four for each SM of a large GPU; and splits
+# of a head, for `_merge_splits` spills at 256. None is tuned on a device yet.
 _BLOCK = 32
 _PROGRAMS = 512
+_MAX_SPLITS = 64
 _WARPS = 4
 _CUDA_CORE_GROUP = 1  # queries a cache head that are multiplied on CUDA cores; more take tensor cores,
-_DOT_ROWS = 16  # which multiply so many at a time, or a multiple
+_DOT_SIDE = 16  # which multiply so many at a time, of heads no shorter
 
 
 def decode_attention(
@@ -36,7 +37,8 @@ def decode_attention(
     reads the cache's head i // (heads / kv_heads). length: 0-d int64 on the device, slots in use, the
     current token's included. valid: [batch, slots] bool, False for left padding. What lies in other
     slots is not read, NaN included; a row without a slot to attend to gets zeros. Any strides, if the
-    last axis is contiguous. No host sync: shapes and launches are the same for each length.
+    last axis is contiguous. No host sync: shapes and launches are the same for each length, and a cache
+    of more slots compiles nothing anew.
     ValueError: shapes or strides other than these.
     """
     _check(q, k, v, length, valid)
@@ -46,21 +48,20 @@ def decode_attention(
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
     dot = group > _CUDA_CORE_GROUP
-    splits = min(-(-slots // _BLOCK), max(1, _PROGRAMS // (batch * kv_heads)))
+    splits = min(_MAX_SPLITS, padded(-(-_PROGRAMS // (batch * kv_heads))))
     part = torch.empty(batch * heads, splits, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     flags = k if valid is None else valid.view(torch.uint8)  # an unused pointer must still be one
-    shared = {"HEAD_DIM": head_dim, "DIM_P": padded(head_dim), "SPLITS": splits, "BLOCK": _BLOCK}
+    side = _DOT_SIDE if dot else 1
+    shared = {"HEAD_DIM": head_dim, "DIM_P": max(side, padded(head_dim)), "SPLITS": splits, "BLOCK": _BLOCK}
     _attend_split[(batch * kv_heads, splits)](
         q, k, v, length, flags, part, lse, scale, slots,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], flags.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(_DOT_ROWS if dot else 1, padded(group)), DOT=dot,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(side, padded(group)), DOT=dot,
         HAS_VALID=valid is not None, **shared, num_warps=_WARPS,
     )  # fmt: skip
-    _merge_splits[(batch * heads,)](
-        part, lse, length, out, slots, SPLITS_P=padded(splits), **shared, num_warps=_WARPS
-    )
+    _merge_splits[(batch * heads,)](part, lse, length, out, slots, **shared, num_warps=_WARPS)
     return out
 
 
@@ -108,7 +109,9 @@ def _slots_of_split(
     return split * share, tl.minimum(used, (split + 1) * share), tl.cdiv(used, tl.maximum(share, 1))
 
 
-@jit
+# Strides of k and v stay known as multiples of 16, which they are for any number of slots: else loads
+# would be narrow.
+@jit(varying=("slots", "valid_batch"))
 def _attend_split(
     q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, length_ptr: tl.tensor, valid_ptr: tl.tensor,
     part_ptr: tl.tensor, lse_ptr: tl.tensor, scale: float, slots: int,
@@ -168,16 +171,15 @@ def _attend_split(
     tl.store(part_ptr + row[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=in_q)
 
 
-@jit
+@jit(varying=("slots",))
 def _merge_splits(
     part_ptr: tl.tensor, lse_ptr: tl.tensor, length_ptr: tl.tensor, out_ptr: tl.tensor, slots: int,
-    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Mean of the splits' results, weighted by their sums of exponentials; one program a row and head."""
     _, _, splits = _slots_of_split(tl.load(length_ptr), slots, 0, SPLITS, BLOCK)
     row = tl.program_id(0)
-    s = tl.arange(0, SPLITS_P)
+    s = tl.arange(0, SPLITS)
     d = tl.arange(0, DIM_P)
     lse = tl.load(lse_ptr + row * SPLITS + s, mask=s < splits, other=float("-inf"))
     top = tl.max(lse, axis=0)

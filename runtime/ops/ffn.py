@@ -13,6 +13,7 @@ in float32, of which runtime.ops.arm makes the cosine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,16 @@ from torch.nn import functional as F
 from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
-# Rows of W and columns of W that a block takes at a time, warps, pipeline stages. Not tuned yet.
-ONE_ROW = {"gate_up": (4, 1024, 4, 1), "down": (4, 1024, 4, 1)}
-SOME_ROWS = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 3)}
+# By kernel: rows of W a block has, columns of W it takes at a time, warps, pipeline stages. With n stages
+# n - 1 tiles of rows x columns are on their way. What that makes of an SM's outstanding bytes is in
+# benchmarks/results/ops_sm90.json; one row with one stage had 45 and 26 KiB. Not timed on a device yet.
+Settings = Mapping[str, tuple[int, int, int, int]]
+ONE_ROW: Settings = {"gate_up": (4, 1024, 4, 3), "down": (4, 1024, 4, 3)}
+SOME_ROWS: Settings = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 5)}
 _DOT_ROWS = 16  # the smallest width of a matrix product
+# What a block's tiles of W and h may take of shared memory: more than 99 KB the smaller GPUs do not have,
+# and of an H100's it leaves room for a second block. Many rows, or float32, get fewer stages by it.
+_PIPELINE_BYTES = 96 * 1024
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,20 @@ class FFNWeights:
     down: Tensor
 
 
-def ffn(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+def ffn(
+    h: Tensor, skip: Tensor, weights: FFNWeights, *, settings: Settings | None = None
+) -> tuple[Tensor, Tensor]:
     """f [rows, hidden] in h's dtype, and sums [parts, 3, rows] in float32.
 
     h: [rows, hidden], contiguous. skip: [rows] bool. The sums of a row that skips mean nothing.
+    settings: of both kernels, in place of ONE_ROW or SOME_ROWS; parts are as many as `down` has blocks,
+    and of several rows' stages those are taken that fit into shared memory.
     """
     if not runs_kernels(h):
         return reference(h, skip, weights)
     if len(h) == 1:
-        return _one_row(h, skip, weights)
-    return _some_rows(h, skip, weights)
+        return _one_row(h, skip, weights, settings or ONE_ROW)
+    return _some_rows(h, skip, weights, settings or SOME_ROWS)
 
 
 def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
@@ -63,7 +74,7 @@ def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Ten
     return f, sums[None]
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _gate_up_one(
     h_ptr, norm_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr, eps,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -93,7 +104,7 @@ def _gate_up_one(
         tl.store(a_ptr + n, a.to(a_ptr.dtype.element_ty), mask=inside_n)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _down_one(
     a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -123,7 +134,7 @@ def _down_one(
         tl.store(f_ptr + n, tl.zeros([BLOCK_N], tl.float32).to(f_ptr.dtype.element_ty), mask=inside_n)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _norm_some(
     h_ptr, norm_ptr, x_ptr, skip_ptr, eps,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +149,7 @@ def _norm_some(
         tl.store(x_ptr + row * HIDDEN + k, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _gate_up_some(
     x_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -172,7 +183,7 @@ def _gate_up_some(
         )
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _down_some(
     a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -209,16 +220,16 @@ def _down_some(
     tl.store(f_ptr + where, f.to(f_ptr.dtype.element_ty), mask=there[None, :] & inside_n[:, None])
 
 
-def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     flag = skip.view(torch.int8)
     a = h.new_empty(1, width)
-    n, k, warps, stages = ONE_ROW["gate_up"]
+    n, k, warps, stages = settings["gate_up"]
     _gate_up_one[(-(-width // n),)](
         h, weights.norm, weights.gate, weights.up, a, flag, weights.eps,
         HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    n, k, warps, stages = ONE_ROW["down"]
+    n, k, warps, stages = settings["down"]
     parts = -(-hidden // n)
     f, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
     _down_one[(parts,)](
@@ -228,7 +239,7 @@ def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tens
     return f, sums
 
 
-def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
     width_p = max(_DOT_ROWS, padded(rows))
@@ -237,13 +248,15 @@ def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Te
     _norm_some[(rows,)](
         h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
     )
-    n, k, warps, stages = SOME_ROWS["gate_up"]
+    n, k, warps, stages = settings["gate_up"]
+    stages = min(stages, _stages((2 * n + width_p) * k * h.element_size()))
     _gate_up_some[(-(-width // n),)](
         x, weights.gate, weights.up, a, flags,
         HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    n, k, warps, stages = SOME_ROWS["down"]
+    n, k, warps, stages = settings["down"]
+    stages = min(stages, _stages((n + width_p) * k * h.element_size()))
     parts = -(-hidden // n)
     f, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](
@@ -252,3 +265,8 @@ def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Te
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return f, sums
+
+
+def _stages(tile_bytes: int) -> int:
+    """How many fit, at least two: a tile is read while the next ones are on their way."""
+    return 1 + max(1, _PIPELINE_BYTES // tile_bytes)

@@ -77,7 +77,7 @@ def _check(h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, thr
         raise ValueError("gate: weight, log_norm_weight, bias and threshold must be float32")
 
 
-@jit
+@jit(unaligned=("log_norm_weight_ptr", "bias_ptr", "threshold_ptr"))
 def _gate(
     h_ptr: tl.tensor, weight_ptr: tl.tensor, log_norm_weight_ptr: tl.tensor, bias_ptr: tl.tensor,
     threshold_ptr: tl.tensor, skip_ptr: tl.tensor, score_ptr: tl.tensor, h_stride: int, threshold_stride: int,
@@ -89,8 +89,8 @@ def _gate(
     h = tl.load(h_ptr + row * h_stride + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + n, mask=n < HIDDEN, other=0.0)
     norm = tl.maximum(tl.sqrt(tl.sum(h * h, axis=0)), TINY)
-    # By the norm first: sqrt(hidden) over it overflows where it was clamped.
-    u = h / norm * tl.sqrt(HIDDEN * 1.0)
-    score = tl.sum(weight * u, axis=0) + tl.load(log_norm_weight_ptr) * tl.log(norm) + tl.load(bias_ptr)
+    # By the norm first: sqrt(hidden) over it overflows where it was clamped. After the sum: one division.
+    along = tl.sum(weight * h, axis=0) / norm * tl.sqrt(HIDDEN * 1.0)
+    score = along + tl.load(log_norm_weight_ptr) * tl.log(norm) + tl.load(bias_ptr)
     tl.store(score_ptr + row, score)
     tl.store(skip_ptr + row, (score < tl.load(threshold_ptr + row * threshold_stride)).to(tl.int32))

@@ -6,7 +6,8 @@ launchers run their references.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,23 @@ else:
     triton = tl = None
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
+def jit(
+    kernel: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), unaligned: Sequence[str] = ()
+) -> Any:
     """`triton.jit`; without Triton the function itself.
+
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16 where it was not, and for
+    a pointer that is a multiple of 16 where it was not. varying: integers, and unaligned: pointers, that
+    change from call to call and gain nothing by it.
 
     Of a kernel's annotations Triton reads `tl.constexpr`, int and float, as text. No other name may
     stand in one that the compiler does not know, though its interpreter would not mind.
     """
-    return triton.jit(kernel) if _HAS_TRITON else kernel
+    if kernel is None:
+        return partial(jit, varying=varying, unaligned=unaligned)
+    if not _HAS_TRITON:
+        return kernel
+    return triton.jit(kernel, do_not_specialize=varying, do_not_specialize_on_alignment=unaligned)
 
 
 def runs_kernels(tensor: Tensor) -> bool:

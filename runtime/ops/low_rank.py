@@ -74,7 +74,7 @@ def _check(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor) -> N
         raise ValueError("low_rank: weights and flags must be contiguous, and h along hidden")
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _down(
     h_ptr: tl.tensor, down_ptr: tl.tensor, skip_ptr: tl.tensor, dots_ptr: tl.tensor, squares_ptr: tl.tensor,
     h_stride: int, BATCH: tl.constexpr, BATCH_P: tl.constexpr, HIDDEN: tl.constexpr, RANK: tl.constexpr,
@@ -101,7 +101,7 @@ def _down(
                 tl.store(squares_ptr + b * tl.num_programs(1) + chunk, tl.sum(h * h, axis=0))
 
 
-@jit
+@jit(unaligned=("skip_ptr",))
 def _up(
     h_ptr: tl.tensor, up_ptr: tl.tensor, bias_ptr: tl.tensor, skip_ptr: tl.tensor, dots_ptr: tl.tensor,
     squares_ptr: tl.tensor, h_stride: int, BATCH: tl.constexpr, BATCH_P: tl.constexpr, HIDDEN: tl.constexpr,

@@ -56,7 +56,10 @@ class Together(Processes):
 
 def sample(name: str, first: int, prompts: int) -> CorpusSample:
     rows = [list(range(first + LENGTH * n, first + LENGTH * (n + 1))) for n in range(prompts)]
-    return CorpusSample(Corpus(name, name), rows, held_out=[], documents=9, short_documents=0, sha256=None)
+    return CorpusSample(
+        Corpus(name, name), rows, held_out=[], documents=9, short_documents=0, sha256=None, opening=[],
+        joined_by=None,
+    )  # fmt: skip
 
 
 SAMPLES = [sample("a", 0, 5), sample("b", 100, 4)]

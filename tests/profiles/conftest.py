@@ -1,25 +1,15 @@
-"""Hypothesis: the same examples in every run, no folder left behind; and a profile with tensors."""
+"""A profile with tensors; examples are the same in every run."""
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from pathlib import Path
 
-import hypothesis
 import pytest
+import same_examples  # noqa: F401
 from gated import with_gate
-from hypothesis import configuration
 from tensor_files import SHIPPED
 
 from skipcal.profiles.schema import SkipProfile
-
-_folder = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, _folder, ignore_errors=True)
-configuration.set_hypothesis_home_dir(_folder)
-hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
-hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
 from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.errors import ConfigError
-from skipcal.runtime.engines import graph_step
+from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.gate import GatePolicy, Gates
@@ -118,6 +118,76 @@ def test_windows_of_the_cache_grow_with_the_text(tiny: Any, monkeypatch: pytest.
     assert_engines_agree(tiny, SOME, max_new_tokens=40)
     tiny.set_attn_implementation("eager")
     assert_engines_agree(tiny, SOME, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("engine", ["graph", "recorded"])
+@pytest.mark.parametrize(("prompt", "new"), [(33, 4), (40, 8), (31, 70)])
+def test_a_prompt_longer_than_the_first_cache_keeps_its_steps(
+    tiny: Any, engine: str, prompt: int, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache doubles, but not past what the call may need."""
+    monkeypatch.setattr(graph_step, "FIRST_SLOTS", 32)
+    monkeypatch.setattr(recorded_step, "FIRST_SLOTS", 32)
+    rows = [[3 + n % 90 for n in range(prompt)], [5, 6, 7]]
+    report = assert_engines_agree(tiny, SOME, rows, engine=engine, max_new_tokens=new)
+    assert (report.prepared_passes, report.eager_passes) == (new - 1, 0)
+
+
+@pytest.mark.parametrize("engine", ["graph", "recorded"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_beams_and_then_a_greedy_call_in_one_session(tiny: Any, engine: str, rows: int) -> None:
+    """The eager pass that ends with the beams is over when a step is made."""
+    results = []
+    for name in ("eager", engine):
+        with skipping(tiny, policy=SOME, engine=name) as run:
+            outputs = [
+                tiny.generate(**left_padded(ROWS[:rows]), max_new_tokens=9, do_sample=False, num_beams=beams)
+                for beams in (2, 1)
+            ]
+        results.append(([output.tolist() for output in outputs], counts(run.report)))
+    assert results[0] == results[1]
+    assert (run.report.engine, run.report.prepared_passes) == (engine, 8)
+
+
+def test_a_step_without_a_rule_is_the_same_step(tiny: Any) -> None:
+    """What skipping gains over it is then skipping alone."""
+    empty = SkipPolicy(cold_s=1, cold_e=1, threshold=0.6, warm_up_tokens=0)
+    for policy in (empty, SOME):
+        report = assert_engines_agree(tiny, policy)
+        assert "4 FFNs in predicated kernels" in report.engine_reason
+
+
+def test_attention_is_told_of_padding_only_where_there_is_some(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    attend = graph_attention.decode_attention
+
+    def noted(*args: Any, valid: Any, **options: Any) -> Any:
+        told.append(valid is not None)
+        return attend(*args, valid=valid, **options)
+
+    monkeypatch.setattr(graph_attention, "decode_attention", noted)
+    results = []
+    for engine in ("eager", "graph"):
+        with skipping(tiny, policy=SOME, engine=engine):
+            for rows in (ROWS, [ROWS[2]] * 3, ROWS):
+                told.append(engine == "graph")
+                output = tiny.generate(**left_padded(rows), max_new_tokens=5, do_sample=False)
+                results.append(output.tolist())
+    assert results[:3] == results[3:]
+    steps = 4 * (4 + 2)  # layers, and passes of four steps, of which two are proven
+    padded, plain = [True] * (1 + steps), [True] + [False] * 4 * 4
+    assert told == [False] * 3 + padded + plain + [True] * (1 + 4 * 4)
+
+
+def test_a_rule_that_learns_nothing_is_told_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*_: Any) -> None:
+        raise AssertionError("it does not want to know")
+
+    policy = ChosenFFNs(method="random", layers=(0, 2, 3), probability=0.5, warm_up_tokens=1, seed=4)
+    monkeypatch.setattr(type(policy.make_rule()), "after", told)
+    assert_engines_agree(tiny, policy)
 
 
 def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,21 @@ from skipcal.runtime.session import skipping
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.models.huggingface import HFLM
-from lm_eval_requests import DECODE, FULL, PAIRS, RANDOM, SHORT, SOME, TEXTS, ask, ids, requests, stepwise
+from lm_eval_requests import (
+    DECODE,
+    FULL,
+    PAIRS,
+    PROMPTS,
+    RANDOM,
+    SHORT,
+    SOME,
+    TEXTS,
+    ask,
+    generate,
+    ids,
+    requests,
+    stepwise,
+)
 
 from skipcal.evaluation.skip_lm import SkipLM
 
@@ -63,6 +79,38 @@ def test_the_full_policy_is_plain_hflm_and_skipping_is_not(loaded: LoadedModel) 
     assert abs(ask(SkipLM(loaded, SOME))[0][0] - expected[0][0]) > 0.01
     skipped = SkipLM(loaded, SOME).loglikelihood_rolling(rolled)
     assert all(abs(a - b) > 0.01 for a, b in zip(skipped, texts, strict=True))
+
+
+def test_special_tokens_are_those_that_hflm_adds(loaded: LoadedModel, tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    begun = copy.deepcopy(tokenizer)
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert begun("w5")["input_ids"] == [1, 5]
+    plain = HFLM(pretrained=loaded.model, tokenizer=begun, batch_size=2, logits_cache=False)
+    mine = SkipLM(replace(loaded, tokenizer=begun), FULL, batch_size=2)
+    assert [v for v, _ in ask(mine)] == pytest.approx([v for v, _ in ask(plain)], abs=1e-4)
+    expected, _ = stepwise(loaded.model, FULL, [1, *ids(PAIRS[0][0])], ids(PAIRS[0][1]))
+    assert ask(mine)[0][0] == pytest.approx(expected, abs=1e-4)
+    rolled = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    twice = mine.loglikelihood_rolling(rolled)
+    assert twice == pytest.approx(plain.loglikelihood_rolling(rolled), abs=1e-3)
+    expected, _ = stepwise(loaded.model, FULL, [1], [1, *ids(TEXTS[1])])
+    assert twice[1] == pytest.approx(expected, abs=1e-3)
+    rendered = generate(mine, [f"<s> {PROMPTS[0]}"])  # no second one where a text has it
+    assert rendered == generate(plain, [f"<s> {PROMPTS[0]}"]) == generate(mine, [PROMPTS[0]])
+
+
+def test_answers_of_another_opening_are_not_taken_from_the_cache(
+    loaded: LoadedModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    begun = copy.deepcopy(tokenizer)
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    first = ask(SkipLM(loaded, FULL, cache=tmp_path))
+    other = replace(loaded, tokenizer=begun)
+    assert ask(SkipLM(other, FULL, cache=tmp_path)) == ask(SkipLM(other, FULL)) != first
 
 
 def test_a_batch_scores_as_its_rows_do_alone_and_keeps_their_order(loaded: LoadedModel) -> None:

@@ -82,6 +82,15 @@ def test_a_row_that_skips_does_not_leak_what_lies_in_its_place() -> None:
     assert torch.isfinite(sums[:, :, [0, 2]]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_settings_may_be_given(rows: int) -> None:
+    h, weights = made(rows, 64, 128, torch.float32)
+    settings = {"gate_up": (32, 32, 4, 2), "down": (32, 128, 4, 2)}
+    f, sums = ffn(h, flags(*[0] * rows), weights, settings=settings)
+    assert sums.shape == (2, 3, rows)  # 64 by 32; by the tables 16 rows a block
+    torch.testing.assert_close(f, reference(h, flags(*[0] * rows), weights)[0], atol=1e-5, rtol=1e-5)
+
+
 def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "runs_kernels", lambda h: False)
     h, weights = made(2, 64, 128, torch.float32)

@@ -11,7 +11,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from skipcal.runtime.ops import decode_attention, gate, low_rank
+from skipcal.runtime.ops import count, decode_attention, gate, low_rank
 h, down, up, one = torch.ones(1, 8), torch.ones(2, 8), torch.ones(8, 2), torch.tensor(1.0)
 skip, _ = gate.gate(h, h[0], log_norm_weight=one, bias=one, threshold=one * 99)
 low_rank.low_rank(h, down, up, h[0].clone(), skip)
@@ -19,6 +19,10 @@ assert (h == 18).all(), h
 k = torch.ones(1, 1, 4, 8)
 out = decode_attention.decode_attention(h[None], k, k, torch.tensor(3), scale=1.0)
 assert (out == 1).all(), out
+flags, counters = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
+per_layer = torch.zeros(3, 2, dtype=torch.long)
+count.count(flags, flags[0], flags[0], ruled=flags[:, 0].clone(), per_layer=per_layer, agreement=counters)
+assert per_layer.tolist() == [[3, 3], [1, 1], [1, 1]] and counters.tolist() == [2, 2]
 """
 
 

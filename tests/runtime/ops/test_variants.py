@@ -1,0 +1,90 @@
+"""How often a kernel is compiled: a session's contexts, layers and growing caches share one variant.
+
+Triton is asked for its keys in a process of its own, for here it interprets and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+LAUNCHES = """
+import collections, json
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from skipcal.runtime.ops import arm, count, decode_attention, ffn, gate, low_rank
+
+class Driver:  # of a device on which nothing is launched
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+def note(*, key, fn, **_):
+    variants[case][fn.name.rsplit(".", 1)[-1]].add(key)
+    return True  # neither compile nor launch
+
+variants = collections.defaultdict(lambda: collections.defaultdict(set))
+triton.runtime.driver.set_active(Driver())
+triton.knobs.runtime.jit_cache_hook = note
+for op in (arm, count, decode_attention, ffn, gate, low_rank):
+    op.runs_kernels = lambda tensor: True
+
+for heads, kv_heads, padded in ((32, 32, True), (32, 8, False)):
+    case = f"{heads} heads on {kv_heads}"
+    q = torch.zeros(1, heads, 128, dtype=torch.bfloat16)
+    for slots in (1, 32, 100, 1000, 1024, 2048, 4096, 5001):
+        k = torch.zeros(1, kv_heads, slots, 128, dtype=torch.bfloat16)
+        valid = torch.ones(1, slots, dtype=torch.bool) if padded else None
+        decode_attention.decode_attention(q, k, k, torch.tensor(1), valid=valid, scale=1.0)
+
+w = torch.zeros(64, 64, dtype=torch.bfloat16)
+weights = ffn.FFNWeights(w[0], 1e-5, w, w, w)
+for rows in (1, 3):
+    case = f"{rows} rows"
+    flags, scalars = torch.zeros(6, rows, dtype=torch.bool), torch.zeros(6)
+    assert len({row.data_ptr() % 16 for row in flags}) > 1
+    for layer in range(4):
+        skip, following, live = flags[layer : layer + 3]
+        _, sums = ffn.ffn(w[:rows], skip, weights)
+        arm.arm(
+            sums, torch.zeros(rows, dtype=torch.int32), skip, following, live=live,
+            threshold=scalars[:1], limit=torch.ones(1, dtype=torch.int32),
+        )
+        scalar = scalars[layer]
+        gate.gate(w[:rows], torch.zeros(64), log_norm_weight=scalar, bias=scalar, threshold=scalar)
+        low_rank.low_rank(w[:rows], w[:4], w[:4].T.contiguous(), w[0], skip)
+        count.count(
+            flags, live, following, ruled=torch.ones(6, dtype=torch.bool),
+            per_layer=torch.zeros(3, 6, dtype=torch.long), agreement=torch.zeros(2, dtype=torch.long),
+        )
+
+print(json.dumps({c: {name: len(keys) for name, keys in v.items()} for c, v in variants.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[str, dict[str, int]]:
+    """By case: the kernels that it compiles, and how often."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", LAUNCHES]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("case", ["32 heads on 32", "32 heads on 8"])
+def test_a_cache_that_grows_compiles_nothing_anew(case: str, variants: dict[str, dict[str, int]]) -> None:
+    assert variants[case] == {"_attend_split": 1, "_merge_splits": 1}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_layers_share_their_kernels(rows: int, variants: dict[str, dict[str, int]]) -> None:
+    of_ffn = {"_gate_up_one", "_down_one"} if rows == 1 else {"_norm_some", "_gate_up_some", "_down_some"}
+    assert variants[f"{rows} rows"] == dict.fromkeys(of_ffn | {"_arm", "_count", "_gate", "_down", "_up"}, 1)
