@@ -25,10 +25,8 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu")]
 BLOCK = re.compile(
     r"(<!-- (?P<kind>speed|fit|kernels): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
 )
-SCRIPTS = {
-    "fit_cost": "fit_cost.py",
-    "ops_sm90": "ops_sm90.py",
-}  # others are called as their results up to the last underscore
+# Others are called as their results up to the last underscore.
+SCRIPTS = {"fit_cost": "fit_cost.py", "ops_sm90": "ops_sm90.py", "gpu_decode": "gpu_visit measure"}
 
 
 def updated(text: str, results: Path) -> str:
@@ -38,7 +36,8 @@ def updated(text: str, results: Path) -> str:
         name = block["name"]
         path = results / f"{name}.json"
         if not path.exists():
-            script = SCRIPTS.get(name, f"{name.rpartition('_')[0]}.py")
+            stem = name.rpartition("_")[0]
+            script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
             body = f"Not measured yet: `python benchmarks/{script}`."
         elif block["kind"] == "speed":
             body = to_markdown(load_result(path))

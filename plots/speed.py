@@ -24,11 +24,12 @@ def plot_speed_up(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     frame: what `skipcal.speed.table.to_frame` gave. The point at 0 is watching without skipping.
            Dashed: the ideal, if time were bytes. The bands are the range of the rounds.
+           Arms that did not run by their engine alone are left out.
     """
     import matplotlib.pyplot as plt
 
     ax = ax or plt.gca()
-    shown = frame[frame["arm"].isin([_AT_ZERO, "skipping"])].sort_values("skip_ratio")
+    shown = frame[frame["arm"].isin([_AT_ZERO, "skipping"]) & frame["comparable"]].sort_values("skip_ratio")
     if shown.empty:
         raise ConfigError("no skipping arm to draw; measure some with skipcal bench --ratios 0.1,0.25")
     cases = list(shown.groupby(["batch_size", "context_tokens"]))

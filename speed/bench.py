@@ -8,7 +8,6 @@ twin (the same session and engine, asked about no layer), which tells what skipp
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,25 +22,16 @@ from skipcal.arch.placement import pick_device
 from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import SURROGATE_BUDGET
-from skipcal.errors import ConfigError, SkipcalError
+from skipcal.errors import ConfigError
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.report import SkipReport
-from skipcal.speed.arms import (
-    FULL,
-    PLAIN,
-    WATCHING,
-    Bench,
-    Run,
-    endless_greedy,
-    random_prompt,
-    skip_arm,
-)
-from skipcal.speed.cost import ForcedRatio, StepBytes, break_even, forced_ratio, step_bytes
+from skipcal.speed.arms import FULL, Bench, Run, endless_greedy, random_prompt
+from skipcal.speed.compared import Compared, break_even_of, wanted_engine
+from skipcal.speed.cost import ForcedRatio, forced_ratio, step_bytes
 from skipcal.speed.files import BENCH_FORMAT
 from skipcal.speed.forced import Forced, ForcedCosine, ForcedGate, random_gate
 from skipcal.speed.hardware import copy_bandwidth, environment, peak_memory, told_of_memory
 from skipcal.speed.shapes import random_model, shape_config
-from skipcal.speed.timing import Spread, interleave, spread
+from skipcal.speed.timing import Spread, interleave
 
 RANDOM_WEIGHTS = "random weights: speed only, no quality"
 
@@ -186,14 +176,11 @@ def _case(config: BenchConfig, bench: Bench, bandwidth: Spread, time_limit_s: fl
     # Step s reads the prompt, s tokens before it and its own.
     mean_tokens = context_tokens + config.new_tokens / 2
     read = step_bytes(bench.model, bench.architecture, batch_size=batch_size, tokens=mean_tokens)
-    compared = _Compared(runs, read, bandwidth, batch_size)
+    engine = wanted_engine(config.engine, bench.ids.device.type, runs)
+    compared = Compared(runs, read, bandwidth, batch_size, engine)
     rows = [compared.row(name, ((name, 1.0),)) for name in arms if not name.startswith("skip-")]
     rows += [compared.skipping_row(ratio) for ratio in forced]
-    points = [
-        (row["skip_ratio"], row["speed_up_over_full"]["median"]) for row in rows if row["arm"] == "skipping"
-    ]
-    watching = next(row for row in rows if row["arm"] == WATCHING)
-    ratio, reason = break_even([(0.0, watching["speed_up_over_full"]["median"]), *points])
+    ratio, reason = break_even_of(rows)
     return {
         "batch_size": batch_size,
         "context_tokens": context_tokens,
@@ -204,101 +191,6 @@ def _case(config: BenchConfig, bench: Bench, bandwidth: Spread, time_limit_s: fl
         "arms": rows,
         "break_even": {"skip_ratio": ratio, "reason": reason},
     }
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """Runs of every arm by round, and what they are set against."""
-
-    runs: dict[str, list[Run]]
-    read: StepBytes
-    bandwidth: Spread
-    batch_size: int
-
-    def skipping_row(self, forced: ForcedRatio) -> dict[str, Any]:
-        """The arms on either side of a forced ratio, as one."""
-        mix = tuple((skip_arm(count), share) for count, share in forced.counts)
-        row = self.row("skipping", mix)
-        if abs(row["skip_ratio"] - forced.ratio) > 1e-9:
-            raise SkipcalError(
-                f"a skip ratio of {forced.ratio:g} was to be forced, {row['skip_ratio']:g} was counted; "
-                "this engine does not follow the rule"
-            )
-        row["skips"] = {str(count): share for count, share in forced.counts}
-        return row
-
-    def row(self, arm: str, mix: tuple[tuple[str, float], ...]) -> dict[str, Any]:
-        """Time, bytes and speed-up of a mean of arms."""
-        reports = [(self.runs[name][0].report, share) for name, share in mix]
-        steps = len(self.runs[FULL][0].timing.step_s)
-        saved = sum(share * r.weight_bytes_saved / steps for r, share in reports if r is not None)
-        ratio = sum(share * r.skip_ratio for r, share in reports if r is not None)
-        step = self._spread(mix, _steps)
-        total = self.read.total - saved
-        ideal = self.read.ideal_speed_up(saved)
-        over_full, over_plain = self._speed_up(FULL, mix), self._speed_up(PLAIN, mix)
-        return {
-            "arm": arm,
-            "skip_ratio": ratio,
-            **self._how_it_ran(mix),
-            "prefill_s": self._spread(mix, lambda run: (run.timing.prefill_s,)).to_dict(),
-            "step_ms": _scaled(step, 1e3).to_dict(),
-            "tok_per_s": self.batch_size / step.median,
-            "bytes_per_step": total,
-            "share_of_copy_bandwidth": total / step.median / 1e9 / self.bandwidth.median,
-            "ideal_speed_up": ideal,
-            "speed_up_over_full": over_full.to_dict(),
-            "speed_up_over_plain": over_plain.to_dict(),
-            "realised_over_ideal": over_full.median / ideal,
-            "realised_over_ideal_from_plain": over_plain.median / ideal,
-        }
-
-    def _how_it_ran(self, mix: tuple[tuple[str, float], ...]) -> dict[str, Any]:
-        """Engines and passes of all rounds: an engine may give up in the middle of one."""
-        runs = [run for name, _ in mix for run in self.runs[name]]
-        reports = [run.report for run in runs if run.report is not None]
-        names = [name for report in reports for name in engines_of(report)]
-        return {
-            "engine": " and ".join(dict.fromkeys(names)) or None,
-            "engine_reason": "; or: ".join(dict.fromkeys(report.engine_reason for report in reports)) or None,
-            "prepared_passes": sum(report.prepared_passes for report in reports),
-            "eager_passes": sum(report.eager_passes for report in reports),
-            "setup_s": statistics.median(run.setup_s for run in runs),
-        }
-
-    def _speed_up(self, base: str, mix: tuple[tuple[str, float], ...]) -> Spread:
-        """Ratios of the medians of each round, whose arms met the same machine: their median and range."""
-        above, below = self._medians(((base, 1.0),), _steps), self._medians(mix, _steps)
-        each = [a / b for a, b in zip(above, below, strict=True)]
-        return Spread(statistics.median(each), min(each), max(each), len(each))
-
-    def _spread(self, mix: tuple[tuple[str, float], ...], values: _Values) -> Spread:
-        medians = self._medians(mix, values)
-        parts = [(spread([values(run) for run in self.runs[name]]).median, share) for name, share in mix]
-        whole = sum(median * share for median, share in parts)
-        return Spread(whole, min(medians), max(medians), len(medians))
-
-    def _medians(self, mix: tuple[tuple[str, float], ...], values: _Values) -> list[float]:
-        """Median of each round, of a mean of arms."""
-        columns = [[share * statistics.median(values(run)) for run in self.runs[name]] for name, share in mix]
-        return [sum(column) for column in zip(*columns, strict=True)]
-
-
-def engines_of(report: SkipReport) -> list[str]:
-    """The engines that ran decode passes: of a prepared one a part may have been left to the eager one."""
-    partly = report.engine != "eager" and report.eager_passes > 0
-    return [report.engine, "eager"] if partly else [report.engine]
-
-
-_Values = Callable[[Run], tuple[float, ...]]
-
-
-def _steps(run: Run) -> tuple[float, ...]:
-    return run.timing.step_s
-
-
-def _scaled(values: Spread, factor: float) -> Spread:
-    return Spread(values.median * factor, values.min * factor, values.max * factor, values.rounds)
 
 
 def _counted(arms: dict[str, Callable[[], Run]], bar: Any) -> dict[str, Callable[[], Run]]:

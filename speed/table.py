@@ -16,7 +16,8 @@ def to_frame(result: dict[str, Any]) -> pd.DataFrame:
     rows = []
     for case in result["cases"]:
         for arm in case["arms"]:
-            row = {k: v for k, v in arm.items() if k not in (*_SPREADS, "skips")}
+            row = {"comparable": True, **arm}  # results from before it was told
+            row = {k: v for k, v in row.items() if k not in (*_SPREADS, "skips")}
             row |= {key: case[key] for key in ("batch_size", "context_tokens", "new_tokens")}
             for name in _SPREADS:
                 row |= {
@@ -64,6 +65,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         place = f"| {case['batch_size']} | {case['context_tokens']} |"
         for arm in case["arms"]:
             label = f"{arm['skip_ratio']:g}" if arm["arm"] == "skipping" else f"0 ({arm['arm']})"
+            label += _mark(arm)
             own, plain = arm["speed_up_over_full"], arm["speed_up_over_plain"]
             lines.append(
                 f"{place} {label} | {arm['step_ms']['median']:.2f} | {arm['tok_per_s']:.1f} | "
@@ -74,7 +76,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"batch {case['batch_size']}, context {case['context_tokens']}: {break_even_said(case)}"
         for case in result["cases"]
     ]
-    return "\n".join([*lines, "", f"Break-even skip ratio: {'; '.join(even)}."])
+    notes = [text for case in result["cases"] for note in _notes(case) for text in ("", rf"\{note}")]
+    return "\n".join([*lines, *notes, "", f"Break-even skip ratio: {'; '.join(even)}."])
 
 
 def break_even_said(case: dict[str, Any]) -> str:
@@ -111,7 +114,7 @@ def _case_lines(case: dict[str, Any]) -> list[str]:
         f"{'over full':>11}{'of ideal':>10}{'over plain':>12}",
     ]
     for arm in case["arms"]:
-        label = f"skipping {arm['skip_ratio']:g}" if arm["arm"] == "skipping" else arm["arm"]
+        label = _name(arm) + _mark(arm)
         step = arm["step_ms"]
         lines.append(
             f"{label:<21}{step['median']:>9.3f}{step['min']:>9.3f}{step['max']:>9.3f}{arm['tok_per_s']:>9.1f}"
@@ -122,8 +125,27 @@ def _case_lines(case: dict[str, Any]) -> list[str]:
     engine = next(arm for arm in case["arms"] if arm["arm"] == "skipping")
     return [
         *lines,
+        *_notes(case),
         f"engine {engine['engine']} ({engine['engine_reason']})",
         f"break-even skip ratio: {break_even_said(case)}",
+    ]
+
+
+def _name(arm: dict[str, Any]) -> str:
+    return f"skipping {arm['skip_ratio']:g}" if arm["arm"] == "skipping" else str(arm["arm"])
+
+
+def _mark(arm: dict[str, Any]) -> str:
+    return "" if arm.get("comparable", True) else " *"
+
+
+def _notes(case: dict[str, Any]) -> list[str]:
+    """What is wrong with the rows that are marked."""
+    return [
+        f"* {_name(arm)} cannot be compared: of its passes {arm['prepared_passes']} were prepared and "
+        f"{arm['eager_passes']} eager ({arm['engine_reason']})"
+        for arm in case["arms"]
+        if _mark(arm)
     ]
 
 

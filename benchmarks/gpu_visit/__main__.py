@@ -23,7 +23,7 @@ from gpu_visit.place import download_wheels, prepared_environment  # noqa: E402
 from gpu_visit.plan import PLANS  # noqa: E402
 from gpu_visit.steps import Visit, run_steps, table  # noqa: E402
 
-_LIMITS_S = {"check": 330.0, "measure": 560.0}
+_LIMITS_S = {"check": 240.0, "measure": 450.0}
 
 
 def main() -> None:

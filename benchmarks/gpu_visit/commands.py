@@ -94,9 +94,9 @@ def evaluate(visit: Visit) -> Iterator[dict[str, Any]]:
     """`skipcal evaluate --task perplexity` under the fitted gate."""
     items = "16" if visit.on_gpu else "3"
     rows = _skipcal(
-        visit, "evaluate", *_model(visit), "--profile", "gated.json", "--method", "gate", "--task", "perplexity", "--data-files",
-        "words.txt", "--items", items, "--window-tokens", "60", "--target-skip-ratio", str(_RATIO),
-        "-o", "evaluated",
+        visit, "evaluate", *_model(visit), "--profile", "gated.json", "--method", "gate", "--task",
+        "perplexity", "--data-files", "words.txt", "--items", items, "--window-tokens", "60",
+        "--target-skip-ratio", str(_RATIO), "-o", "evaluated",
     )  # fmt: skip
     found = {row["method"]: row["value"] for row in rows if row["metric"] == "perplexity"}
     yield {"rows": rows, "said": ", ".join(f"{name} {value:.1f}" for name, value in found.items())}

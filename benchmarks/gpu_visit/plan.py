@@ -38,13 +38,13 @@ def measure(visit: Visit) -> list[Step]:
     """The numbers of docs/speed.md, and each command on a GPU."""
     gpu = visit.on_gpu
     ops = "tests/runtime/ops" if gpu else "tests/runtime/ops/test_lang.py"
-    larger = "llama-2-13b" if visit.shape == "llama-2-7b" else visit.shape
+    larger = "llama-2-13b" if gpu else visit.shape
     calls = ("model_folder", "profile", "generate", "fit", "evaluate")
     return [
         Step("versions", 60, "gpu_visit.device:versions"),
         _bench(visit, "decode", visit.shape, 95, rounds=5),
         _bench(visit, "decode_gate", f"{visit.shape}-gate", 50, rounds=5, rule="gate"),
-        _bench(visit, "decode_13b", "llama-2-13b", 60, rounds=2, shape=larger),
+        _bench(visit, "decode_larger", "llama-2-13b" if gpu else "larger", 60, rounds=2, shape=larger),
         _bench(visit, "decode_batch_8", f"{visit.shape}-batch-8", 45, rounds=3, batch_size=[8]),
         *(Step(name, 60, f"gpu_visit.commands:{name}") for name in calls),
         _tests("ops", 150, ops, 8 if gpu else 0),

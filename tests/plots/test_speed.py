@@ -23,7 +23,7 @@ def frame() -> pd.DataFrame:
     made = pd.DataFrame(rows, columns=["arm", "skip_ratio", "speed_up_over_full", "ideal_speed_up"])
     made["speed_up_over_full_min"] = made["speed_up_over_full"] - 0.1
     made["speed_up_over_full_max"] = made["speed_up_over_full"] + 0.1
-    return made.assign(batch_size=1, context_tokens=128)
+    return made.assign(batch_size=1, context_tokens=128, comparable=True)
 
 
 @pytest.fixture

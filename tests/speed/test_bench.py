@@ -24,6 +24,7 @@ from skipcal.runtime.surrogates import Surrogates
 from skipcal.speed import bench, shapes
 from skipcal.speed.arms import Run
 from skipcal.speed.bench import Subject, check_shape, load_subject, run_bench
+from skipcal.speed.compared import Compared
 from skipcal.speed.cost import StepBytes
 from skipcal.speed.forced import ForcedGate
 from skipcal.speed.table import to_text
@@ -96,7 +97,7 @@ def test_a_speed_up_is_the_median_of_the_rounds_own() -> None:
         "skip-2": runs((0.8, 0.8, 0.8), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
         "skip-3": runs((0.4, 0.4, 0.4), (0.5, 0.5, 0.5), (0.8, 0.8, 0.8)),
     }
-    compared = bench._Compared(measured, StepBytes(100, 0), Spread(1e-6, 1e-6, 1e-6, 1), 2)
+    compared = Compared(measured, StepBytes(100, 0), Spread(1e-6, 1e-6, 1e-6, 1), 2, "eager")
     row = compared.row("skipping", (("skip-2", 0.75), ("skip-3", 0.25)))
     steps = [0.75 * 0.8 + 0.25 * 0.4, 0.5, 0.75 * 1.0 + 0.25 * 0.8]  # of each round
     over_full = sorted([1.0 / steps[0], 1.0 / steps[1], 2.0 / steps[2]])
