@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -21,12 +22,15 @@ from skipcal.runtime.session import skipping
 class Generation:
     """A generated text and what it took.
 
+    setup_s:   seconds in which the FFN blocks were located and proven, and steps prepared. The other
+               times are without it.
     tok_per_s: decode steps a second, after the prefill; None for a single token.
     """
 
     prompt_tokens: int
     new_tokens: int
     text: str
+    setup_s: float
     prefill_s: float
     decode_s: float
     chat_template: bool
@@ -43,6 +47,7 @@ class Generation:
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
+            "setup_s": self.setup_s,
             "prefill_s": self.prefill_s,
             "decode_s": self.decode_s,
             "tok_per_s": self.tok_per_s,
@@ -83,20 +88,23 @@ def generate_text(
         ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
         inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     inputs = inputs.to(input_device(model))
-    clock = _TimedStreamer(tokenizer, stream)
     sampling: dict[str, Any] = {"do_sample": True}
     if seed is None:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     else:
         set_seed(seed)
+    begin = time.perf_counter()
     with skipping(model, policy=policy, engine=engine) as run:
         start = time.perf_counter()
+        # A step may be prepared before the token of the step before it is handed over.
+        clock = _TimedStreamer(tokenizer, stream, lambda: time.perf_counter() - run.setup_s)
         output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock, **sampling)
     length = inputs["input_ids"].shape[1]
     return Generation(
         prompt_tokens=length,
         new_tokens=output.shape[1] - length,
         text=tokenizer.decode(output[0, length:], skip_special_tokens=True),
+        setup_s=start - begin + run.setup_s,
         prefill_s=clock.times[0] - start,
         decode_s=clock.times[-1] - clock.times[0],
         chat_template=wrapped,
@@ -105,17 +113,18 @@ def generate_text(
 
 
 class _TimedStreamer(TextStreamer):
-    """Writes text as it is finished and keeps the time of every generated token."""
+    """Writes text as it is finished and keeps the time of every generated token, by a clock that may stop."""
 
-    def __init__(self, tokenizer: Any, stream: TextIO | None) -> None:
+    def __init__(self, tokenizer: Any, stream: TextIO | None, now: Callable[[], float]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+        self._now = now
         self._stream = stream
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
-            self.times.append(time.perf_counter())
+            self.times.append(self._now())
         self._prompt_seen = True
         super().put(value)  # type: ignore[no-untyped-call]
 
