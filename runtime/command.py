@@ -105,6 +105,7 @@ def _generated(done: Generation) -> str:
     return (
         f"\n{done.new_tokens} tokens, {speed} tokens/s in decoding; engine {report['engine']} "
         f"({report['engine_reason']})\n"
+        f"set-up {done.setup_s:.2f} s, prefill {done.prefill_s:.2f} s, decoding {done.decode_s:.2f} s\n"
         f"skip ratio {shown['skip_ratio']} after the warm-up, {shown['skip_ratio_all']} over all "
         f"{report['decode_steps']} decode steps; {report['weight_bytes_saved'] / 1e9:.2f} GB not read\n"
         f"skipped per layer: {per_layer}"

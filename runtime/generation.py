@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -24,12 +25,15 @@ from skipcal.runtime.session import skipping
 class Generation:
     """A generated text and what it took.
 
+    setup_s:   seconds in which the FFN blocks were located and proven, and steps prepared. The other
+               times are without it.
     tok_per_s: decode steps a second, after the prefill; None for a single token.
     """
 
     prompt_tokens: int
     new_tokens: int
     text: str
+    setup_s: float
     prefill_s: float
     decode_s: float
     chat_template: bool
@@ -46,6 +50,7 @@ class Generation:
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
+            "setup_s": self.setup_s,
             "prefill_s": self.prefill_s,
             "decode_s": self.decode_s,
             "tok_per_s": self.tok_per_s,
@@ -99,17 +104,20 @@ def generate_text(
     check_ids(model, inputs["input_ids"].tolist())
     warn_of_overruled(model, sampled=seed is not None)
     inputs = inputs.to(input_device(model))
-    clock = _TimedStreamer(tokenizer, stream)
     decoding = greedy_decoding if seed is None else sampled_decoding
     if seed is not None:
         set_seed(seed)
+    begin = time.perf_counter()
     with skipping(model, policy=policy, engine=engine) as run, decoding(model):
         start = time.perf_counter()
+        # A step may be prepared before the token of the step before it is handed over.
+        clock = _TimedStreamer(tokenizer, stream, lambda: time.perf_counter() - run.setup_s)
         output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
     return Generation(
         prompt_tokens=length,
         new_tokens=output.shape[1] - length,
         text=tokenizer.decode(output[0, length:], skip_special_tokens=True),
+        setup_s=start - begin + run.setup_s,
         prefill_s=clock.times[0] - start,
         decode_s=clock.times[-1] - clock.times[0],
         chat_template=wrapped,
@@ -118,17 +126,18 @@ def generate_text(
 
 
 class _TimedStreamer(TextStreamer):
-    """Writes text as it is finished and keeps the time of every generated token."""
+    """Writes text as it is finished and keeps the time of every generated token, by a clock that may stop."""
 
-    def __init__(self, tokenizer: Any, stream: TextIO | None) -> None:
+    def __init__(self, tokenizer: Any, stream: TextIO | None, now: Callable[[], float]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+        self._now = now
         self._stream = stream
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
-            self.times.append(time.perf_counter())
+            self.times.append(self._now())
         self._prompt_seen = True
         super().put(value)  # type: ignore[no-untyped-call]
 

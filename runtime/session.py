@@ -217,6 +217,11 @@ class SkipSession:
             setup_s=self._engine.setup_s,
         )
 
+    @property
+    def setup_s(self) -> float:
+        """Seconds in which steps were prepared so far; `report` has it too, but waits for the device."""
+        return 0.0 if self._engine is None else self._engine.setup_s
+
     def _new_engine(self, architecture: Architecture) -> Engine:
         if isinstance(self.policy, SkipPolicy):
             return self.policy.engine(architecture, self._requested_engine, batch_rule=self._batch_rule)

@@ -177,6 +177,7 @@ def test_generate_streams_text_and_reports(here: Path) -> None:
     text, _, report = done.stdout.rpartition("\n\n")
     assert len(text) > 40
     assert re.search(r"40 tokens, \d+\.\d tokens/s in decoding; engine eager", report)
+    assert re.search(r"\nset-up \d+\.\d\d s, prefill \d+\.\d\d s, decoding \d+\.\d\d s\n", report)
     assert "over all 39 decode steps" in report
     per_layer = [int(n) for n in report.rpartition("skipped per layer:")[2].split()]
     assert len(per_layer) == 30

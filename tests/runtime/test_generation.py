@@ -1,0 +1,54 @@
+"""`skipcal generate`: what counts as set-up, as prefill and as decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from skipcal.arch.loading import LoadedModel
+from skipcal.runtime import session
+from skipcal.runtime.engines.step_engine import StepEngine
+from skipcal.runtime.generation import generate_text
+from skipcal.runtime.policy import SkipPolicy
+
+
+class FakeClock:
+    """Stands still, but for what is said to take time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._patch = monkeypatch
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def slow(self, owner: Any, name: str, seconds: float) -> None:
+        """Let each call of a function take so long."""
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def slowed(*args: Any, **options: Any) -> Any:
+            self.now += seconds
+            return original(*args, **options)
+
+        self._patch.setattr(owner, name, slowed)
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize(("engine", "ahead"), [("recorded", 0), ("graph", 1)])
+def test_set_up_is_neither_prefill_nor_decoding(
+    worded: LoadedModel, monkeypatch: pytest.MonkeyPatch, engine: str, ahead: int
+) -> None:
+    """Ahead, a token is handed over once the pass after it was launched: the first proof comes before it."""
+    clock = FakeClock(monkeypatch)
+    clock.slow(session, "locate", 30)
+    clock.slow(StepEngine, "cache_for", 7)  # before the prompt's pass
+    clock.slow(StepEngine, "_prove", 100)  # two of them
+    clock.slow(StepEngine, "run_no_sync", 1)
+    policy = SkipPolicy(cold_s=1, cold_e=7, threshold=0.9, warm_up_tokens=0)
+    done = generate_text(worded, policy, "w5 w6 w7", new_tokens=6, engine=engine)
+    assert (done.report.engine, done.report.prepared_passes) == (engine, 5)
+    assert done.setup_s == 30 + 2 * 100
+    assert done.prefill_s == 7 + ahead
+    assert done.decode_s == 5 - ahead
+    assert done.tok_per_s == 5 / (5 - ahead)
+    assert done.to_dict()["setup_s"] == done.setup_s
