@@ -82,28 +82,9 @@ def generate_text(
     tokenizer: Any = loaded.tokenizer
     model: Any = loaded.model
     wrapped = chat_template and bool(getattr(tokenizer, "chat_template", None))
-    if wrapped:
-        inputs = templated(
-            tokenizer,
-            [{"role": "user", "content": prompt}],
-            instead=WITHOUT,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    else:
-        ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
-        inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    inputs = _inputs(loaded, prompt, new_tokens, wrapped=wrapped)
     length = inputs["input_ids"].shape[1]
-    check_length(
-        model,
-        length + new_tokens,
-        f"a prompt of {length} tokens and {new_tokens} new ones do",
-        lower="--new-tokens, or shorten the prompt",
-    )
-    check_ids(model, inputs["input_ids"].tolist())
     warn_of_overruled(model, sampled=seed is not None)
-    inputs = inputs.to(input_device(model))
     decoding = greedy_decoding if seed is None else sampled_decoding
     if seed is not None:
         set_seed(seed)
@@ -123,6 +104,33 @@ def generate_text(
         chat_template=wrapped,
         report=run.report,
     )
+
+
+def _inputs(loaded: LoadedModel, prompt: str, new_tokens: int, *, wrapped: bool) -> BatchEncoding:
+    """The prompt's tokens, in its template or as plain text, where the model is."""
+    tokenizer: Any = loaded.tokenizer
+    if wrapped:
+        inputs = templated(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            instead=WITHOUT,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
+        inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    length = inputs["input_ids"].shape[1]
+    check_length(
+        loaded.model,
+        length + new_tokens,
+        f"a prompt of {length} tokens and {new_tokens} new ones do",
+        lower="--new-tokens, or shorten the prompt",
+    )
+    check_ids(loaded.model, inputs["input_ids"].tolist())
+    found: BatchEncoding = inputs.to(input_device(loaded.model))
+    return found
 
 
 class _TimedStreamer(TextStreamer):
