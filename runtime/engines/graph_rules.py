@@ -53,18 +53,24 @@ class StepInputs:
 class StepRule(Protocol):
     """A rule in a captured step; `skips` are the rows of one tensor, [layers + 1, batch] bool."""
 
+    @property
+    def wants_f(self) -> bool:
+        """Whether `after` needs f itself."""
+
     def start(self) -> None:
         """A new token of each row; `skips` are all False."""
 
     def before(self, layer: int, h: Tensor) -> Tensor:
         """Rows [batch] bool that skip FFN `layer`, also kept in `skips`. h: [batch, hidden]."""
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as runtime.ops.ffn makes them."""
 
 
 class Unasked:
     """No rule: the FFN runs for every row."""
+
+    wants_f = False
 
     def __init__(self, skips: Tensor) -> None:
         """Show rows of `skips`, which nobody writes."""
@@ -77,7 +83,7 @@ class Unasked:
         """Nobody skips."""
         return self._skips[layer]
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Nobody learns."""
 
 
@@ -91,6 +97,11 @@ class AnyRule:
         """Ask `rule`; write into `skips`."""
         self._rule, self._inputs, self._skips = rule, inputs, skips
         self._state: Any = None
+
+    @property
+    def wants_f(self) -> bool:
+        """Where it learns."""
+        return self._rule.learns
 
     def start(self) -> None:
         """Fresh state of each row."""
@@ -109,9 +120,10 @@ class AnyRule:
         skip, self._state = self._rule.before(layer, self._state, h)
         return torch.logical_and(torch.as_tensor(skip), self._inputs.active_static, out=self._skips[layer])
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Tell the rule, if it wants to know."""
         if self._rule.learns:
+            assert f is not None
             self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
 
 
@@ -120,6 +132,8 @@ class FusedCosine:
 
     Threshold and `max_skips` are values on the device: a new one needs no new capture.
     """
+
+    wants_f = False
 
     def __init__(self, rule: CosineRule, inputs: StepInputs, skips: Tensor) -> None:
         """Take region, threshold and `max_skips` from `rule`; write into `skips`."""
@@ -139,7 +153,7 @@ class FusedCosine:
         """What the layer before has found."""
         return self._skips[layer]
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Arm, count down, and say who skips the next layer; after the region nobody asks."""
         assert sums is not None
         follows = layer + 1 if layer + 1 in self._layers else -1

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipcal.arch.locate import Architecture
+from skipcal.arch.locate import Architecture, Block
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
-from skipcal.runtime.engines.graph_attention import step_attention
+from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
+from skipcal.runtime.engines.graph_layer import AttentionWeights, FusedLayer, attention_weights
 from skipcal.runtime.engines.graph_rules import (
     AnyRule,
     FusedCosine,
@@ -82,7 +83,11 @@ class DecodeStep(PreparedStep):
         )
         self._skips = self._skips_static[:, :batch]
         self._layers = architecture.blocks
+        self._sight = Sight(self.inputs.place_static[0], None)
         self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
+        self._fused = all(isinstance(ffn, FusedLayer) for ffn in self._ffns) and len(self._ffns) == len(
+            self._layers
+        )
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor  # [batch, vocabulary]
@@ -155,7 +160,7 @@ class DecodeStep(PreparedStep):
     ) -> tuple[list[StepFFN], StepRule, str]:
         """The FFN blocks that are not the model's own, the rule, and in words how they run.
 
-        The kernels stand for the FFNs of which the rule is not asked too: a step without a rule is then
+        The kernels stand for the layers of which the rule is not asked too: a step without a rule is then
         the same step, and what a rule gains over it is skipping alone.
         """
         found = {block.index: fused_weights(block, self.batch) for block in architecture.blocks}
@@ -167,21 +172,34 @@ class DecodeStep(PreparedStep):
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []
+        parted: dict[int, str] = {}  # layers of which the FFN alone is in kernels, and why
         for block in architecture.blocks:
-            weights = found[block.index]
+            weights, rules = found[block.index], (step_rule, surrogates)
+            if block.index not in asked:
+                rules = (Unasked(self._skips), Surrogates({}))
             if isinstance(weights, FFNWeights):
-                if block.index in asked:
-                    ffns.append(FusedFFN(block, weights, step_rule, surrogates))
+                attention = self._attention_weights(architecture, block, weights)
+                if isinstance(attention, AttentionWeights):
+                    ffns.append(FusedLayer(block, attention, weights, *rules, self._sight))
                 else:
-                    ffns.append(FusedFFN(block, weights, Unasked(self._skips), Surrogates({})))
+                    ffns.append(FusedFFN(block, weights, *rules))
+                    parted[block.index] = attention
             elif block.index in asked:
-                ffns.append(ModuleFFN(block, step_rule, surrogates, extras))
-        fused = len(ffns) - len(modules)
-        words = [f"{fused} FFNs in predicated kernels"] if fused else []
-        if modules:
-            why = "; ".join(dict.fromkeys(modules.values()))
-            words.append(f"{len(modules)} as modules in IF nodes ({why})")
+                ffns.append(ModuleFFN(block, *rules, extras))
+        fused = len(ffns) - len(modules) - len(parted)
+        words = [f"{fused} layers fused"] if fused else []
+        for reasons, how in ((parted, "FFNs in predicated kernels"), (modules, "as modules in IF nodes")):
+            if reasons:
+                words.append(f"{len(reasons)} {how} ({'; '.join(dict.fromkeys(reasons.values()))})")
         return ffns, step_rule, ", ".join(words) or "no FFN to skip"
+
+    def _attention_weights(
+        self, architecture: Architecture, block: Block, weights: FFNWeights
+    ) -> AttentionWeights | str:
+        """Of a layer that can run whole, or why it cannot."""
+        if not self._reads_used:
+            return f"attention {self._config._attn_implementation!r} is the model's own"
+        return attention_weights(block, weights, getattr(architecture.stack, "rotary_emb", None), self.batch)
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Inside, launches go to the model's GPU, whichever is the current one."""
@@ -205,18 +223,14 @@ class DecodeStep(PreparedStep):
         self._skips_static.zero_()
         self._rule.start()
         valid = inputs.valid_static[:, :window] if self._padded else None
-        seen = (self._places[:window] <= inputs.place_static).expand(self.batch, -1)
-        if valid is not None:
-            seen = seen & valid
         patches = InstancePatches()
         self.cache.enter_step(inputs.place_static, window)
         try:
             for ffn in self._ffns:
                 ffn.set_on(patches)
             with self._attention(inputs.place_static[0] + 1, valid):
-                logits = self._logits(
-                    inputs.ids_static, inputs.positions_static, self._mask(seen), self.cache
-                )
+                mask = None if self._fused else self._mask(self._seen(window, valid))
+                logits = self._logits(inputs.ids_static, inputs.positions_static, mask, self.cache)
         except BaseException:
             for ffn in self._ffns:
                 ffn.abandon()
@@ -230,7 +244,13 @@ class DecodeStep(PreparedStep):
         return self._logits_static.copy_(logits)
 
     def _attention(self, length: Tensor, valid: Tensor | None) -> AbstractContextManager[None]:
-        return step_attention(self._config, length, valid) if self._reads_used else nullcontext()
+        self._sight.length, self._sight.valid = length, valid
+        return step_attention(self._config, self._sight) if self._reads_used else nullcontext()
+
+    def _seen(self, window: int, valid: Tensor | None) -> Tensor:
+        """[batch, window] bool: places that attention may see."""
+        seen = (self._places[:window] <= self.inputs.place_static).expand(self.batch, -1)
+        return seen if valid is None else seen & valid
 
     def _mask(self, seen: Tensor) -> Tensor:
         """[batch, 1, 1, window], as the attention wants it."""
