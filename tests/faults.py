@@ -55,7 +55,7 @@ def the_cache_written_elsewhere(patch: pytest.MonkeyPatch) -> None:
     before = graph_layer.rotary_cache
 
     def wrong(qkv: Tensor, cos: Tensor, sin: Tensor, place: Tensor, *cache: Tensor, **given: Any) -> Tensor:
-        return before(qkv, cos, sin, place - 1, *cache, **given)
+        return before(qkv, cos, sin, place + 1, *cache, **given)
 
     make = graph_step.DecodeStep.__init__
 

@@ -58,7 +58,7 @@ class StepRule(Protocol):
         """Whether `after` needs f itself."""
 
     def start(self) -> None:
-        """A new token of each row; `skips` are all False."""
+        """A new token of each row. `skips` of layers that a rule is not asked of are False, and stay so."""
 
     def before(self, layer: int, h: Tensor) -> Tensor:
         """Rows [batch] bool that skip FFN `layer`, also kept in `skips`. h: [batch, hidden]."""
@@ -141,13 +141,16 @@ class FusedCosine:
         self._layers, self._inputs, self._skips = rule.layers, inputs, skips
         self._batch_rule = rule.batch_rule
         self._left = torch.zeros(skips.shape[1], dtype=torch.int32, device=device)
+        self._watching, self._spent = (
+            torch.tensor(left, dtype=torch.int32, device=device) for left in (WATCHING, SPENT)
+        )
         limit = UNLIMITED if rule.max_skips is None else rule.max_skips
         self._limit = torch.tensor([limit], dtype=torch.int32, device=device)
         self._threshold = torch.tensor([rule.threshold], dtype=torch.float32, device=device)
 
     def start(self) -> None:
         """Watch the rows past their warm-up; the others neither skip nor arm."""
-        self._left.copy_(torch.where(self._inputs.active_static, WATCHING, SPENT))
+        torch.where(self._inputs.active_static, self._watching, self._spent, out=self._left)
 
     def before(self, layer: int, h: Tensor) -> Tensor:
         """What the layer before has found."""

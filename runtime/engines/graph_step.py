@@ -23,7 +23,12 @@ from skipcal.arch.locate import Architecture, Block
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
-from skipcal.runtime.engines.graph_layer import AttentionWeights, FusedLayer, attention_weights
+from skipcal.runtime.engines.graph_layer import (
+    AttentionWeights,
+    FusedLayer,
+    attention_weights,
+    fused_norm,
+)
 from skipcal.runtime.engines.graph_rules import (
     AnyRule,
     FusedCosine,
@@ -84,10 +89,13 @@ class DecodeStep(PreparedStep):
         self._skips = self._skips_static[:, :batch]
         self._layers = architecture.blocks
         self._sight = Sight(self.inputs.place_static[0], None)
-        self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
-        self._fused = all(isinstance(ffn, FusedLayer) for ffn in self._ffns) and len(self._ffns) == len(
-            self._layers
+        with self._on_device():  # layers are tried
+            self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
+        self._fused = len(self._ffns) == len(self._layers) and all(
+            isinstance(ffn, FusedLayer) for ffn in self._ffns
         )
+        with self._on_device():
+            self._final_norm = fused_norm(getattr(architecture.stack, "norm", None)) if self._fused else None
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor  # [batch, vocabulary]
@@ -220,7 +228,6 @@ class DecodeStep(PreparedStep):
     def _compute(self) -> Tensor:
         """The step itself, all of which can be captured: logits [batch, vocabulary], in place."""
         inputs, window = self.inputs, self._window()
-        self._skips_static.zero_()
         self._rule.start()
         valid = inputs.valid_static[:, :window] if self._padded else None
         patches = InstancePatches()
@@ -228,6 +235,8 @@ class DecodeStep(PreparedStep):
         try:
             for ffn in self._ffns:
                 ffn.set_on(patches)
+            if self._final_norm is not None:
+                patches.set(*self._final_norm)
             with self._attention(inputs.place_static[0] + 1, valid):
                 mask = None if self._fused else self._mask(self._seen(window, valid))
                 logits = self._logits(inputs.ids_static, inputs.positions_static, mask, self.cache)

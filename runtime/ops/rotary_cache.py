@@ -39,9 +39,9 @@ def rotary_cache(
 ) -> Tensor:
     """Turned queries [batch, heads, head_dim]; keys and values go to `place` of their caches.
 
-    qkv: [batch, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values. cos, sin: [batch, rotary]
-    or [1, rotary], the two halves alike, as transformers makes them. place: [1] int64 on the device. keys,
-    values: [batch, kv_heads, slots, head_dim]. All of one dtype; rounded where transformers rounds.
+    qkv: [batch, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values. cos, sin: [batch or 1,
+    rotary], as transformers makes them. place: [1] int64 on the device. keys, values: [batch, kv_heads,
+    slots, head_dim]. All of one dtype; rounded where transformers rounds.
     ValueError: shapes or strides other than these.
     """
     heads = _check(qkv, cos, sin, place, keys, values)
@@ -95,8 +95,8 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, place: Tensor, keys: Tensor, v
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if keys.shape != values.shape or qkv.shape != (batch, (heads + 2 * kv_heads) * head_dim) or heads < 1:
         raise ValueError(
-            f"rotary_cache: qkv {list(qkv.shape)}, keys {list(keys.shape)}, values {list(values.shape)} must be "
-            "[batch, (heads + 2 kv_heads) * head_dim] and twice [batch, kv_heads, slots, head_dim]"
+            f"rotary_cache: qkv {list(qkv.shape)}, keys {list(keys.shape)}, values {list(values.shape)} "
+            "must be [batch, (heads + 2 kv_heads) * head_dim] and twice [batch, kv_heads, slots, head_dim]"
         )
     rotary = cos.shape[-1]
     if cos.shape != sin.shape or len(cos) not in (1, batch) or rotary % 2 or rotary > head_dim:
