@@ -6,6 +6,8 @@ Public names are imported on first use, so that importing the package costs noth
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from skipcal.quiet import remarks_off
+
 if TYPE_CHECKING:
     from skipcal.arch.families import register_family as register_family
     from skipcal.arch.loading import load_model as load_model
@@ -80,7 +82,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'skipcal' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with remarks_off():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -17,17 +19,14 @@ import typer
 
 from skipcal.calibrate.processes import Processes
 from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
+from skipcal.quiet import TALKATIVE
 
 if TYPE_CHECKING:
     from skipcal.arch.loading import LoadedModel
+    from skipcal.profiles.output import Output
 
 logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
-
-
-# Warnings that are no user's business: casts of inputs, kernels for other machines (transformers imports
-# torchao wherever it is installed), what torchao will have to change.
-_TALKATIVE = ("accelerate", "bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 class Console:
@@ -42,11 +41,12 @@ class Console:
         self._stdout = sys.stdout
         self.processes = processes
         self.on_interrupt = "no output was written or changed"
+        self._outputs = contextlib.ExitStack()
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
         if self.processes.leads:
-            self._stdout.write(text if self._as_json else readable + "\n")
+            self._stdout.write(_ascii(text) if self._as_json else readable + "\n")
             self._stdout.flush()
 
     def result(self, document: Any, readable: str) -> None:
@@ -56,7 +56,19 @@ class Console:
     def say(self, text: str) -> None:
         """A remark that is no part of the result."""
         if self.processes.leads:
-            typer.echo(text, err=self._as_json)
+            print(text, file=sys.stderr if self._as_json else sys.stdout, flush=True)
+
+    def output(self, path: Path, *, overwrite: bool, alone: bool = True) -> Output:
+        """An output that is held until the command ends; see `Output`."""
+        from skipcal.profiles.output import Output
+
+        held = Output(path, overwrite=overwrite, alone=alone)
+        self._outputs.callback(held.release)
+        return held
+
+    def release_outputs(self) -> None:
+        """Let other runs have the names."""
+        self._outputs.close()
 
     def doing(self, what: str) -> None:
         """Say what takes a while, to somebody who watches: a line on stderr, where that is a terminal."""
@@ -77,7 +89,6 @@ class Console:
         from skipcal.arch.loading import load_model
         from skipcal.arch.placement import memory_limits
 
-        quiet_loading()
         name, limits = settings.pop("model"), memory_limits(settings.pop("max_memory"))
         self.doing(f"loading {name or EMBEDDED_MODEL}")
         return load_model(name, max_memory=limits, **settings)
@@ -90,7 +101,7 @@ class Console:
     def complain(self, text: str, *, own: bool = False) -> None:
         """A line on stderr. own: it happened in this process alone, so that it has to speak itself."""
         if own or self.processes.leads:
-            typer.echo(text, err=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -99,6 +110,7 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
 
     together: the command can be run by several processes; others refuse to do the same work N times.
     """
+    _replace_what_cannot_be_shown()
     processes = _processes(together)
     _quieten(processes)
     console = Console(as_json, processes)
@@ -128,6 +140,8 @@ def command(as_json: bool, debug: bool, *, together: bool = False) -> Iterator[C
         hint = f"({type(error).__name__}; run again with --debug for the traceback)"
         console.complain(f"error: {first_words(error)} {hint}", own=True)
         raise typer.Exit(1) from None
+    finally:
+        console.release_outputs()
 
 
 def _processes(together: bool) -> Processes:
@@ -171,6 +185,30 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def check_typed(option: str, text: str) -> None:
+    """Raise ConfigError for text whose bytes are not what the terminal's encoding says."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(
+            f"{option} '{_ascii(text)[:80]}' is no {sys.getfilesystemencoding()} text, as LANG and LC_ALL "
+            "have it; set them to UTF-8, or give the text in a file where there is an option for one"
+        )
+
+
+def _replace_what_cannot_be_shown() -> None:
+    """Print a question mark for a character that the terminal has not, rather than end in the middle.
+
+    (Which is why nothing here is printed by `typer.echo`: to a terminal of ASCII it writes UTF-8.)
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _ascii(text: str) -> str:
+    """JSON text that any terminal can show: in JSON, other characters stand inside strings alone."""
+    return re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+
+
 class _Line(logging.Formatter):
     """A warning is called one; what is being done stands as it is."""
 
@@ -187,7 +225,7 @@ def _quieten(processes: Processes) -> None:
     log = logging.getLogger("skipcal")
     log.handlers, log.propagate = [handler] if processes.leads else [logging.NullHandler()], False
     log.setLevel(logging.INFO if watched else logging.WARNING)
-    for library in _TALKATIVE:
+    for library in TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ["MPLBACKEND"] = "Agg"  # commands draw into files, never into a window
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -224,11 +262,3 @@ def command_line() -> str:
         label, separator, path = word.rpartition("=")
         words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
     return " ".join(["skipcal", *words])
-
-
-def quiet_loading() -> None:
-    """No bar of transformers unless stderr is a terminal, and this process the one that draws there."""
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE") == "1":
-        disable_progress_bar()

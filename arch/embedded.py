@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.errors import OutputError, Unavailable
+from skipcal.quiet import bars_on_a_terminal, remarks_off
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def embedded_model_folder() -> Path:
     if not folder.is_dir():
         logger.info("converting the embedded model, once, to %s ...", folder)
         try:
-            _convert(source, folder)
+            with remarks_off(), bars_on_a_terminal():
+                _convert(source, folder)
         except OSError as error:
             raise OutputError(
                 f"the embedded model could not be stored in {folder}: {error}; make room there "

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from skipcal.arch.limits import check_tokenizer, fitted_tokenizer
 from skipcal.arch.locate import unwrap
 from skipcal.arch.placement import SPREADS, place
 from skipcal.arch.quantization import check_quantization, quantization_config, quantization_name
@@ -27,6 +28,7 @@ from skipcal.arch.source import Source, check_source, find_source, refuse_tokeni
 from skipcal.arch.stored import named_weights, stored
 from skipcal.configs.names import DTYPES
 from skipcal.errors import ConfigError, SkipcalError, Unavailable, first_words, suggestion
+from skipcal.quiet import bars_on_a_terminal
 
 _VALUES_PER_TENSOR = 16
 
@@ -36,6 +38,7 @@ class LoadedModel:
     """A model in evaluation mode with its tokenizer and where both came from.
 
     model:             of a PeftModel the transformers model inside, which carries the adapter.
+    tokenizer:         makes no inputs that the model does not take, as token_type_ids; if need be, a copy.
     adapter:           hub id or folder of the adapter that was put on the model.
     trust_remote_code: code that comes with the model was allowed to run.
     """
@@ -50,6 +53,7 @@ class LoadedModel:
     def __post_init__(self) -> None:
         """Take the model out of its wrapper. Raises UnsupportedModel for what is none of transformers."""
         object.__setattr__(self, "model", unwrap(self.model))
+        object.__setattr__(self, "tokenizer", fitted_tokenizer(self.model, self.tokenizer))
 
     def described(self) -> dict[str, Any]:
         """What results record of it; a folder or file gives its name, not its place."""
@@ -65,6 +69,7 @@ class LoadedModel:
         }
 
 
+@bars_on_a_terminal()
 def load_model(
     name: str | None = None,
     *,
@@ -88,7 +93,8 @@ def load_model(
     device_map:     instead of a device, as transformers takes it: "auto" spreads the model over GPUs,
                     CPU and disk. max_memory bounds each of them; offload_folder is for weights that
                     cannot be read again from the checkpoint.
-    Raises Unavailable when the model cannot be had, ConfigError for options that do not fit.
+    Raises Unavailable when the model cannot be had, or its tokenizer is another's, ConfigError for options
+    that do not fit.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -110,6 +116,7 @@ def load_model(
         **placement,
         **({"quantization_config": quantized} if quantized is not None else {}),
     )
+    check_tokenizer(model, tokenizer, source.name)
     if adapter is not None:
         _put_on(model, adapter, source)
     elif has_adapter(model):  # it lay in the model's own folder, and transformers took it along

@@ -8,6 +8,7 @@ from typing import Any
 from skipcal.calibrate.corpora import CorpusSample, sample_corpus
 from skipcal.calibrate.known import Corpus
 from skipcal.errors import ConfigError
+from skipcal.runtime.chat_template import templated
 
 _MESSAGE = "\N{OBJECT REPLACEMENT CHARACTER}skipcal\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -41,8 +42,12 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids before and after a user's message, up to where the answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("the tokenizer has no chat template; leave out --chat-template")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MESSAGE}], add_generation_prompt=True, tokenize=False
+    text = templated(
+        tokenizer,
+        [{"role": "user", "content": _MESSAGE}],
+        instead="leave out --chat-template",
+        add_generation_prompt=True,
+        tokenize=False,
     )
     before, found, after = text.partition(_MESSAGE)
     if not found:

@@ -47,14 +47,13 @@ def fit(
     """
     with command(as_json, debug) as console:
         from skipcal.configs.fit import load_fit
-        from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile, model_slug
 
         settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
-        for path in (target, beside(target)):
-            check_output(path, overwrite=settings.overwrite)
+        output_file = console.output(target, overwrite=settings.overwrite, alone=False)
+        console.output(beside(target), overwrite=settings.overwrite)
 
         console.importing()
         from skipcal.calibrate.fit import fit_gate_profile
@@ -63,7 +62,7 @@ def fit(
         fitted = fit_gate_profile(
             console.load(settings.model_dump()), found, settings.model_copy(update={"output": str(target)})
         )
-        fitted.save(target, overwrite=settings.overwrite)
+        target = output_file.write(lambda path: fitted.save(path, overwrite=settings.overwrite))
         console.document(fitted.to_json(), summarize(fitted))
         console.say(
             f"\nwrote {target} and {beside(target)}; "
@@ -104,14 +103,13 @@ def tune(
     """
     with command(as_json, debug) as console:
         from skipcal.configs.tune import load_tune
-        from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile, model_slug
 
         settings = load_tune(config, {**given(ctx, "rules"), "rules": listed("--rules", rules)})
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
-        figures = [Path(settings.figure)] if settings.figure else []
-        check_output(target, overwrite=settings.overwrite)
+        alone = found.gate is None
+        profile_file = console.output(target, overwrite=settings.overwrite, alone=alone)
 
         console.importing()
         from skipcal.calibrate.tune import tune_profile
@@ -119,14 +117,18 @@ def tune(
         from skipcal.plots.style import check_figure
         from skipcal.profiles.summary import tuning_table
 
-        for path in figures:
-            check_figure(path, overwrite=settings.overwrite)
+        figures = []
+        if settings.figure:
+            check_figure(Path(settings.figure), overwrite=settings.overwrite)
+            figures.append(console.output(Path(settings.figure), overwrite=settings.overwrite))
         tuned = tune_profile(console.load(settings.model_dump()), found, settings)
-        tuned.save(target, overwrite=settings.overwrite)
-        for path in figures:
-            save_pareto(tuned, path, overwrite=settings.overwrite)
+        target = profile_file.write(lambda path: tuned.save(path, overwrite=settings.overwrite))
+        drawn = [
+            figure.write(lambda path: save_pareto(tuned, path, overwrite=settings.overwrite))
+            for figure in figures
+        ]
         console.document(tuned.to_json(), tuning_table(tuned))
-        written = " and ".join(str(path) for path in (target, *figures))
+        written = " and ".join(str(path) for path in (target, *drawn))
         console.say(f"\nwrote {written}; next: skipcal generate --profile {target} --prompt TEXT")
 
 
@@ -168,10 +170,18 @@ def compare(
         loading = {name: asked.pop(name) for name in ModelSettings.model_fields if name in asked}
 
         console.importing()
-        from skipcal.calibrate.compare import CompareConfig, run_compare
+        from skipcal.calibrate.compare import CompareConfig, check_folder, run_compare
+
+        held = None
+        if output:
+            main = check_folder(output, with_text=bool(corpus or data_files), overwrite=overwrite)
+            held = console.output(main, overwrite=overwrite)
 
         result = run_compare(sources, CompareConfig(**asked), lambda: console.load(loading))
-        written = result.save(output, overwrite=overwrite) if output else []
+        written = []
+        if held:
+            place = held.write(lambda path: result.save(path.parent, overwrite=overwrite))
+            written = [place.with_name(name) for name in result.files]
         console.result(result.to_dict(), result.to_text())
         for path in written:
             console.say(f"wrote {path}")

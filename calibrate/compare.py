@@ -23,7 +23,7 @@ from skipcal.calibrate.side_by_side import compare_profiles, curve_distances
 from skipcal.calibrate.transfer import held_out_texts, policy_of, transfer, transfer_matrix
 from skipcal.configs.run import without_folder
 from skipcal.errors import ConfigError, TargetOutOfReach
-from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.files import check_output, dump_json, remove_output, write_atomic, write_text_atomic
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
 
@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 COMPARE_FORMAT = "skipcal.compare/1"
+FILES = ("compare.json", "compare.csv", "distances.csv", "curves.png")
+TRANSFER_FILES = ("transfer.csv", "transfer_ratio.png", "transfer_perplexity.png")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class CompareResult:
                 parts.append(f"Without an operating point for the target: {', '.join(absent)}.")
         return "\n\n".join(parts)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that `save` writes."""
+        return FILES if self.transfer is None else FILES + TRANSFER_FILES
+
     def save(self, folder: Path, *, overwrite: bool) -> list[Path]:
         """Write tables, figures and the whole as JSON into `folder`; returns the files.
 
@@ -153,15 +160,23 @@ class CompareResult:
                 writers[f"transfer_{name}.png"] = lambda path, value=value: save_transfer(  # type: ignore[misc]
                     table, path, value=value, overwrite=overwrite
                 )
-        paths = {folder / name: write for name, write in writers.items()}
-        for path in paths:
-            check_output(path, overwrite=overwrite)
+        check_folder(folder, with_text=self.transfer is not None, overwrite=overwrite)
         if self.transfer is None:  # what an earlier comparison with text left must not stand beside this one
-            for name in ("transfer.csv", "transfer_ratio.png", "transfer_perplexity.png"):
-                (folder / name).unlink(missing_ok=True)
-        for path, write in paths.items():
-            write(path)
-        return list(paths)
+            for name in TRANSFER_FILES:
+                remove_output(folder / name)
+        for name in self.files:
+            writers[name](folder / name)
+        return [folder / name for name in self.files]
+
+
+def check_folder(folder: Path, *, with_text: bool, overwrite: bool) -> Path:
+    """Raise early, before long work, when a comparison could not be saved in `folder`; returns its JSON file.
+
+    Raises as `check_output` does.
+    """
+    for name in FILES + TRANSFER_FILES if with_text else FILES:
+        check_output(folder / name, overwrite=overwrite)
+    return folder / FILES[0]
 
 
 def run_compare(

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
-from skipcal.calibrate.known import KNOWN_CORPORA, TABLE_BUILDERS, Corpus, likely, resolve_corpora
+from skipcal.calibrate.known import KNOWN_CORPORA, Corpus, likely, resolve_corpora
+from skipcal.calibrate.local_files import open_text, read_records, unreadable, whole_characters
 from skipcal.calibrate.retry import retried
 from skipcal.errors import ConfigError, Unavailable, first_words
 from skipcal.runtime.opening import opening, opening_names, text_ids, window
@@ -247,12 +248,10 @@ def _joined_by(corpus: Corpus) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             text = file.read(STREAM_CHARACTERS)
-    except UnicodeDecodeError as error:
-        raise Unavailable(f"{path} is not UTF-8 text (byte {error.start}); pass a text file") from error
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except Exception as error:  # what the decompressors raise
+        raise unreadable(path, error) from error
     if "\0" in text:
         raise Unavailable(f"{path} is binary, not text; pass a UTF-8 text file")
     if not text.strip():
@@ -261,14 +260,10 @@ def _read_text(path: Path) -> str:
 
 
 def _records(corpus: Corpus) -> Any:
-    from datasets import load_dataset
+    from datasets import IterableDataset, load_dataset
 
-    if corpus.local:
-        path = Path(corpus.source)
-        if not path.is_file():
-            raise Unavailable(f"{path} cannot be read (no such file); check the path")
-        builder = TABLE_BUILDERS[path.suffix.lower()]
-        return load_dataset(builder, data_files=str(path), split="train", streaming=True)
+    if corpus.local:  # not by load_dataset, for which a path is a pattern
+        return IterableDataset.from_generator(_local_records, gen_kwargs={"path": corpus.source})
     return load_dataset(
         corpus.source,
         corpus.config,
@@ -279,25 +274,41 @@ def _records(corpus: Corpus) -> Any:
     )
 
 
+def _local_records(path: str) -> Iterator[dict[str, Any]]:
+    return (record for _, record in read_records(Path(path)))
+
+
 def _shuffled_texts(corpus: Corpus, seed: int) -> Iterator[str]:
     return _texts(_records(corpus).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), corpus)
 
 
 def _texts(records: Iterable[dict[str, Any]], corpus: Corpus) -> Iterator[str]:
+    """The text of each record; empty for one whose text is missing, unless that is so in all of them."""
+    columns: set[str] = set()
+    found = 0
     for record in records:
         if corpus.questions is not None and corpus.format is not None:
             yield QUESTION_SETS[corpus.questions].item(record, corpus.format).text(corpus.format)
             continue
+        columns |= record.keys()
         text = record.get(corpus.text_column)
-        if not isinstance(text, str):
-            columns = ", ".join(sorted(record)) or "none"
-            as_questions = ", or read it as questions with NAME:in-context=PATH"
-            raise Unavailable(
-                f"corpus {corpus.name!r} has no text in column {corpus.text_column!r} "
-                f"(columns: {columns}); name one with --text-column"
-                f"{as_questions if corpus.name in QUESTION_SETS else ''}"
-            )
-        yield text
+        # On the hub every record has all columns. A file's records may differ, and it has an end.
+        lacking = text is None and (corpus.local or corpus.text_column in record)
+        if not lacking and not isinstance(text, str):
+            raise _no_text(corpus, columns)
+        found += not lacking
+        yield whole_characters(text or "")
+    if columns and not found:
+        raise _no_text(corpus, columns)
+
+
+def _no_text(corpus: Corpus, columns: Iterable[str]) -> Unavailable:
+    as_questions = ", or read it as questions with NAME:in-context=PATH"
+    return Unavailable(
+        f"corpus {corpus.name!r} has no text in column {corpus.text_column!r} "
+        f"(columns: {', '.join(sorted(columns)) or 'none'}); name one with --text-column"
+        f"{as_questions if corpus.name in QUESTION_SETS else ''}"
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.calibrate.closed_loop import RealisedCurve
@@ -106,14 +106,11 @@ class _Fitter:
                 f"no token of a window of {config.prompt_tokens} lies past the warm-up of "
                 f"{self.warm_up_tokens}; raise --prompt-tokens"
             )
-        context = context_tokens(self._model.config)
-        if context and config.prompt_tokens > context:
-            raise ConfigError(
-                f"windows of {config.prompt_tokens} tokens do not fit the model's context of {context}; "
-                "lower --prompt-tokens"
-            )
+        what = f"windows of {config.prompt_tokens} tokens do"
+        check_length(self._model, config.prompt_tokens, what, lower="--prompt-tokens")
         self._rank = self._chosen_rank()
         self._samples = self._read()
+        check_ids(self._model, (row for s in self._samples for row in (*s.prompts, *s.held_out)))
         self._tokens = sum(len(s.prompts) for s in self._samples) * (config.prompt_tokens - self._first)
         if self._tokens < TOKENS_PER_INPUT * self._architecture.hidden_size:
             logger.warning(

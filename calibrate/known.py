@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skipcal.calibrate.formats import DEFAULT_FORMAT, QUESTION_SETS, Format, format_named
+from skipcal.calibrate.local_files import COMPRESSIONS, RECORD_SUFFIXES, TEXT_SUFFIXES, ending, stem
 from skipcal.errors import ConfigError, Unavailable, did_you_mean, suggestion
-
-TEXT_SUFFIXES = (".txt",)
-TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,12 @@ def _named(name: str) -> Corpus:
 def _local(entry: str) -> Corpus:
     label, separator, path = entry.partition("=")
     if not separator or Path(entry).exists():
-        label, path = Path(entry).stem, entry
-    suffix = Path(path).suffix.lower()
-    if suffix not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
+        label, path = stem(Path(entry)), entry
+    suffix = ending(Path(path))
+    if suffix not in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
         raise ConfigError(
-            f"data file {path!r} has the ending {suffix!r}; expected .txt, .jsonl, .json or .parquet"
+            f"data file {path!r} has the ending {suffix!r}; expected .txt, .jsonl or .json, with "
+            f"{', '.join(COMPRESSIONS)} after it or without, or .parquet"
         )
     corpus = Corpus(label, path, stream=suffix in TEXT_SUFFIXES, local=True)
     base, separator, wanted = label.partition(":")

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.chat import sample_prompts
@@ -38,6 +38,7 @@ from skipcal.errors import ConfigError, Unavailable
 from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
 from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile, threshold_for
 from skipcal.runtime.batching import batches
+from skipcal.runtime.greedy import warn_of_overruled
 from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
 logger = logging.getLogger(__name__)
@@ -160,13 +161,12 @@ class _Calibrator:
             cold_s, cold_e = given or (1, layers - 1)
             policy = SkipPolicy(cold_s=cold_s, cold_e=cold_e, threshold=1.0, max_skips=config.max_skips)
             check_reachable(policy, config.target_skip_ratio, layers)
-        context = context_tokens(self._loaded.model.config)
-        length = config.prompt_tokens + (config.new_tokens if config.mode == "generate" else 0)
-        if context and length > context:
-            raise ConfigError(
-                f"{length} tokens a row do not fit the model's context of {context}; lower "
-                "--prompt-tokens or --new-tokens"
-            )
+        generates = config.mode == "generate"
+        length = config.prompt_tokens + (config.new_tokens if generates else 0)
+        what, model = f"{length} tokens a row do", self._loaded.model
+        check_length(model, length, what, lower="--prompt-tokens or --new-tokens")
+        if generates and self._processes.leads:
+            warn_of_overruled(model)
 
     def _given_region(self) -> tuple[int, int] | None:
         config = self._config
@@ -180,7 +180,7 @@ class _Calibrator:
         """The prompts of each corpus; in process 0 alone, for the hub limits how often it is asked."""
         config = self._config
         corpora = resolve_corpora(config.corpora(), config.data_files, text_column=config.text_column)
-        return [
+        samples = [
             sample_prompts(
                 corpus,
                 self._loaded.tokenizer,
@@ -192,6 +192,8 @@ class _Calibrator:
             )
             for corpus in corpora
         ]
+        check_ids(self._loaded.model, (row for s in samples for row in (*s.prompts, *s.held_out)))
+        return samples
 
     def open_checkpoint(self, root: Path, samples: list[CorpusSample]) -> Checkpoint:
         """The folder for finished batches. Raises ConfigError where a process does not see it."""

@@ -15,6 +15,7 @@ from skipcal.console import Console, command, given
 if TYPE_CHECKING:
     from skipcal.calibrate.pipeline import Calibration
     from skipcal.configs.run import ProfileConfig
+    from skipcal.profiles.output import Output
 
 UNFINISHED = ".unfinished"  # after the output's name: the folder beside it that keeps finished batches
 
@@ -63,18 +64,19 @@ def profile(
 
 
 def _calibrate(console: Console, settings: ProfileConfig) -> None:
-    from skipcal.profiles.files import check_output
+    from skipcal.profiles.files import is_stream
     from skipcal.profiles.schema import model_slug
 
     processes = console.processes
     target = Path(settings.output or f"profiles/{model_slug(settings.model)}.json")
     traced = Path(settings.trace) if settings.trace else None
+    held: list[Output] = []  # in process 0, which writes
 
-    def check_outputs() -> None:
+    def hold_outputs() -> None:
         for path in (target, *([traced] if traced else [])):
-            check_output(path, overwrite=settings.overwrite)
+            held.append(console.output(path, overwrite=settings.overwrite))
 
-    processes.share(check_outputs)
+    processes.share(hold_outputs)
 
     console.importing()
     from skipcal.calibrate.pipeline import calibrate_together
@@ -83,16 +85,17 @@ def _calibrate(console: Console, settings: ProfileConfig) -> None:
 
     options = processes.agree(lambda: with_own_device(settings.model_dump(), processes))
     loaded = processes.in_turn(lambda: console.load(options))
-    unfinished = target.with_name(target.name + UNFINISHED)
+    # Nothing can be put beside a device or a pipe.
+    unfinished = None if is_stream(target) else target.with_name(target.name + UNFINISHED)
     try:
         result = calibrate_together(loaded, settings, processes, unfinished)
         if result is None:  # not process 0
             return
-        if traced:
-            write_trace(result.traces, traced, overwrite=settings.overwrite)
-        result.profile.save(target, overwrite=settings.overwrite)
+        for output in held[1:]:
+            output.write(lambda path: write_trace(result.traces, path, overwrite=settings.overwrite))
+        target = held[0].write(lambda path: result.profile.save(path, overwrite=settings.overwrite))
     except BaseException:
-        if unfinished.exists():
+        if unfinished is not None and unfinished.exists():
             console.on_interrupt = f"what is finished is kept in {unfinished}; give the same command again"
         raise
     if result.checkpoint:

@@ -150,7 +150,7 @@ def write_trace(traces: Sequence[Trace], path: Path, *, overwrite: bool) -> None
     def write(partial: Path) -> None:
         tables = (_table(trace.corpus, part) for trace in traces for part in trace.parts)
         waiting = [next(tables)]
-        with pq.ParquetWriter(partial, waiting[0].schema) as file:
+        with partial.open("wb") as raw, pq.ParquetWriter(raw, waiting[0].schema) as file:
             for table in tables:
                 if sum(len(other) for other in waiting) + len(table) > ROW_GROUP:
                     file.write_table(pa.concat_tables(waiting))

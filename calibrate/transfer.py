@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device, locate
 from skipcal.calibrate.chat import sample_prompts
@@ -197,12 +197,8 @@ def _check_lengths(
             f"text {name!r}: rows of {longest} tokens have none past the prompt of {prompt_tokens} and the "
             f"warm-up of {warm_up}; raise --text-tokens or lower --prompt-tokens"
         )
-    context = context_tokens(model.config)
-    if context and longest > context:
-        raise ConfigError(
-            f"text {name!r}: rows of {longest} tokens do not fit the model's context of {context}; "
-            "lower --text-tokens"
-        )
+    check_length(model, longest, f"text {name!r}: rows of {longest} tokens do", lower="--text-tokens")
+    check_ids(model, rows)
 
 
 @torch.no_grad()

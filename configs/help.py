@@ -10,12 +10,20 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from skipcal.configs.paths import at_home
+
 MODEL, TEXT, JUDGE, LM_EVAL, OUTPUT, GENERAL = "Model", "Text", "Judge", "lm-eval", "Output", "General"
 _SECTIONS = ("Arguments", "Options", MODEL, TEXT, JUDGE, LM_EVAL, OUTPUT, GENERAL)
 
 
 class Command(TyperCommand):
-    """A command whose options are told section by section."""
+    """A command whose options are told section by section, and whose paths may begin with `~`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words that were typed."""
+        rest: list[str] = super().parse_args(ctx, args)
+        ctx.params = at_home("", ctx.params)
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each section that the command has an option of."""

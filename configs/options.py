@@ -186,7 +186,7 @@ DataFiles = Annotated[
         "--data-files",
         metavar="[NAME=]FILE",
         section=TEXT,
-        help=".txt, .jsonl or .parquet; repeatable.",
+        help=".txt or .jsonl, also .gz, or .parquet; repeatable.",
     ),
 ]
 TextColumn = Annotated[

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from skipcal.configs.paths import at_home
 from skipcal.errors import ConfigError, asking, suggestion
 from skipcal.runtime.engines.choice import check_engine
 from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
@@ -187,7 +188,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"configuration {path}: expected `key: value` lines, see skipcal profile --help")
-    return settings
+    expanded: dict[str, Any] = at_home("", settings)
+    return expanded
 
 
 def shipped_configs() -> list[str]:

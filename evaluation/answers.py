@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
-from skipcal.errors import ConfigError
 from skipcal.runtime.batching import batches, padded
+from skipcal.runtime.chat_template import WITHOUT, templated
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy
@@ -49,15 +49,10 @@ class Subject:
         if not self.chat_template:
             text = "\n\n".join(message["content"] for message in messages)
             return row_ids(tokenizer, text)
-        ids = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True, tokenize=True
+        ids = templated(
+            tokenizer, messages, instead=WITHOUT, add_generation_prompt=True, return_dict=True, tokenize=True
         )["input_ids"]
         return list(ids)
-
-    @property
-    def context(self) -> int | None:
-        """Longest row the model takes, where its configuration says so."""
-        return context_tokens(self.loaded.model.config)
 
 
 def answers(
@@ -73,13 +68,7 @@ def answers(
     One session runs all of them, so between two batches the model is not to be used for anything else.
     Raises ConfigError for a prompt that leaves no room for `new_tokens` in the model's context.
     """
-    context = subject.context
-    for key, prompt in prompts.items():
-        if context and len(prompt) + new_tokens > context:
-            raise ConfigError(
-                f"item {key!r} has {len(prompt)} tokens, and {new_tokens} more do not fit the model's "
-                f"context of {context}; lower --new-tokens or leave the item out"
-            )
+    check_prompts(subject, prompts, new_tokens)
     # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
     ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
     decode: Any = subject.loaded.tokenizer.decode
@@ -98,6 +87,18 @@ def answers(
                 report.since(before),
             )
             before = report
+
+
+def check_prompts(subject: Subject, prompts: dict[str, list[int]], new_tokens: int) -> None:
+    """Raise ConfigError for prompts (token ids, by item id) that the model cannot be given.
+
+    So is one that leaves no room for `new_tokens` in the model's context.
+    """
+    model = subject.loaded.model
+    for key, prompt in prompts.items():
+        what = f"item {key!r} has {len(prompt)} tokens, and {new_tokens} more do"
+        check_length(model, len(prompt) + new_tokens, what, lower="--new-tokens or leave the item out")
+    check_ids(model, prompts.values())
 
 
 def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

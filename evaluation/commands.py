@@ -106,14 +106,12 @@ def _lm_eval(
         raise ConfigError(f"--{stray.replace('_', '-')} has no effect on --lm-eval-tasks; leave it out")
     console.importing()
     from skipcal.baselines.methods import Ask, make_policy, recommended_ratio
-    from skipcal.profiles.files import check_output, write_atomic
+    from skipcal.profiles.files import write_atomic
     from skipcal.profiles.schema import SkipProfile
 
     if overwrite and output is None:
         raise ConfigError("--overwrite has no effect without --output; leave it out")
-    target = output / "results.csv" if output else None
-    if target:
-        check_output(target, overwrite=overwrite)
+    held = console.output(output / "results.csv", overwrite=overwrite) if output else None
     found = SkipProfile.load(options["profile"])
     ratio = options["ratios"][0] if options.get("ratios") else recommended_ratio(found)
 
@@ -145,8 +143,10 @@ def _lm_eval(
     )
     shown = frame.drop(columns=["ci_low", "ci_high", "skip_ratio_all", "threshold", "seed"], errors="ignore")
     console.result(_rows(frame), shown.to_string(index=False, float_format="{:.4g}".format))
-    if target:
-        write_atomic(target, lambda path: frame.to_csv(path, index=False), overwrite=overwrite)
+    if held:
+        target = held.write(
+            lambda path: write_atomic(path, lambda file: frame.to_csv(file, index=False), overwrite=overwrite)
+        )
         console.say(f"wrote {target}")
 
 
@@ -156,7 +156,14 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     found = SkipProfile.load(settings.profile)
 
     console.importing()
-    from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
+    from skipcal.evaluation.outputs import (
+        SETTINGS,
+        begin_folder,
+        check_folder,
+        sweep_settings,
+        tables,
+        write_results,
+    )
     from skipcal.evaluation.records import digest
     from skipcal.evaluation.sweep import plan, run_sweep
 
@@ -165,6 +172,8 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     place = folder or Path("runs") / f"evaluate-{digest(recorded)}"
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file; give the name of a folder with --output")
+    console.output(place / SETTINGS, overwrite=True)
+    check_folder(place, recorded, overwrite=overwrite)
     loaded = console.load(settings.model_dump())
     found.check_fits(loaded.model)
     begin_folder(place, recorded, overwrite=overwrite)

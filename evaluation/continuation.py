@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcal.configs.sweep import ContinuationSettings
-from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.perplexity import text_rows
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, in_subsets, text_quality
@@ -59,8 +59,12 @@ class Continuation:
 
 
 def load_continuation(settings: ContinuationSettings, subject: Subject, seed: int) -> Continuation:
-    """Cut the prompts. Raises Unavailable where text is missing or too short."""
+    """Cut the prompts.
+
+    Raises Unavailable where text is missing or too short, ConfigError for prompts that do not fit the model.
+    """
     prompts, sources = text_rows(settings, subject, settings.prompts, settings.prompt_tokens, seed)
+    check_prompts(subject, prompts, settings.new_tokens)
     return Continuation(
         prompts=prompts,
         new_tokens=settings.new_tokens,

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from skipcal.calibrate.local_files import read_records, whole_characters
 from skipcal.errors import Unavailable, first_words
 
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each record of a .jsonl or .parquet file with its place, for messages.
-
-    Raises Unavailable for a file that is not there or not of that kind.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
-                yield f"{path}, row {number}", row
-            return
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or first_words(error)
-        raise Unavailable(f"{path} cannot be read ({reason}); check the path") from error
-    except Exception as error:  # what pyarrow raises for a damaged file
-        raise Unavailable(f"{path} is no Parquet file ({first_words(error)})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise Unavailable(f"{path}:{number} is no JSON object; expected one record a line")
-        yield f"{path}:{number}", value
+__all__ = ["hub_commit", "hub_records", "read_records", "text_field", "unique"]
 
 
 def text_field(record: dict[str, Any], name: str, where: str) -> str:
     """A field that has to hold text."""
     value = record.get(name)
-    if isinstance(value, str) and not value.isascii():
-        value = value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair has no encoding
+    if isinstance(value, str):
+        value = whole_characters(value)
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(sorted(record)) or "none"
         raise Unavailable(f"{where}: expected text in field {name!r}, got {value!r} (fields: {fields})")

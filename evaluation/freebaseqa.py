@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.calibrate.corpora import file_sha256
+from skipcal.calibrate.local_files import ending, open_text
 from skipcal.configs.sweep import QuestionSettings
 from skipcal.errors import Unavailable
-from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.data import read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, drawn, in_subsets, text_quality
@@ -63,12 +64,7 @@ class FreebaseQA:
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record a question."""
-        prompts = {
-            key: subject.encode(
-                [{"role": "user", "content": PROMPT.format(question=self.questions[key].text)}]
-            )
-            for key in ids
-        }
+        prompts = {key: _prompt(self.questions[key], subject) for key in ids}
         for group, report in answers(
             subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
         ):
@@ -85,7 +81,10 @@ class FreebaseQA:
 
 
 def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> FreebaseQA:
-    """Read and draw the questions. Raises Unavailable for a file that cannot be used."""
+    """Read and draw the questions.
+
+    Raises Unavailable for a file that cannot be used, ConfigError for questions that do not fit the model.
+    """
     if settings.data_file is None:
         raise Unavailable(
             "FreebaseQA is not on the hub; get FreebaseQA-eval.json from github.com/kelvin-jiang/FreebaseQA "
@@ -93,6 +92,8 @@ def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> 
         )
     path = Path(settings.data_file)
     questions = drawn(read_questions(path), settings.items, seed, str(path))
+    prompts = {key: _prompt(question, subject) for key, question in questions.items()}
+    check_prompts(subject, prompts, settings.new_tokens)
     return FreebaseQA(
         questions=questions,
         new_tokens=settings.new_tokens,
@@ -101,12 +102,16 @@ def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> 
     )
 
 
+def _prompt(question: Question, subject: Subject) -> list[int]:
+    return subject.encode([{"role": "user", "content": PROMPT.format(question=question.text)}])
+
+
 def read_questions(path: Path) -> dict[str, Question]:
     """Questions by id, of the release's JSON or of .jsonl with id, question and answers.
 
     Raises Unavailable for a missing question, aliases that are missing or empty, a repeated id.
     """
-    records = _release(path) if path.suffix.lower() == ".json" else read_records(path)
+    records = _release(path) if ending(path) == ".json" else read_records(path)
     questions: dict[str, Question] = {}
     for where, record in records:
         text = text_field(record, "question", where)
@@ -125,7 +130,8 @@ def read_questions(path: Path) -> dict[str, Question]:
 def _release(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The release's form: Questions[].Parses[].Answers[].AnswersName[]."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["Questions"]
+        with open_text(path) as file:
+            entries = json.load(file)["Questions"]
     except OSError as error:
         raise Unavailable(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from skipcal.calibrate.local_files import open_text
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.verdicts import JudgeRequest, Verdict
 
@@ -198,7 +199,8 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
     prompts used here is missing or would leave out part of what is judged.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_text(path) as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; expected a FastChat judge_prompts.jsonl") from error
     except OSError as error:

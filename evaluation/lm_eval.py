@@ -31,6 +31,7 @@ from skipcal.evaluation.skip_lm import SkipLM
 from skipcal.evaluation.statistics import Estimate, Scale, Share, difference
 from skipcal.evaluation.sweep import COLUMNS
 from skipcal.evaluation.tasks import ALL
+from skipcal.runtime.greedy import warn_of_overruled
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.policy import Policy
 
@@ -88,6 +89,7 @@ def run_lm_eval(
     if limit is not None and limit <= 0:
         raise ConfigError(f"limit {limit:g} leaves no document; expected a number above 0")
     architecture = locate(loaded.model)
+    warn_of_overruled(loaded.model)
     models = [
         SkipLM(
             loaded,

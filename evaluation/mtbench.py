@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import BenchSettings
-from skipcal.errors import ConfigError, Unavailable
+from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
@@ -137,12 +138,11 @@ def _check_context(questions: dict[str, BenchQuestion], new_tokens: int, subject
     """Raise ConfigError now when two turns and two answers would not fit, not after hours."""
     for key, question in questions.items():
         talk = [{"role": "user", "content": turn} for turn in question.turns]
-        longest = sum(len(subject.encode([message])) for message in talk) + 2 * new_tokens
-        if subject.context and longest > subject.context:
-            raise ConfigError(
-                f"question {key} may take {longest} tokens in two turns, and the model's context is "
-                f"{subject.context}; lower --new-tokens"
-            )
+        turns = [subject.encode([message]) for message in talk]
+        longest = sum(map(len, turns)) + 2 * new_tokens
+        what = f"question {key} may take {longest} tokens in two turns, which do"
+        check_length(subject.loaded.model, longest, what, lower="--new-tokens")
+        check_ids(subject.loaded.model, turns)
 
 
 def _references(file: str | None) -> dict[str, tuple[str, str]]:

@@ -23,7 +23,7 @@ from skipcal.configs.sweep import SweepConfig
 from skipcal.errors import OutputExists
 from skipcal.evaluation.sweep import SweepResult
 from skipcal.plots.sweep import FIGURES, main_metrics, save_sweep_figures
-from skipcal.profiles.files import check_output, dump_json, write_atomic, write_text_atomic
+from skipcal.profiles.files import check_output, dump_json, remove_output, write_atomic, write_text_atomic
 from skipcal.profiles.markdown import table
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.opening import opening_names
@@ -52,28 +52,35 @@ def _files(task: dict[str, Any]) -> Iterator[str]:
         yield entry if Path(entry).exists() else entry.partition("=")[2] or entry
 
 
+def check_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether a sweep of these settings was begun in the folder. Raises OutputExists for one of others."""
+    path = folder / SETTINGS
+    check_output(path, overwrite=True)
+    if overwrite or not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or any(found.get(key) != value for key, value in settings.items()):
+        raise OutputExists(
+            f"{folder} holds results of other settings; pass --overwrite to replace them (records are "
+            "kept), or name another folder"
+        )
+    return True
+
+
 def begin_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write sweep.json before anything runs: from then on the folder belongs to these settings.
 
     The same settings go on from what is there: records are never made twice, tables are drawn again.
-    Raises OutputExists when the folder holds the results of others.
+    Raises as `check_folder` does.
     """
-    path = folder / SETTINGS
-    check_output(path, overwrite=True)
-    if path.exists() and not overwrite:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
-        if any(found.get(key) != value for key, value in settings.items()):
-            raise OutputExists(
-                f"{folder} holds results of other settings; pass --overwrite to replace them (records are "
-                "kept), or name another folder"
-            )
+    if check_folder(folder, settings, overwrite=overwrite):
         return
     for name in (*TABLES, *FIGURES):
-        (folder / name).unlink(missing_ok=True)
-    write_text_atomic(path, dump_json(settings), overwrite=True)
+        remove_output(folder / name)
+    write_text_atomic(folder / SETTINGS, dump_json(settings), overwrite=True)
 
 
 def write_results(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import input_device
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.configs.sweep import PerplexitySettings
-from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.statistics import Scale, Share
 from skipcal.evaluation.tasks import ALL, Metrics, Record
@@ -135,11 +135,8 @@ def load_perplexity(settings: PerplexitySettings, subject: Subject, seed: int) -
 
     Raises Unavailable where text is missing or too short, ConfigError for windows beyond the context.
     """
-    if subject.context and settings.window_tokens > subject.context:
-        raise ConfigError(
-            f"a window of {settings.window_tokens} tokens does not fit the model's context of "
-            f"{subject.context}; lower --window-tokens"
-        )
+    what = f"a window of {settings.window_tokens} tokens does"
+    check_length(subject.loaded.model, settings.window_tokens, what, lower="--window-tokens")
     windows, sources = text_rows(settings, subject, settings.windows, settings.window_tokens, seed)
     # What the tokenizer begins a text with is no text: it is never scored.
     given = max(settings.prompt_tokens, prefill_tokens(subject.loaded.tokenizer))
@@ -164,6 +161,7 @@ def text_rows(
         sample = sample_corpus(
             corpus, subject.loaded.tokenizer, prompts=count, prompt_tokens=length, seed=seed
         )
+        check_ids(subject.loaded.model, sample.prompts)
         rows |= {f"{corpus.name}/{number}": row for number, row in enumerate(sample.prompts)}
         found = sample.corpus
         sources.append(

@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from skipcal.arch.limits import check_ids
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device, locate, unwrap
 from skipcal.baselines.whole_layers import ShortGPT
@@ -28,6 +29,8 @@ from skipcal.errors import ConfigError, first_words
 from skipcal.evaluation.harness import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.runtime.batching import padded
+from skipcal.runtime.chat_template import WITHOUT, refusal
+from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
 from skipcal.runtime.opening import opening_names
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
@@ -49,7 +52,8 @@ class SkipLM(HFLM):  # type: ignore[misc]
     multiple-choice task are scored by the full model entirely, and a continuation of one token always
     is, for the prefill predicts it. A run in which no token came after the warm-up says so. Each
     window of `loglikelihood_rolling` is a text of its own: its warm-up starts anew.
-    Generation: plain `generate()` inside `skipping`.
+    Generation: plain `generate()` inside `skipping`, by the task's settings; the model's own, as a
+    penalty, are not used, save for sampling.
 
     loaded:        a LoadedModel; or a model, and its tokenizer beside it.
     chat_template: whether `run_lm_eval` applies the tokenizer's, where it has one. For
@@ -128,6 +132,16 @@ class SkipLM(HFLM):  # type: ignore[misc]
         )
 
     # What lm-eval calls
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the template has it. Raises ConfigError where it refuses."""
+        try:
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        except Exception as error:  # HFLM has tried it without a system message
+            raise refusal(error, WITHOUT) from error
+        return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether greedy decoding gives it) of each request."""
@@ -224,6 +238,8 @@ class SkipLM(HFLM):  # type: ignore[misc]
             "opening": opening_names(self.tokenizer),
             "lm_eval": harness_version,
         }
+        if overruled(model):  # answers of a skipcal that used them must not be mixed with these
+            header["overruled"] = overruled(model)
         return RecordFile(folder / f"{self.label}-{digest(header)}.jsonl", header)
 
     # The model
@@ -274,6 +290,7 @@ class SkipLM(HFLM):  # type: ignore[misc]
 
     def _row_logits(self, rows: list[Row]) -> list[Tensor]:
         """Logits [continuation, vocabulary] of each row, from one right-padded pass."""
+        check_ids(unwrap(self.model), (tokens for _, tokens in rows))
         ids, mask = padded([tokens for _, tokens in rows], self.device, side="right")
         prompts = [prompt for prompt, _ in rows]
         with torch.no_grad(), self._session(teacher_forced=True, prompt_tokens=prompts):
@@ -286,11 +303,14 @@ class SkipLM(HFLM):  # type: ignore[misc]
         """`generate()` from left-padded ids [batch, seq]; `generate_until` takes care of the rest."""
         if not options.get("do_sample"):
             options.pop("temperature", None)
-        if self.model.generation_config.eos_token_id is None:  # generate() would not pad rows that are over
+        model: Any = unwrap(self.model)
+        if model.generation_config.eos_token_id is None:  # generate() would not pad rows that are over
             options.setdefault("eos_token_id", self.eot_token_id)
         stops = StoppingCriteriaList([_StopStrings(self.tokenizer, stop, context.shape[1])])
-        with self._session():
-            generated: Tensor = self.model.generate(
+        check_ids(model, context.tolist())
+        decoding = sampled_decoding if options.get("do_sample") else greedy_decoding
+        with self._session(), decoding(model):
+            generated: Tensor = model.generate(
                 input_ids=context,
                 max_new_tokens=max_length - context.shape[1],
                 stopping_criteria=stops,

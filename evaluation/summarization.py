@@ -11,7 +11,7 @@ from typing import Any
 from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import SummarySettings
 from skipcal.errors import Unavailable
-from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, in_subsets, text_quality
@@ -71,12 +71,7 @@ class Summarization:
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record an article."""
-        prompts = {
-            key: subject.encode(
-                [{"role": "user", "content": PROMPT.replace("{article}", self.stories[key].article)}]
-            )
-            for key in ids
-        }
+        prompts = {key: _prompt(self.stories[key], subject) for key in ids}
         for group, report in answers(
             subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
         ):
@@ -93,7 +88,10 @@ class Summarization:
 
 
 def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -> Summarization:
-    """Read the articles and draw `items` of each bucket. Raises Unavailable if there are not so many."""
+    """Read the articles and draw `items` of each bucket.
+
+    Raises Unavailable if there are not so many, ConfigError for articles that do not fit the model.
+    """
     if settings.data_file is None:
         where, commit = HUB, hub_commit(HUB)
         rows: Iterable[tuple[str, dict[str, Any]]] = (
@@ -117,9 +115,16 @@ def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -
                 "the number of items"
             )
         chosen |= set(random.Random(seed).sample(keys, settings.items))
+    stories = {key: story for key, story in stories.items() if key in chosen}
+    prompts = {key: _prompt(story, subject) for key, story in stories.items()}
+    check_prompts(subject, prompts, settings.new_tokens)
     return Summarization(
-        stories={key: story for key, story in stories.items() if key in chosen},
+        stories=stories,
         new_tokens=settings.new_tokens,
         warm_up_tokens=settings.warm_up,
         source={**source, "items": settings.items, "seed": seed},
     )
+
+
+def _prompt(story: Story, subject: Subject) -> list[int]:
+    return subject.encode([{"role": "user", "content": PROMPT.replace("{article}", story.article)}])

@@ -31,6 +31,7 @@ from skipcal.evaluation.summarization import load_summarization
 from skipcal.evaluation.tasks import ALL, Metrics, Task
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
+from skipcal.runtime.greedy import warn_of_overruled
 from skipcal.runtime.opening import opening_names
 from skipcal.runtime.policy import Policy
 
@@ -78,6 +79,8 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
         for name in TASKS
         if (settings := getattr(config.tasks, name)) is not None
     ]
+    if any(task.name != "perplexity" for task in tasks):  # which decodes nothing
+        warn_of_overruled(loaded.model)
     run = _Sweep(subject, profile, config, folder)
     # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
     done = [(task, run.arms(task, arms)) for each in tasks for task in _with_warm_ups(each, config.warm_ups)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import Architecture, input_device, locate, unwrap
 from skipcal.baselines.whole_layers import ScheduleRule, ShortGPT, SkipDecode
 from skipcal.calibrate.capture import capture
@@ -252,16 +252,8 @@ def _ids(tokenizer: Any, text: str | Sequence[int], model: Any, prompt_tokens: i
         raise ConfigError(
             f"the text has {len(ids)} tokens, and {prompt_tokens} of them are the prompt; give a longer text"
         )
-    context = context_tokens(model.config)
-    if context and len(ids) > context:
-        raise ConfigError(f"the text has {len(ids)} tokens, the model's context {context}; give less text")
-    vocabulary = model.config.get_text_config().vocab_size
-    stray = next((n for n in ids if not 0 <= n < vocabulary), None)
-    if stray is not None:
-        raise ConfigError(
-            f"token {stray} is not within the model's vocabulary of {vocabulary}; give the tokenizer "
-            "that belongs to the model"
-        )
+    check_length(model, len(ids), f"the text has {len(ids)} tokens, which do", lower="its length")
+    check_ids(model, [ids])
     return ids
 
 

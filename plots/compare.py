@@ -11,7 +11,7 @@ import seaborn as sns
 
 from skipcal.calibrate.transfer import FULL_MODEL, transfer_matrix
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, style, write_figure
+from skipcal.plots.style import PALETTE, THRESHOLD, as_text, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plot_curves(
     colours = sns.color_palette(PALETTE, len(profiles))
     for (name, profile), colour in zip(profiles.items(), colours, strict=True):
         mean = profile.layers["pooled"].mean
-        sns.lineplot(x=range(len(mean)), y=mean, ax=ax, color=colour, marker="o", ms=4, label=name)
+        sns.lineplot(x=range(len(mean)), y=mean, ax=ax, color=colour, marker="o", ms=4, label=as_text(name))
     if zoom:
         _zoom(ax, profiles)
     else:
@@ -84,7 +84,7 @@ def plot_transfer(frame: pd.DataFrame, *, value: str = "realised_skip_ratio", ax
     elif matrix.to_numpy().min() == matrix.to_numpy().max():
         options = {"cmap": "flare"}
     sns.heatmap(
-        matrix,
+        matrix.rename(index=as_text, columns=as_text),
         ax=ax,
         annot=True,
         fmt=spec,
@@ -96,7 +96,7 @@ def plot_transfer(frame: pd.DataFrame, *, value: str = "realised_skip_ratio", ax
         ax.axhline(len(matrix) - 1, color=THRESHOLD, lw=1.5)
     ax.set(xlabel="text", ylabel="profile")
     ax.tick_params(axis="y", rotation=0)
-    lines = [str(name).replace(":", ":\n") for name in matrix.columns]
+    lines = [as_text(str(name)).replace(":", ":\n") for name in matrix.columns]
     crowded = max(len(part) for line in lines for part in line.split("\n")) > _LABEL_CHARACTERS
     turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if crowded else {}
     ax.set_xticks(ax.get_xticks(), lines, **turned)
@@ -115,7 +115,7 @@ def curves_figure(profiles: Mapping[str, SkipProfile]) -> Figure:
         whole.set_title("all layers; bars: skippable regions with bootstrap intervals", fontsize="medium")
         near.set_title("the skippable layers", fontsize="medium")
         model = next(iter(profiles.values())).model
-        figure.suptitle(f"{model.name}: saturation curves by calibration data", fontsize="medium")
+        figure.suptitle(f"{as_text(model.name)}: saturation curves by calibration data", fontsize="medium")
     return figure
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, check_figure, style, write_figure
+from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def save_pareto(profile: SkipProfile, path: Path, *, overwrite: bool = False) ->
     with style():
         figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         plot_pareto(profile, ax=ax)
-        ax.set_title(profile.model.name, fontsize=10)
+        ax.set_title(as_text(profile.model.name), fontsize=10)
         write_figure(figure, path, overwrite=overwrite)

@@ -15,6 +15,7 @@ from skipcal.plots.style import (
     REGION_ALPHA,
     SKIPPABLE,
     THRESHOLD,
+    as_text,
     check_figure,
     style,
     write_figure,
@@ -50,7 +51,8 @@ def plot_saturation(
     wide = frame.pivot_table(index=["corpus", "layer"], columns="stat", values="value")
     for corpus, colour in zip(corpora, sns.color_palette(PALETTE, len(corpora)), strict=True):
         curve = wide.loc[corpus]
-        sns.lineplot(x=curve.index, y=curve["mean"], ax=ax, color=colour, marker="o", ms=4, label=corpus)
+        options = {"color": colour, "marker": "o", "ms": 4, "label": as_text(corpus)}
+        sns.lineplot(x=curve.index, y=curve["mean"], ax=ax, **options)
         ax.fill_between(curve.index, curve[BAND[0]], curve[BAND[1]], color=colour, alpha=BAND_ALPHA, lw=0)
     layers = int(frame["layer"].max()) + 1
     if isinstance(profile, SkipProfile):
@@ -79,7 +81,7 @@ def saturation_figure(profile: SkipProfile) -> Figure:
         pooled = profile.layers["pooled"].count[0]
         part = "generated" if profile.calibration.mode == "generate" else "text"
         figure.suptitle(
-            f"{profile.model.name}: mean cosine of the residual stream before and after each FFN\n"
+            f"{as_text(profile.model.name)}: mean cosine of the residual stream before and after each FFN\n"
             f"{pooled:,} {part} tokens; bands: middle half of the tokens",
             fontsize="medium",
         )

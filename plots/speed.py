@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, check_figure, style, write_figure
+from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.speed.table import machine, to_frame
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def speed_figure(result: dict[str, Any]) -> Figure:
         plot_speed_up(to_frame(result), ax=ax)
         note = f"\n{result['note']}" if result["note"] else ""
         model = result["model"]
-        ax.set_title(f"{model['name']}, {model['dtype']}, {machine(result)}{note}", fontsize="medium")
+        ax.set_title(
+            f"{as_text(model['name'])}, {model['dtype']}, {machine(result)}{note}", fontsize="medium"
+        )
     return figure
 
 

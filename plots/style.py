@@ -59,6 +59,15 @@ def style() -> Iterator[None]:
         plt.rcParams["interactive"] = interactive
 
 
+def as_text(name: str) -> str:
+    """A name that anybody chose, as a figure shows it.
+
+    Between two `$` matplotlib would read a formula, and what begins with `_` is not in a legend.
+    """
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def check_figure(path: Path, *, overwrite: bool) -> None:
     """Raise early, before long work, when no figure could be written there at its end.
 

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, style, write_figure
+from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, as_text, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def plot_by_subset(
         values = rows[rows["method"] == method].set_index("subset")["value"].reindex(list(subsets))
         at = np.arange(len(subsets)) + (place - (len(methods) - 1) / 2) * width
         ax.bar(at, values, width=width * 0.92, color=colour, label=method)
-    ax.set_xticks(np.arange(len(subsets)), list(subsets))
+    ax.set_xticks(np.arange(len(subsets)), list(map(as_text, subsets)))
     ax.grid(axis="x", visible=False)
     ax.set(ylabel=LABELS.get(metric, metric.replace("_", " ")))
     return ax
@@ -202,7 +202,7 @@ def _panels(
     )
     for ax, (task, metric, subset) in zip(axes.flat, panels, strict=False):
         draw(task, metric, subset, ax)
-        ax.set_title(task if subset == "all" else f"{task}, {subset}", fontsize="medium")
+        ax.set_title(task if subset == "all" else f"{task}, {as_text(subset)}", fontsize="medium")
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()

@@ -6,12 +6,19 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from skipcal.errors import OutputError, OutputExists
+
+_PARTIAL = ".skipcal-"  # before the names of files that are being written: a name of 255 bytes has no room
+_LONGEST_SUFFIX = 16
+# Opened by their names, a file that stdout goes to would be written from two places at once.
+_STANDARD = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def dump_json(value: Any) -> str:
@@ -28,19 +35,25 @@ def dump_json(value: Any) -> str:
     )
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, alone: bool = True) -> None:
     """Raise early, before long work, when `path` could not be written at its end.
 
-    The folder is made if it is missing. Raises OutputExists or OutputError.
+    The folder is made if it is missing. alone: False where another file goes beside it, so that it has to
+    be a file itself. Raises OutputExists or OutputError.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        raise OutputExists(_exists(path))
     with _output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; give the name of a file")
+        if is_stream(path):
+            if not alone:
+                raise OutputError(f"{path} is no file, and another goes beside it; give the name of a file")
+            return
+        if path.exists() and not overwrite:
+            raise OutputExists(_exists(path))
+        target = followed(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # A probe says more than os.access: the file system may be read-only, or full.
-        descriptor, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, probe = tempfile.mkstemp(prefix=_PARTIAL, dir=target.parent)
         os.close(descriptor)
         os.unlink(probe)
 
@@ -48,25 +61,74 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
     """Let `write` fill a temporary file beside `path`, then give it that name.
 
-    Whatever interrupts it, a signal too, `path` keeps what it held and the temporary file goes.
+    Whatever interrupts it, a signal too, `path` keeps what it held and the temporary file goes. A link stays
+    one, and what it leads to is written. A device or a pipe is given the content and stays what it is.
     """
     check_output(path, overwrite=overwrite)
     with _output_errors(path):
+        if is_stream(path):
+            _pour(write, path)
+            return
+        target = followed(path)
         # The suffix stays at the end: picture writers choose the format by it.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        suffix = target.suffix[:_LONGEST_SUFFIX]
+        descriptor, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=suffix, dir=target.parent)
         os.close(descriptor)
         partial = Path(name)
         try:
             write(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_umask())
+            partial.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
             if overwrite:
-                partial.replace(path)
+                partial.replace(target)
             else:
-                _link(partial, path)
+                _link(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def followed(path: Path) -> Path:
+    """The file that a path leads to, there already or not. Raises OutputError for links in a circle."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OutputError(f"{path} is a link that leads to itself; give the name of a file")
+    return target
+
+
+def is_stream(path: Path) -> bool:
+    """Whether it is a device, a pipe or what stands for stdout: nothing is replaced by writing there.
+
+    Raises OutputError for a disk or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise OutputError(f"{path} is a disk or a socket; give the name of a file")
+    return str(path) in _STANDARD or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def remove_output(path: Path) -> None:
+    """Delete an output if it is there; a link to it stays."""
+    with _output_errors(path):
+        followed(path).unlink(missing_ok=True)
+
+
+def _pour(write: Callable[[Path], None], stream: Path) -> None:
+    """Write into a file elsewhere, and when it is whole, its content into the stream."""
+    descriptor = _STANDARD.get(str(stream))
+    with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
+        made = Path(folder, f"made{stream.suffix[:_LONGEST_SUFFIX]}")
+        write(made)
+        with (
+            made.open("rb") as source,
+            open(stream if descriptor is None else descriptor, "wb", closefd=descriptor is None) as out,
+        ):
+            shutil.copyfileobj(source, out)
 
 
 def write_bytes_atomic(path: Path, raw: bytes, *, overwrite: bool) -> None:

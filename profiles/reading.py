@@ -6,6 +6,7 @@ of it; nothing in it is run, and no path in it is followed.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -39,7 +40,7 @@ def read_bytes(path: Path) -> bytes:
         raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
     if len(raw) > MAX_PROFILE_BYTES:
         raise ProfileError(f"{path} is not a profile: it is larger than {MAX_PROFILE_BYTES >> 20} MiB")
-    return raw
+    return raw.removeprefix(codecs.BOM_UTF8)  # which some editors put first
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

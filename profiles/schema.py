@@ -16,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, Val
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.profiles import policies
 from skipcal.profiles.agreement import check_agreement
-from skipcal.profiles.files import check_output, dump_json, write_bytes_atomic, write_text_atomic
+from skipcal.profiles.files import (
+    check_output,
+    dump_json,
+    remove_output,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from skipcal.profiles.fits import check_fits
 from skipcal.profiles.parts import (
     CalibrationInfo,
@@ -145,7 +151,7 @@ class SkipProfile(BaseModel):
             write_text_atomic(target, text, overwrite=overwrite)
             return
         raw, beside = self.tensors().raw, target.parent / self.gate.tensors
-        check_output(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite, alone=False)
         before = beside.read_bytes() if beside.is_file() else None
         if before != raw:
             write_bytes_atomic(beside, raw, overwrite=overwrite)
@@ -153,7 +159,7 @@ class SkipProfile(BaseModel):
             write_text_atomic(target, text, overwrite=overwrite)
         except BaseException:
             if before is None:
-                beside.unlink(missing_ok=True)
+                remove_output(beside)
             elif before != raw:
                 beside.write_bytes(before)
             raise

@@ -9,7 +9,7 @@ import typer
 
 from skipcal.configs import options as opt
 from skipcal.configs.help import MODEL, OUTPUT
-from skipcal.console import Console, command, given
+from skipcal.console import Console, check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -69,19 +69,19 @@ def report(
         if no_tokens and asked:
             stray = next(iter(asked)).replace("_", "-")
             raise ConfigError(f"--{stray} has no effect with --no-tokens; leave one of them out")
+        check_typed("--text", text or "")
         if text is not None and not text.strip():
             raise ConfigError("--text is empty; give some text, or leave it out for skipcal's own")
         console.importing()
-        from skipcal.profiles.files import check_output
         from skipcal.profiles.schema import SkipProfile
         from skipcal.report.page import check_suffix, write_report
 
         check_suffix(output)
-        check_output(output, overwrite=overwrite)
+        page = console.output(output, overwrite=overwrite)
         found = SkipProfile.load(source)
         shown = None if no_tokens else _tokens(console, found, asked, text or SAMPLE_TEXT)
-        write_report(found, output, token_map=shown, overwrite=overwrite)
-        console.result({"output": str(output)}, f"wrote {output}")
+        place = page.write(lambda path: write_report(found, path, token_map=shown, overwrite=overwrite))
+        console.result({"output": str(place)}, f"wrote {place}")
 
 
 def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text: str) -> TokenMap:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skipcal.calibrate.local_files import open_text
 from skipcal.configs import options as opt
-from skipcal.console import command, given
+from skipcal.console import check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.runtime.engines.choice import check_engine
 
@@ -83,12 +84,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("give the prompt once, with --prompt TEXT or --prompt-file FILE")
     if file is not None:
         try:
-            prompt = file.read_text(encoding="utf-8")
+            with open_text(file) as opened:
+                prompt = opened.read()
         except UnicodeDecodeError as error:
             raise Unavailable(f"prompt file {file} is not UTF-8 text (byte {error.start})") from error
         except OSError as error:
             raise Unavailable(f"prompt file {file} cannot be read ({error.strerror})") from error
     assert prompt is not None
+    check_typed("--prompt", prompt)
     if not prompt.strip():
         raise ConfigError("the prompt is empty; give some text to answer or go on from")
     return prompt

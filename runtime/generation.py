@@ -10,8 +10,11 @@ from typing import Any, TextIO
 import torch
 from transformers import BatchEncoding, TextStreamer, set_seed
 
+from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
+from skipcal.runtime.chat_template import WITHOUT, templated
+from skipcal.runtime.greedy import greedy_decoding, sampled_decoding, warn_of_overruled
 from skipcal.runtime.opening import row_ids
 from skipcal.runtime.policy import Policy
 from skipcal.runtime.report import SkipReport
@@ -70,36 +73,27 @@ def generate_text(
     """Generate at most `new_tokens` tokens after `prompt`.
 
     chat_template: wrap the prompt by the tokenizer's template, where it has one.
-    seed:          sample with the model's own settings and this seed; None is greedy decoding.
+    seed:          sample with this seed, by what the model's own settings say of the distribution; None is
+                   greedy decoding. Its other settings, as beams, are not used, which a warning says.
     engine:        as `skipping` takes it.
     stream:        where the text goes as it is made.
+    Raises ConfigError for a text that does not fit the model, and for a template that refuses it.
     """
     tokenizer: Any = loaded.tokenizer
     model: Any = loaded.model
     wrapped = chat_template and bool(getattr(tokenizer, "chat_template", None))
-    if wrapped:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    else:
-        ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
-        inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    inputs = inputs.to(input_device(model))
-    sampling: dict[str, Any] = {"do_sample": True}
-    if seed is None:
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    else:
+    inputs = _inputs(loaded, prompt, new_tokens, wrapped=wrapped)
+    length = inputs["input_ids"].shape[1]
+    warn_of_overruled(model, sampled=seed is not None)
+    decoding = greedy_decoding if seed is None else sampled_decoding
+    if seed is not None:
         set_seed(seed)
     begin = time.perf_counter()
-    with skipping(model, policy=policy, engine=engine) as run:
+    with skipping(model, policy=policy, engine=engine) as run, decoding(model):
         start = time.perf_counter()
         # A step may be prepared before the token of the step before it is handed over.
         clock = _TimedStreamer(tokenizer, stream, lambda: time.perf_counter() - run.setup_s)
-        output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock, **sampling)
-    length = inputs["input_ids"].shape[1]
+        output = model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
     return Generation(
         prompt_tokens=length,
         new_tokens=output.shape[1] - length,
@@ -110,6 +104,33 @@ def generate_text(
         chat_template=wrapped,
         report=run.report,
     )
+
+
+def _inputs(loaded: LoadedModel, prompt: str, new_tokens: int, *, wrapped: bool) -> BatchEncoding:
+    """The prompt's tokens, in its template or as plain text, where the model is."""
+    tokenizer: Any = loaded.tokenizer
+    if wrapped:
+        inputs = templated(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            instead=WITHOUT,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        ids = torch.tensor([row_ids(tokenizer, prompt)], dtype=torch.long)
+        inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    length = inputs["input_ids"].shape[1]
+    check_length(
+        loaded.model,
+        length + new_tokens,
+        f"a prompt of {length} tokens and {new_tokens} new ones do",
+        lower="--new-tokens, or shorten the prompt",
+    )
+    check_ids(loaded.model, inputs["input_ids"].tolist())
+    found: BatchEncoding = inputs.to(input_device(loaded.model))
+    return found
 
 
 class _TimedStreamer(TextStreamer):

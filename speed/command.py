@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from skipcal.configs import options as opt
-from skipcal.console import command, command_line, given, numbers, quiet_loading
+from skipcal.console import command, command_line, given, numbers
 from skipcal.speed import options as own
 
 
@@ -57,7 +57,6 @@ def bench(
         from skipcal.speed.table import to_text
 
         check_shape(settings)
-        quiet_loading()
         result = {**run_bench(settings, load_subject(settings)), "command": command_line()}
         if output is not None:
             write_text_atomic(output, dump_json(result), overwrite=overwrite)

@@ -108,7 +108,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def _cpu_name() -> str:

@@ -87,6 +87,15 @@ class EagerEngine:
         """How many outputs besides f the FFN module of a layer was seen to have."""
         return next((self._extras.get(b.chain[-1], 0) for b in self.blocks if b.index == layer), 0)
 
+    def has_another_forward(self, module: nn.Module) -> bool:
+        """Whether somebody else has set a `forward` on the instance, which may do more than the class's."""
+        forward = module.forward
+        if asking := self.asking.get(module):
+            if forward is not asking:
+                return True
+            forward = self.forwards[module]
+        return getattr(forward, "__func__", None) is not type(module).forward
+
     def whole_block(self, block: Block, f_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """What a block that adds f to its input as it is makes of h [1, 1, hidden], a single token on a CPU.
 

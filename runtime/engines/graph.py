@@ -57,6 +57,12 @@ class GraphEngine(step_engine.StepEngine):
         """Whether the next step may be launched before it is known to be wanted: the host need not wait."""
         return self.takes(cache)
 
+    def _refused(self, forward: Callable[..., Any], room: int) -> str | None:
+        chains = [module for block in self._architecture.blocks for module in block.chain]
+        if any(self._eager.has_another_forward(module) for module in chains):
+            return "modules have been given another forward, which kernels in their place would not call"
+        return super()._refused(forward, room)
+
     def _new_step(self, forward: Callable[..., Any], batch: int, room: int) -> DecodeStep:
         return DecodeStep(
             forward,

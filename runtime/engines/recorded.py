@@ -68,20 +68,11 @@ class RecordedEngine(step_engine.StepEngine):
             return "autocast is on, which decides anew for each call"
         model = getattr(forward, "__self__", None)  # none where another was set on the instance
         inside = [] if model is None else [module for module in model.modules() if module is not model]
-        if model is None or any(self._has_another_forward(module) for module in inside):
+        if model is None or any(self._eager.has_another_forward(module) for module in inside):
             return "modules have been given another forward, and a recorded step calls none"
         if torch_module._has_any_global_hook() or any(map(_has_hooks, inside)):
             return "forward hooks are set on modules, and a recorded step calls none"
         return super()._refused(forward, room)
-
-    def _has_another_forward(self, module: nn.Module) -> bool:
-        """Whether somebody has set a `forward` on the instance: what it does besides would be lost."""
-        forward = module.forward
-        if asking := self._eager.asking.get(module):
-            if forward is not asking:
-                return True
-            forward = self._eager.forwards[module]
-        return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def refusal(architecture: Architecture) -> str | None:

@@ -150,7 +150,7 @@ def test_local_files_are_named_by_stem_or_by_hand(tmp_path: Path) -> None:
         ("a.txt", b"w1 \x00 w2", "is binary"),
         ("a.txt", b"w1 w2 w3", "too short: it has 0 windows of 4 tokens, 1 are wanted"),
         ("a.jsonl", b'{"text": "w1"}\n', r"too short: it has 0 documents \(of 1\) of 4 tokens"),
-        ("a.jsonl", b'{"text": "w1 w2', "could not be read"),
+        ("a.jsonl", b'{"text": "w1 w2', "a.jsonl:1 is no JSON object"),
         ("a.jsonl", b'{"text": 7}\n', "no text in column 'text'"),
         ("a.jsonl", b"", "could not be read|too short"),
         ("a.parquet", b"PAR1 this is none", "could not be read"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from skipcal.baselines.methods import Ask, make_policy
-from skipcal.configs.sweep import BenchSettings, QuestionSettings, SummarySettings
+from skipcal.configs.sweep import BenchSettings, ContinuationSettings, QuestionSettings, SummarySettings
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.continuation import load_continuation
 from skipcal.evaluation.freebaseqa import load_freebaseqa, read_questions
 from skipcal.evaluation.mtbench import load_mtbench
 from skipcal.evaluation.summarization import Story, load_summarization
@@ -133,7 +134,7 @@ def test_the_releases_json_is_understood(tmp_path: Path) -> None:
         ),
         (['{"id": "a", "question": "q", "answers": ["x"]}'] * 2, ":2: the id 'a' stands there twice"),
         (["not json"], ":1 is no JSON object"),
-        (["[1]"], ":1 is no JSON object"),
+        (["[1]"], ", entry 1 is no JSON object"),
         ([""], "holds no question"),
     ],
 )
@@ -152,7 +153,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path, subject: Subject) ->
     with pytest.raises(Unavailable, match="--data-files freebaseqa=PATH"):
         load_freebaseqa(QuestionSettings(), subject, 0)
     (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(Unavailable, match="is no Parquet file"):
+    with pytest.raises(Unavailable, match=r"bad\.parquet could not be read"):
         load_summarization(SummarySettings(data_file=str(tmp_path / "bad.parquet")), subject, 0)
 
 
@@ -191,7 +192,15 @@ def test_buckets_by_words(words: int, bucket: str) -> None:
     assert Story("x " * words, "y").bucket == bucket
 
 
-def test_items_are_drawn_from_each_bucket(tmp_path: Path, subject: Subject) -> None:
+@pytest.fixture
+def long_context(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """The model says that it takes articles."""
+    monkeypatch.setattr(subject.loaded.model.config, "max_position_embeddings", 4096)
+    return subject
+
+
+def test_items_are_drawn_from_each_bucket(tmp_path: Path, long_context: Subject) -> None:
+    subject = long_context
     path = stories(tmp_path / "s.jsonl", {100: 4, 500: 3, 900: 5})
     task = load_summarization(SummarySettings(data_file=str(path), items=2, warm_up_tokens=2), subject, 0)
     assert (
@@ -202,7 +211,22 @@ def test_items_are_drawn_from_each_bucket(tmp_path: Path, subject: Subject) -> N
         load_summarization(SummarySettings(data_file=str(path), items=4), subject, 0)
 
 
-def test_summaries_carry_rouge_and_copy_rate(tmp_path: Path, subject: Subject, policy: Policy) -> None:
+def test_an_item_that_does_not_fit_is_refused_before_any_answer(tmp_path: Path, subject: Subject) -> None:
+    path = stories(tmp_path / "s.jsonl", {100: 1, 500: 1, 900: 1})
+    with pytest.raises(ConfigError, match=r"item '500-0' has \d+ tokens, and 40 more do not fit the model's"):
+        load_summarization(SummarySettings(data_file=str(path), items=1, new_tokens=40), subject, 0)
+    question = write(tmp_path / "q.jsonl", {"id": "a", "question": "w3 " * 300, "answers": ["w4"]})
+    with pytest.raises(ConfigError, match=r"item 'a' has \d+ tokens, and 8 more do not fit the model's"):
+        load_freebaseqa(QuestionSettings(data_file=str(question), new_tokens=8), subject, 0)
+    prompts = ContinuationSettings(prompts=2, prompt_tokens=200, new_tokens=57, data_files=[str(path)])
+    with pytest.raises(
+        ConfigError, match="has 200 tokens, and 57 more do not fit the model's context of 256"
+    ):
+        load_continuation(prompts.model_copy(update={"text_column": "article"}), subject, 0)
+
+
+def test_summaries_carry_rouge_and_copy_rate(tmp_path: Path, long_context: Subject, policy: Policy) -> None:
+    subject = long_context
     path = stories(tmp_path / "s.jsonl", {100: 1, 500: 1, 900: 1})
     task = load_summarization(
         SummarySettings(data_file=str(path), items=1, new_tokens=40, warm_up_tokens=2), subject, 0
@@ -274,5 +298,5 @@ def test_bench_questions_that_cannot_be_asked_are_refused(
 
 def test_two_turns_that_cannot_fit_are_refused_before_any_answer(tmp_path: Path, subject: Subject) -> None:
     settings = BenchSettings(data_file=str(bench(tmp_path / "b.jsonl")), new_tokens=130, warm_up_tokens=2)
-    with pytest.raises(ConfigError, match=r"question 81 may take 265 tokens .* context is 256"):
+    with pytest.raises(ConfigError, match=r"question 81 may take 265 tokens .* context of 256"):
         load_mtbench(settings, subject, 0)

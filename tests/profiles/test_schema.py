@@ -208,3 +208,11 @@ def test_the_frame_is_long_and_complete(profile: SkipProfile) -> None:
     assert len(frame) == LAYERS * 10
     assert set(frame["part"]) == {"generated"}
     assert frame[(frame.stat == "std") & (frame.layer == 2)].value.item() == 0.1
+
+
+def test_a_profile_that_an_editor_marked_is_the_same_profile(tmp_path: Path) -> None:
+    shipped = SkipProfile.load("smollm2-135m-instruct")
+    path = tmp_path / "marked.json"
+    path.write_bytes(b"\xef\xbb\xbf" + shipped.to_json().encode())
+    marked = SkipProfile.load(path)
+    assert marked.to_json() == shipped.to_json()

@@ -19,6 +19,7 @@ from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import ffn
+from skipcal.runtime.ops.decode_attention import decode_attention
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 from skipcal.runtime.surrogates import LowRank, Surrogates
@@ -161,7 +162,7 @@ def test_attention_is_told_of_padding_only_where_there_is_some(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[bool] = []
-    attend = graph_attention.decode_attention
+    attend = decode_attention
 
     def noted(*args: Any, valid: Any, **options: Any) -> Any:
         told.append(valid is not None)

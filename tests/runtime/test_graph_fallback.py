@@ -34,6 +34,13 @@ def windowed(model: Any) -> Any:
     return lively("mistral", sliding_window=8)
 
 
+def wrapped(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x)
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
@@ -41,6 +48,7 @@ def windowed(model: Any) -> Any:
         (None, {"cache_implementation": "static"}, "cache_implementation='static'"),
         (None, {"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
         (windowed, {}, "attention window of 8"),
+        (wrapped, {}, "another forward"),
     ],
 )
 def test_the_rest_is_left_to_the_eager_engine_with_one_warning(

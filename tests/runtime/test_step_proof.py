@@ -1,6 +1,6 @@
 """The proof of a prepared step: faults stand out of the noise of any dtype, and noise is no fault.
 
-200 models a dtype stand in tests/step_proof.json (scripts/step_proof.py); here are a few of them.
+200 models a dtype stand in tests/step_proof.json (tests/prove_steps.py); here are a few of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well the proof of a captured step tells faults from rounding: scripts/step_proof.py [--output FILE]
+"""How well the proof of a captured step tells faults from rounding: tests/prove_steps.py [--output FILE]
 
 Random Llamas of 16 to 48 layers whose blocks add little or much, of one row and of several with padding, in
 float32, bfloat16 and float16 in turn, uncaptured on a CPU. Each is proven twice as it is, and every fifth of
@@ -15,21 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import conftest  # finds the package
+import pytest
+import torch
+from engines import ROWS, generated
+from faults import IN_A_GRAPH
 
-import conftest  # noqa: E402  (finds the package)
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from engines import ROWS, generated  # noqa: E402
-from faults import IN_A_GRAPH  # noqa: E402
-
-from skipcal.arch.locate import locate  # noqa: E402
-from skipcal.profiles.files import dump_json  # noqa: E402
-from skipcal.runtime.engines import graph_step, step_engine  # noqa: E402
-from skipcal.runtime.engines.step_proof import Deviation  # noqa: E402
-from skipcal.runtime.policy import SkipPolicy  # noqa: E402
-from skipcal.speed.hardware import environment  # noqa: E402
+from skipcal.arch.locate import locate
+from skipcal.profiles.files import dump_json
+from skipcal.runtime.engines import graph_step, step_engine
+from skipcal.runtime.engines.step_proof import Deviation
+from skipcal.runtime.policy import SkipPolicy
+from skipcal.speed.hardware import environment
 
 _FAULTY = 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
