@@ -86,8 +86,10 @@ def _said(case: dict[str, Any]) -> str:
     ]
     full = next(arm for arm in arms if arm["arm"] == "full")
     watching = next(arm for arm in arms if arm["arm"] == "watching")
+    eager = sum(arm["eager_passes"] for arm in arms)
     over_plain = full["speed_up_over_plain"]["median"]
     return (
         f"{full['engine']}: full {full['step_ms']['median']:.2f} ms ({over_plain:.2f}x plain), "
-        f"watching {watching['step_ms']['median']:.2f}, {', '.join(each)}; {case['rounds']} rounds"
+        f"watching {watching['step_ms']['median']:.2f}, {', '.join(each)}; {case['rounds']} rounds, "
+        f"{eager} eager passes, set-up {watching['setup_s']:.1f} s"
     )

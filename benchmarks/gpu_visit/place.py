@@ -55,6 +55,7 @@ def prepared_environment(work: Path, device: str, *, commit: str | None) -> dict
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
+        "TRITON_INTERPRET": "0",  # but for steps that ask for it
         **({} if commit is None else {"SKIPCAL_COMMIT": commit}),
         **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}),
     }
