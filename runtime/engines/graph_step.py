@@ -32,6 +32,7 @@ from skipcal.runtime.engines.graph_layer import (
 from skipcal.runtime.engines.graph_rules import (
     AnyRule,
     FusedCosine,
+    FusedGate,
     StepCounts,
     StepInputs,
     StepRule,
@@ -40,6 +41,7 @@ from skipcal.runtime.engines.graph_rules import (
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
+from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -177,6 +179,8 @@ class DecodeStep(PreparedStep):
         step_rule: StepRule
         if isinstance(rule, CosineRule) and not modules:
             step_rule = FusedCosine(rule, self.inputs, self._skips)
+        elif isinstance(rule, GateRule):
+            step_rule = FusedGate(rule, self.inputs, self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []

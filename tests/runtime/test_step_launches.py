@@ -6,10 +6,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from conftest import left_padded, lively
 from engines import ROWS, SOME
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import (
     arm,
     count,
@@ -21,8 +23,9 @@ from skipcal.runtime.ops import (
     rms_norm,
     rotary_cache,
 )
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import Surrogates
 
 pytest.importorskip("triton", reason="without Triton there are no kernels to count")
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
@@ -60,7 +63,7 @@ class _Noted:
         return lambda *_, **__: self._names.append(self._name)
 
 
-def launches(policy: SkipPolicy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     model = lively("llama")
     with skipping(model, policy=policy, engine="graph") as run:
         model.generate(**left_padded([ROWS[0]] * rows), max_new_tokens=4, do_sample=False)
@@ -86,6 +89,15 @@ def test_a_layer_is_so_many_launches(
     if rows == 1:
         expected = [*LAYER, "arm"] if watched else [*LAYER]
         assert [name.removesuffix("_one") for name in in_layers] == expected * 4
+
+
+def test_a_gate_is_one_launch_before_an_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = Gates((1, 2), torch.zeros(2, 32), torch.zeros(2), torch.zeros(2))
+    policy = GatePolicy(gates=gates, surrogates=Surrogates({}), threshold=0.0, warm_up_tokens=0)
+    names = launches(policy, 1, monkeypatch)
+    asked = [*LAYER[:5], "gate", *LAYER[5:]]
+    in_layers = names[names.index("project_one") : names.index("rms_norm")]
+    assert [name.removesuffix("_one") for name in in_layers] == [*LAYER, *asked, *asked, *LAYER]
 
 
 def test_so_many_launches_are_outside_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
