@@ -182,17 +182,32 @@ def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> Atte
         return f"some linears of {type(attention).__name__} have biases"
     head_norms, scale = None, getattr(attention, "scaling", None)
     if hasattr(attention, "q_norm"):
-        head_eps = getattr(attention.q_norm, "variance_epsilon", None)
-        norms = [getattr(part, "weight", None) for part in (attention.q_norm, attention.k_norm)]
-        head = getattr(attention, "head_dim", None)
-        if head_eps is None or any(t is None or t.shape != (head,) for t in norms):
+        head_norms = _head_norms(attention)
+        if head_norms is None:
             return f"{type(attention).__name__} norms more than single heads"
-        head_norms = HeadNorms(*norms, head_eps)
     if not isinstance(scale, float):
         return f"{type(attention).__name__} does not say how it scales scores"
-    biases = (q.bias, k.bias, v.bias) if all(with_bias) else None
-    matrices = (linear.weight for linear in linears)
-    return AttentionWeights(norm, eps, *matrices, biases, o.bias, head_norms, scale)
+    return AttentionWeights(
+        norm=norm,
+        eps=eps,
+        q=q.weight,
+        k=k.weight,
+        v=v.weight,
+        o=o.weight,
+        biases=(q.bias, k.bias, v.bias) if all(with_bias) else None,
+        o_bias=o.bias,
+        head_norms=head_norms,
+        scale=scale,
+    )
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    """Those of an attention that has norms; None: they are not of single heads."""
+    q, k = (getattr(part, "weight", None) for part in (attention.q_norm, attention.k_norm))
+    eps, shape = getattr(attention.q_norm, "variance_epsilon", None), (attention.head_dim,)
+    if q is None or k is None or q.shape != shape or k.shape != shape or not isinstance(eps, float):
+        return None
+    return HeadNorms(q=q, k=k, eps=eps)
 
 
 @torch.no_grad()

@@ -186,7 +186,8 @@ class DecodeStep(PreparedStep):
         ffns: list[StepFFN] = []
         parted: dict[int, str] = {}  # layers of which the FFN alone is in kernels, and why
         for block in architecture.blocks:
-            weights, rules = found[block.index], (step_rule, surrogates)
+            weights = found[block.index]
+            rules: tuple[StepRule, Surrogates] = (step_rule, surrogates)
             if block.index not in asked:
                 rules = (Unasked(self._skips), Surrogates({}))
             if isinstance(weights, FFNWeights):

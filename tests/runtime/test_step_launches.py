@@ -37,7 +37,7 @@ class Launches(TorchDispatchMode):
     """What a GPU would be given, in order; kernels do nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         for op in OPS:
             self._watch(op, patch)
@@ -64,12 +64,14 @@ class _Noted:
 
 
 def launches(policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    model = lively("llama")
+    model: Any = lively("llama")
     with skipping(model, policy=policy, engine="graph") as run:
         model.generate(**left_padded([ROWS[0]] * rows), max_new_tokens=4, do_sample=False)
         step: Any = run._engine._step  # type: ignore[union-attr]
-        with monkeypatch.context() as patch, Launches(patch) as seen:
-            step._compute()
+        with monkeypatch.context() as patch:
+            seen = Launches(patch)
+            with seen:
+                step._compute()
     return seen.names
 
 
