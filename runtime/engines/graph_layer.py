@@ -9,7 +9,6 @@ It stands on the layer as its `forward` while a step runs, so that hooks on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from skipcal.runtime.engines.step_cache import StepLayer
 from skipcal.runtime.engines.step_proof import added_error
 from skipcal.runtime.ops.ffn import FFNWeights, ffn
 from skipcal.runtime.ops.project import project
-from skipcal.runtime.ops.rms_norm import rms_norm
 from skipcal.runtime.ops.rotary_cache import HeadNorms, rotary_cache
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.surrogates import Surrogates
@@ -157,22 +155,6 @@ def attention_weights(block: Block, weights: FFNWeights, rotary: Any, rows: int)
     if any(not t.is_contiguous() or t.dtype != weights.gate.dtype for t in tensors):
         return f"the weights of {type(attention).__name__} are not all of one dtype and contiguous"
     return _unlike(block, found, weights, rotary, rows) or found
-
-
-def fused_norm(norm: Any) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]] | None:
-    """What to set on an RMSNorm so that it is one launch: module, name, value; None: it is another norm."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(eps, float) or not isinstance(weight, Tensor) or not weight.is_contiguous():
-        return None
-    scale = weight
-
-    def forward(h: Tensor) -> Tensor:
-        return rms_norm(h.reshape(-1, h.shape[-1]), scale, eps).view_as(h)
-
-    h = torch.linspace(-3.0, 5.0, weight.numel()).to(weight.device, weight.dtype)[None]
-    noise = 4 * torch.finfo(h.dtype).eps  # of two roundings, and of sums in another order
-    alike = torch.allclose(forward(h), norm.forward(h), rtol=noise, atol=noise)
-    return (norm, "forward", forward) if alike else None
 
 
 def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> AttentionWeights | str:

@@ -27,7 +27,7 @@ def counters(layers: int) -> dict[str, Tensor]:
     return {"per_layer": per_layer, "agreement": torch.tensor([5, 2**33], device=DEVICE)}
 
 
-def counted(op: Any, skips: Tensor, live: list[bool], active: list[bool], ruled: list[bool]) -> list[Any]:
+def counted(op: Any, skips: Tensor, live: list[Any], active: list[Any], ruled: list[Any]) -> list[Any]:
     """What `op` adds: [skipped, by all, by some] by layer, and [alike, decisions]."""
     after = counters(len(ruled))
     op(skips, flags(live), flags(active), ruled=flags(ruled), **after)
