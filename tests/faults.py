@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skipcal.runtime.engines import graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph_rules import StepInputs
+from skipcal.runtime.ops.rotary_cache import rotary_cache
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -52,10 +53,8 @@ def a_matrix_of_another_layer(patch: pytest.MonkeyPatch, name: str, *, of: str =
 
 
 def the_cache_written_elsewhere(patch: pytest.MonkeyPatch) -> None:
-    before = graph_layer.rotary_cache
-
     def wrong(qkv: Tensor, cos: Tensor, sin: Tensor, place: Tensor, *cache: Tensor, **given: Any) -> Tensor:
-        return before(qkv, cos, sin, place + 1, *cache, **given)
+        return rotary_cache(qkv, cos, sin, place + 1, *cache, **given)
 
     make = graph_step.DecodeStep.__init__
 

@@ -9,7 +9,6 @@ It stands on the layer as its `forward` while a step runs, so that hooks on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from skipcal.runtime.engines.step_cache import StepLayer
 from skipcal.runtime.engines.step_proof import added_error
 from skipcal.runtime.ops.ffn import FFNWeights, ffn
 from skipcal.runtime.ops.project import project
-from skipcal.runtime.ops.rms_norm import rms_norm
 from skipcal.runtime.ops.rotary_cache import HeadNorms, rotary_cache
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.surrogates import Surrogates
@@ -159,22 +157,6 @@ def attention_weights(block: Block, weights: FFNWeights, rotary: Any, rows: int)
     return _unlike(block, found, weights, rotary, rows) or found
 
 
-def fused_norm(norm: Any) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]] | None:
-    """What to set on an RMSNorm so that it is one launch: module, name, value; None: it is another norm."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(eps, float) or not isinstance(weight, Tensor) or not weight.is_contiguous():
-        return None
-    scale = weight
-
-    def forward(h: Tensor) -> Tensor:
-        return rms_norm(h.reshape(-1, h.shape[-1]), scale, eps).view_as(h)
-
-    h = torch.linspace(-3.0, 5.0, weight.numel()).to(weight.device, weight.dtype)[None]
-    noise = 4 * torch.finfo(h.dtype).eps  # of two roundings, and of sums in another order
-    alike = torch.allclose(forward(h), norm.forward(h), rtol=noise, atol=noise)
-    return (norm, "forward", forward) if alike else None
-
-
 def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> AttentionWeights | str:
     q, k, v, o = linears
     with_bias = [linear.bias is not None for linear in (q, k, v)]
@@ -182,17 +164,32 @@ def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> Atte
         return f"some linears of {type(attention).__name__} have biases"
     head_norms, scale = None, getattr(attention, "scaling", None)
     if hasattr(attention, "q_norm"):
-        head_eps = getattr(attention.q_norm, "variance_epsilon", None)
-        norms = [getattr(part, "weight", None) for part in (attention.q_norm, attention.k_norm)]
-        head = getattr(attention, "head_dim", None)
-        if head_eps is None or any(t is None or t.shape != (head,) for t in norms):
+        head_norms = _head_norms(attention)
+        if head_norms is None:
             return f"{type(attention).__name__} norms more than single heads"
-        head_norms = HeadNorms(*norms, head_eps)
     if not isinstance(scale, float):
         return f"{type(attention).__name__} does not say how it scales scores"
-    biases = (q.bias, k.bias, v.bias) if all(with_bias) else None
-    matrices = (linear.weight for linear in linears)
-    return AttentionWeights(norm, eps, *matrices, biases, o.bias, head_norms, scale)
+    return AttentionWeights(
+        norm=norm,
+        eps=eps,
+        q=q.weight,
+        k=k.weight,
+        v=v.weight,
+        o=o.weight,
+        biases=(q.bias, k.bias, v.bias) if all(with_bias) else None,
+        o_bias=o.bias,
+        head_norms=head_norms,
+        scale=scale,
+    )
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    """Those of an attention that has norms; None: they are not of single heads."""
+    q, k = (getattr(part, "weight", None) for part in (attention.q_norm, attention.k_norm))
+    eps, shape = getattr(attention.q_norm, "variance_epsilon", None), (attention.head_dim,)
+    if q is None or k is None or q.shape != shape or k.shape != shape or not isinstance(eps, float):
+        return None
+    return HeadNorms(q=q, k=k, eps=eps)
 
 
 @torch.no_grad()

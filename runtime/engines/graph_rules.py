@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
 from skipcal.runtime.ops.count import count
 from skipcal.runtime.rules import CosineRule, Rule
@@ -125,6 +126,19 @@ class AnyRule:
         if self._rule.learns:
             assert f is not None
             self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
+
+
+class FusedGate(AnyRule):
+    """The rule `gate`, whose decision is one launch, warm-up and all."""
+
+    def __init__(self, rule: GateRule, inputs: StepInputs, skips: Tensor) -> None:
+        """Ask `rule`; write into `skips`."""
+        super().__init__(rule, inputs, skips)
+        self._gate = rule
+
+    def before(self, layer: int, h: Tensor) -> Tensor:
+        """Ask the gate; rows within their warm-up run."""
+        return self._gate.skip_no_sync(layer, h, active=self._inputs.active_static, skip=self._skips[layer])
 
 
 class FusedCosine:

@@ -27,11 +27,12 @@ from skipcal.runtime.engines.graph_layer import (
     AttentionWeights,
     FusedLayer,
     attention_weights,
-    fused_norm,
 )
+from skipcal.runtime.engines.graph_outside import Outside
 from skipcal.runtime.engines.graph_rules import (
     AnyRule,
     FusedCosine,
+    FusedGate,
     StepCounts,
     StepInputs,
     StepRule,
@@ -40,6 +41,7 @@ from skipcal.runtime.engines.graph_rules import (
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
+from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -53,7 +55,7 @@ _ROW = 16  # bytes to which a row of flags is filled up
 # 16 to 48 layers the noise of a layer is 0.006 of what it adds in half precision, and 5e-7 in float32.
 _LIMITS = {torch.float32: (1e-2, 5e-3), torch.float64: (1e-2, 5e-3)}
 _HALF_LIMITS = (2e-2, 2e-1)
-_Key = tuple[int, int, bool]
+_Key = tuple[int, int, bool, bool]
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
 
@@ -81,6 +83,7 @@ class DecodeStep(PreparedStep):
         self.inputs = StepInputs(batch, room, device)
         self._places = torch.arange(room, device=device)
         self._padded = False
+        self._tabled = True  # positions do not run ahead of places
         # Each layer's begin where kernels like to read. The last is written by the region's last layer, and
         # nobody reads it.
         self._skips_static = torch.zeros(
@@ -94,8 +97,10 @@ class DecodeStep(PreparedStep):
         self._fused = len(self._ffns) == len(self._layers) and all(
             isinstance(ffn, FusedLayer) for ffn in self._ffns
         )
-        with self._on_device():
-            self._final_norm = fused_norm(getattr(architecture.stack, "norm", None)) if self._fused else None
+        self._outside: Outside | None = None
+        if self._fused:
+            with self._on_device(), torch.no_grad():
+                self._outside = Outside(architecture.stack, architecture.hidden_size, room)
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor  # [batch, vocabulary]
@@ -105,7 +110,7 @@ class DecodeStep(PreparedStep):
         """Take the padding of a new text, and have room in the cache.
 
         given: the arguments of the model's forward, of which the attention mask counts: [batch, tokens
-        so far], or None without padding.
+        so far], or None without padding; and where the positions begin, which a caller may have set.
         """
         if self.fresh:
             mask: Tensor | None = given.get("attention_mask")
@@ -113,6 +118,8 @@ class DecodeStep(PreparedStep):
             if mask is not None and self._padded:
                 self.inputs.valid_static.fill_(True)
                 self.inputs.valid_static[:, : mask.shape[1]] = mask.bool()
+            positions: Tensor | None = given.get("position_ids")
+            self._tabled = positions is None or bool(positions.max() <= self.cache.get_seq_length())
             self.fresh = False
         self.cache.make_room()
 
@@ -177,12 +184,15 @@ class DecodeStep(PreparedStep):
         step_rule: StepRule
         if isinstance(rule, CosineRule) and not modules:
             step_rule = FusedCosine(rule, self.inputs, self._skips)
+        elif isinstance(rule, GateRule):
+            step_rule = FusedGate(rule, self.inputs, self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []
         parted: dict[int, str] = {}  # layers of which the FFN alone is in kernels, and why
         for block in architecture.blocks:
-            weights, rules = found[block.index], (step_rule, surrogates)
+            weights = found[block.index]
+            rules: tuple[StepRule, Surrogates] = (step_rule, surrogates)
             if block.index not in asked:
                 rules = (Unasked(self._skips), Surrogates({}))
             if isinstance(weights, FFNWeights):
@@ -214,8 +224,8 @@ class DecodeStep(PreparedStep):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _key(self) -> _Key:
-        """What a captured graph is good for: a window, the place of the storage, padding or none."""
-        return (self._window(), self.cache.version, self._padded)
+        """What a captured graph is good for: a window, the place of the storage, positions, padding."""
+        return (self._window(), self.cache.version, self._tabled, self._padded)
 
     def _window(self) -> int:
         if self._reads_used:  # the op finds out by itself how much is there
@@ -235,8 +245,8 @@ class DecodeStep(PreparedStep):
         try:
             for ffn in self._ffns:
                 ffn.set_on(patches)
-            if self._final_norm is not None:
-                patches.set(*self._final_norm)
+            if self._outside is not None:
+                self._outside.set_on(patches, tabled=self._tabled)
             with self._attention(inputs.place_static[0] + 1, valid):
                 mask = None if self._fused else self._mask(self._seen(window, valid))
                 logits = self._logits(inputs.ids_static, inputs.positions_static, mask, self.cache)

@@ -147,7 +147,7 @@ class StepCache(Cache):
         self.layers = [layer.as_made_by_transformers() for layer in self.layers]  # type: ignore[misc]
 
     def rewind(self, tokens: int) -> None:
-        """Forget the last tokens, and what is stored of them: a step that writes elsewhere must not find it."""
+        """Forget the last tokens, and clear their places: a step that writes elsewhere must not find them."""
         for layer in self.layers:
             layer.length -= tokens
             if layer.keys is not None and layer.values is not None:

@@ -6,10 +6,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from conftest import left_padded, lively
 from engines import ROWS, SOME
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import (
     arm,
     count,
@@ -21,8 +23,9 @@ from skipcal.runtime.ops import (
     rms_norm,
     rotary_cache,
 )
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
+from skipcal.runtime.surrogates import Surrogates
 
 pytest.importorskip("triton", reason="without Triton there are no kernels to count")
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
@@ -34,7 +37,7 @@ class Launches(TorchDispatchMode):
     """What a GPU would be given, in order; kernels do nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         for op in OPS:
             self._watch(op, patch)
@@ -60,13 +63,15 @@ class _Noted:
         return lambda *_, **__: self._names.append(self._name)
 
 
-def launches(policy: SkipPolicy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    model = lively("llama")
+def launches(policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    model: Any = lively("llama")
     with skipping(model, policy=policy, engine="graph") as run:
         model.generate(**left_padded([ROWS[0]] * rows), max_new_tokens=4, do_sample=False)
         step: Any = run._engine._step  # type: ignore[union-attr]
-        with monkeypatch.context() as patch, Launches(patch) as seen:
-            step._compute()
+        with monkeypatch.context() as patch:
+            seen = Launches(patch)
+            with seen:
+                step._compute()
     return seen.names
 
 
@@ -88,10 +93,18 @@ def test_a_layer_is_so_many_launches(
         assert [name.removesuffix("_one") for name in in_layers] == expected * 4
 
 
+def test_a_gate_is_one_launch_before_an_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = Gates((1, 2), torch.zeros(2, 32), torch.zeros(2), torch.zeros(2))
+    policy = GatePolicy(gates=gates, surrogates=Surrogates({}), threshold=0.0, warm_up_tokens=0)
+    names = launches(policy, 1, monkeypatch)
+    asked = [*LAYER[:5], "gate", *LAYER[5:]]
+    in_layers = names[names.index("project_one") : names.index("rms_norm")]
+    assert [name.removesuffix("_one") for name in in_layers] == [*LAYER, *asked, *asked, *LAYER]
+
+
 def test_so_many_launches_are_outside_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     names = launches(SOME, 1, monkeypatch)
     first = names.index("project_one")
     last = len(names) - names[::-1].index("arm")
     assert names[last:] == ["rms_norm", "mm", "count", "copy_"]
-    made_of_positions = ["_to_copy", "mul", "cat", "cos", "mul", "sin", "mul"]
-    assert names[:first] == ["where", "add", "embedding", *made_of_positions]
+    assert names[:first] == ["where", "add", "embedding", "index_select"]

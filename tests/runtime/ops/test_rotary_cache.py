@@ -57,7 +57,8 @@ def test_agrees_with_pairs_in_float64(
     before = keys.clone(), values.clone()
     norms = None
     if normed:
-        norms = HeadNorms(*(1 + 0.1 * some(head_dim, dtype=dtype) for _ in range(2)), 1e-5)
+        q_norm, k_norm = (1 + 0.1 * some(head_dim, dtype=dtype) for _ in range(2))
+        norms = HeadNorms(q_norm, k_norm, 1e-5)
     place = torch.tensor([PLACE], device=DEVICE)
     q = op(qkv, cos, sin, place, keys, values, norms=norms)
     each = qkv.view(batch, -1, head_dim)
@@ -106,7 +107,7 @@ def test_the_cache_may_be_a_part_of_a_larger_one(op: Any) -> None:
     ],
 )
 def test_unfit_tensors_are_refused(given: dict[str, Tensor], message: str) -> None:
-    fit = {
+    fit: dict[str, Any] = {
         "qkv": torch.zeros(2, 4 * 8),
         "cos": torch.zeros(2, 8),
         "sin": torch.zeros(2, 8),

@@ -64,7 +64,8 @@ for rows in (1, 3):
         cache = w.new_zeros(rows, 1, 5 + 16 * layer, 64)
         rotary_cache.rotary_cache(qkv, w[:1], w[:1], torch.tensor([layer]), cache, cache)
         scalar = scalars[layer]
-        gate.gate(w[:rows], torch.zeros(64), log_norm_weight=scalar, bias=scalar, threshold=scalar)
+        asked = {"log_norm_weight": scalar, "bias": scalar, "threshold": scalar}
+        gate.gate(w[:rows], torch.zeros(64), **asked, active=live, skip=skip)
         low_rank.low_rank(w[:rows], w[:4], w[:4].T.contiguous(), w[0], skip)
         count.count(
             flags, live, following, ruled=torch.ones(6, dtype=torch.bool),
