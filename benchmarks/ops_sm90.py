@@ -27,11 +27,22 @@ from sm90 import Usage, without_device
 from torch import Tensor
 
 from skipcal.profiles.files import dump_json, write_text_atomic
-from skipcal.runtime.ops import arm, count, decode_attention, ffn, gate, low_rank
+from skipcal.runtime.ops import (
+    arm,
+    count,
+    decode_attention,
+    ffn,
+    gate,
+    low_rank,
+    project,
+    rms_norm,
+    rotary_cache,
+)
 from skipcal.speed.hardware import environment
 
 SHAPES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40)}  # hidden, ffn, heads, layers
 SLOTS, RANK = 1024, 64
+OPS = arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache
 COLUMNS = "registers", "spill_bytes", "shared_bytes", "wide_loads", "resident", "waves", "in_flight_bytes"
 
 
@@ -45,7 +56,8 @@ def flags(*shape: int) -> Tensor:
 
 def launch_ffn(hidden: int, width: int, rows: int) -> None:
     norm, gate_up, down = bf16(hidden), bf16(width, hidden), bf16(hidden, width)
-    ffn.ffn(bf16(rows, hidden), flags(rows), ffn.FFNWeights(norm, 1e-5, gate_up, gate_up, down))
+    weights = ffn.FFNWeights(norm, 1e-5, gate_up, gate_up, down)
+    ffn.ffn(bf16(rows, hidden), flags(rows), weights, adds=True)
 
 
 def launch_arm(hidden: int, rows: int) -> None:
@@ -65,6 +77,24 @@ def launch_attention(heads: int, kv_heads: int, head_dim: int, padded: bool) -> 
     q, k = bf16(1, heads, head_dim), bf16(1, kv_heads, SLOTS, head_dim)
     valid = flags(1, SLOTS) if padded else None
     decode_attention.decode_attention(q, k, k, torch.tensor(1), valid=valid, scale=1.0)
+
+
+def launch_qkv(hidden: int, rows: int) -> None:
+    project.project(bf16(rows, hidden), [bf16(hidden, hidden)] * 3, norm=bf16(hidden), eps=1e-5)
+
+
+def launch_o(hidden: int, rows: int) -> None:
+    project.project(bf16(rows, hidden), [bf16(hidden, hidden)], residual=bf16(rows, hidden))
+
+
+def launch_rotary_cache(heads: int, kv_heads: int, head_dim: int, rows: int) -> None:
+    qkv, angle = bf16(rows, (heads + 2 * kv_heads) * head_dim), bf16(rows, head_dim)
+    cache = bf16(rows, kv_heads, SLOTS, head_dim)
+    rotary_cache.rotary_cache(qkv, angle, angle, torch.tensor([1]), cache, cache)
+
+
+def launch_rms_norm(hidden: int, rows: int) -> None:
+    rms_norm.rms_norm(bf16(rows, hidden), bf16(hidden), 1e-5)
 
 
 def launch_gate(hidden: int, rows: int) -> None:
@@ -88,9 +118,15 @@ def cases() -> dict[str, Callable[[], None]]:
     for size, (hidden, width, heads, layers) in SHAPES.items():
         for rows in (1, 2, 8, 64):
             found[f"{size}, ffn, rows {rows}"] = partial(launch_ffn, hidden, width, rows)
+            found[f"{size}, q k v, rows {rows}"] = partial(launch_qkv, hidden, rows)
+            found[f"{size}, o, rows {rows}"] = partial(launch_o, hidden, rows)
         for rows in (1, 8):
             found[f"{size}, arm, rows {rows}"] = partial(launch_arm, hidden, rows)
             found[f"{size}, gate, rows {rows}"] = partial(launch_gate, hidden, rows)
+            found[f"{size}, rms_norm, rows {rows}"] = partial(launch_rms_norm, hidden, rows)
+            found[f"{size}, rotary_cache, rows {rows}"] = partial(
+                launch_rotary_cache, heads, heads, 128, rows
+            )
             found[f"{size}, low_rank {RANK}, rows {rows}"] = partial(launch_low_rank, hidden, rows)
             found[f"{size}, count, rows {rows}"] = partial(launch_count, layers, rows)
         for padded in (False, True):
@@ -130,7 +166,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=cases(), metavar="CASE", help="repeatable")
     parser.add_argument("--output", type=Path, help="folder for the result; default: none is written")
     options = parser.parse_args()
-    for op in (arm, count, decode_attention, ffn, gate, low_rank):
+    for op in OPS:
         op.runs_kernels = lambda tensor: True  # type: ignore[attr-defined]
     rows = []
     print(f"{'case':40s} {'kernel':14s} {'programs':>8s}", *COLUMNS)

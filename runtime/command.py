@@ -44,6 +44,8 @@ def generate(
 ) -> None:
     """Generate text with FFN blocks skipped, then say what was skipped.
 
+    Beams, penalties and the like of a checkpoint are not used; stderr names them.
+
     Example: skipcal generate --profile smollm2-135m-instruct --prompt "Why?"
     """
     with command(as_json, debug) as console:

@@ -145,8 +145,16 @@ class GateRule:
         """Tokens whose score lies below the threshold."""
         if state.on_device:
             assert self._placed is not None
-            return self._placed.skip_no_sync(layer, h), state
+            return self._placed.skip_no_sync(layer, h, None, None), state
         return self.scores(layer, h) < self._threshold, state
+
+    def skip_no_sync(self, layer: int, h: Tensor, *, active: Tensor, skip: Tensor) -> Tensor:
+        """`skip` [batch] bool, written in one launch: rows among the `active` that skip FFN `layer`.
+
+        After `start` of a captured pass. h: [batch, hidden].
+        """
+        assert self._placed is not None
+        return self._placed.skip_no_sync(layer, h, active, skip)
 
     def scores(self, layer: int, h: Tensor) -> Tensor | float:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
@@ -178,7 +186,7 @@ class _Placed:
         self._bias_static = gates.bias.to(device)
         self._threshold_static = torch.tensor(threshold, dtype=torch.float32, device=device)
 
-    def skip_no_sync(self, layer: int, h: Tensor) -> Tensor:
+    def skip_no_sync(self, layer: int, h: Tensor, active: Tensor | None, skip: Tensor | None) -> Tensor:
         """Rows [batch] bool that skip."""
         from skipcal.runtime.ops.gate import gate
 
@@ -189,5 +197,7 @@ class _Placed:
             log_norm_weight=self._log_norm_static[n],
             bias=self._bias_static[n],
             threshold=self._threshold_static,
+            active=active,
+            skip=skip,
         )
-        return decision.skip.bool()
+        return decision.skip

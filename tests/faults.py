@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from skipcal.runtime.engines import graph_step, recorded_step
+from skipcal.runtime.engines import graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph_rules import StepInputs
+from skipcal.runtime.ops.rotary_cache import rotary_cache
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -37,16 +39,30 @@ def the_next_position(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StepInputs, "set_no_sync", wrong)
 
 
-def a_matrix_of_another_layer(patch: pytest.MonkeyPatch, name: str) -> None:
+def a_matrix_of_another_layer(patch: pytest.MonkeyPatch, name: str, *, of: str = "_weights") -> None:
     before = graph_step.DecodeStep._blocks
 
     def wrong(self: graph_step.DecodeStep, *args: Any) -> Any:
         ffns, rule, how = before(self, *args)
         one, other = ffns[len(ffns) // 2 : len(ffns) // 2 + 2]
-        one._weights = replace(one._weights, **{name: getattr(other._weights, name)})  # type: ignore[attr-defined]
+        theirs = getattr(getattr(other, of), name)
+        setattr(one, of, replace(getattr(one, of), **{name: theirs}))
         return ffns, rule, how
 
     patch.setattr(graph_step.DecodeStep, "_blocks", wrong)
+
+
+def the_cache_written_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    def wrong(qkv: Tensor, cos: Tensor, sin: Tensor, place: Tensor, *cache: Tensor, **given: Any) -> Tensor:
+        return rotary_cache(qkv, cos, sin, place + 1, *cache, **given)
+
+    make = graph_step.DecodeStep.__init__
+
+    def made(self: graph_step.DecodeStep, *args: Any, **given: Any) -> None:
+        make(self, *args, **given)  # which tries the layers alone
+        patch.setattr(graph_layer, "rotary_cache", wrong)
+
+    patch.setattr(graph_step.DecodeStep, "__init__", made)
 
 
 def rows_of_each_other(patch: pytest.MonkeyPatch) -> None:
@@ -66,6 +82,11 @@ IN_A_GRAPH: dict[str, tuple[int, Plant]] = {
     "weight: gate": (1, lambda patch: a_matrix_of_another_layer(patch, "gate")),
     "weight: up": (3, lambda patch: a_matrix_of_another_layer(patch, "up")),
     "weight: down": (1, lambda patch: a_matrix_of_another_layer(patch, "down")),
+    **{
+        f"weight: {name}": (rows, partial(a_matrix_of_another_layer, name=name, of="_attention"))
+        for name, rows in (("q", 1), ("v", 3), ("o", 1))
+    },
+    "cache: written elsewhere": (1, the_cache_written_elsewhere),
     "rows swapped": (3, rows_of_each_other),
 }
 

@@ -42,10 +42,10 @@ def measure(visit: Visit) -> list[Step]:
     calls = ("model_folder", "profile", "generate", "fit", "evaluate")
     return [
         Step("versions", 60, "gpu_visit.device:versions"),
-        _bench(visit, "decode", visit.shape, 95, rounds=5),
-        _bench(visit, "decode_gate", f"{visit.shape}-gate", 50, rounds=5, rule="gate"),
-        _bench(visit, "decode_larger", "llama-2-13b" if gpu else "larger", 60, rounds=2, shape=larger),
-        _bench(visit, "decode_batch_8", f"{visit.shape}-batch-8", 45, rounds=3, batch_size=[8]),
+        _bench(visit, "decode", visit.shape, 62, rounds=5),
+        _bench(visit, "decode_gate", f"{visit.shape}-gate", 36, rounds=5, rule="gate"),
+        _bench(visit, "decode_larger", "llama-2-13b" if gpu else "larger", 50, rounds=2, shape=larger),
+        _bench(visit, "decode_batch_8", f"{visit.shape}-batch-8", 36, rounds=3, batch_size=[8]),
         *(Step(name, 60, f"gpu_visit.commands:{name}") for name in calls),
         _tests("ops", 150, ops, 8 if gpu else 0),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +22,25 @@ _NAME = "skipcal_decode"
 _NOT_OURS = ("position_bias", "softcap", "s_aux")  # what else a model may want of its attention
 
 
-@contextmanager
-def step_attention(config: Any, length: Tensor, valid: Tensor | None) -> Iterator[None]:
-    """Inside, models of `config` attend by the op.
+@dataclass
+class Sight:
+    """What attention may see of the cache, told anew for each step.
 
-    config: of the stack, and of its attention modules. length: 0-d int64, places in use with the
-    current token's; valid: [batch, places] bool, False where there is padding; None: there is none.
+    length: 0-d int64, places in use with the current token's. valid: [batch, places] bool, False where there
+    is padding; None: there is none.
     """
+
+    length: Tensor
+    valid: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """q: [batch, heads, head_dim]; k, v: a layer's cache -> [batch, heads, head_dim]."""
+        return decode_attention(q, k, v, self.length, valid=self.valid, scale=scale)
+
+
+@contextmanager
+def step_attention(config: Any, sight: Sight) -> Iterator[None]:
+    """Inside, models of `config` attend by the op; it is that of the stack, and of its attention modules."""
     torch_attention: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
@@ -39,7 +52,7 @@ def step_attention(config: Any, length: Tensor, valid: Tensor | None) -> Iterato
             out, _ = torch_attention(module, query, key, value, attention_mask, **options)
             return out, None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return decode_attention(query[:, :, 0], key, value, length, valid=valid, scale=scale)[:, None], None
+        return sight.attend(query[:, :, 0], key, value, scale=scale)[:, None], None
 
     patches = InstancePatches()
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend

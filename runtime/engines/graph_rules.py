@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skipcal.runtime.engines.base import PassTokens
+from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
 from skipcal.runtime.ops.count import count
 from skipcal.runtime.rules import CosineRule, Rule
@@ -53,18 +54,24 @@ class StepInputs:
 class StepRule(Protocol):
     """A rule in a captured step; `skips` are the rows of one tensor, [layers + 1, batch] bool."""
 
+    @property
+    def wants_f(self) -> bool:
+        """Whether `after` needs f itself."""
+
     def start(self) -> None:
-        """A new token of each row; `skips` are all False."""
+        """A new token of each row. `skips` of layers that a rule is not asked of are False, and stay so."""
 
     def before(self, layer: int, h: Tensor) -> Tensor:
         """Rows [batch] bool that skip FFN `layer`, also kept in `skips`. h: [batch, hidden]."""
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as runtime.ops.ffn makes them."""
 
 
 class Unasked:
     """No rule: the FFN runs for every row."""
+
+    wants_f = False
 
     def __init__(self, skips: Tensor) -> None:
         """Show rows of `skips`, which nobody writes."""
@@ -77,7 +84,7 @@ class Unasked:
         """Nobody skips."""
         return self._skips[layer]
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Nobody learns."""
 
 
@@ -91,6 +98,11 @@ class AnyRule:
         """Ask `rule`; write into `skips`."""
         self._rule, self._inputs, self._skips = rule, inputs, skips
         self._state: Any = None
+
+    @property
+    def wants_f(self) -> bool:
+        """Where it learns."""
+        return self._rule.learns
 
     def start(self) -> None:
         """Fresh state of each row."""
@@ -109,10 +121,24 @@ class AnyRule:
         skip, self._state = self._rule.before(layer, self._state, h)
         return torch.logical_and(torch.as_tensor(skip), self._inputs.active_static, out=self._skips[layer])
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Tell the rule, if it wants to know."""
         if self._rule.learns:
+            assert f is not None
             self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
+
+
+class FusedGate(AnyRule):
+    """The rule `gate`, whose decision is one launch, warm-up and all."""
+
+    def __init__(self, rule: GateRule, inputs: StepInputs, skips: Tensor) -> None:
+        """Ask `rule`; write into `skips`."""
+        super().__init__(rule, inputs, skips)
+        self._gate = rule
+
+    def before(self, layer: int, h: Tensor) -> Tensor:
+        """Ask the gate; rows within their warm-up run."""
+        return self._gate.skip_no_sync(layer, h, active=self._inputs.active_static, skip=self._skips[layer])
 
 
 class FusedCosine:
@@ -121,25 +147,30 @@ class FusedCosine:
     Threshold and `max_skips` are values on the device: a new one needs no new capture.
     """
 
+    wants_f = False
+
     def __init__(self, rule: CosineRule, inputs: StepInputs, skips: Tensor) -> None:
         """Take region, threshold and `max_skips` from `rule`; write into `skips`."""
         device = skips.device
         self._layers, self._inputs, self._skips = rule.layers, inputs, skips
         self._batch_rule = rule.batch_rule
         self._left = torch.zeros(skips.shape[1], dtype=torch.int32, device=device)
+        self._watching, self._spent = (
+            torch.tensor(left, dtype=torch.int32, device=device) for left in (WATCHING, SPENT)
+        )
         limit = UNLIMITED if rule.max_skips is None else rule.max_skips
         self._limit = torch.tensor([limit], dtype=torch.int32, device=device)
         self._threshold = torch.tensor([rule.threshold], dtype=torch.float32, device=device)
 
     def start(self) -> None:
         """Watch the rows past their warm-up; the others neither skip nor arm."""
-        self._left.copy_(torch.where(self._inputs.active_static, WATCHING, SPENT))
+        torch.where(self._inputs.active_static, self._watching, self._spent, out=self._left)
 
     def before(self, layer: int, h: Tensor) -> Tensor:
         """What the layer before has found."""
         return self._skips[layer]
 
-    def after(self, layer: int, h: Tensor, f: Tensor, sums: Tensor | None) -> None:
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
         """Arm, count down, and say who skips the next layer; after the region nobody asks."""
         assert sums is not None
         follows = layer + 1 if layer + 1 in self._layers else -1

@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipcal.arch.locate import Architecture
+from skipcal.arch.locate import Architecture, Block
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
-from skipcal.runtime.engines.graph_attention import step_attention
+from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
+from skipcal.runtime.engines.graph_layer import (
+    AttentionWeights,
+    FusedLayer,
+    attention_weights,
+)
+from skipcal.runtime.engines.graph_outside import Outside
 from skipcal.runtime.engines.graph_rules import (
     AnyRule,
     FusedCosine,
+    FusedGate,
     StepCounts,
     StepInputs,
     StepRule,
@@ -34,6 +41,7 @@ from skipcal.runtime.engines.graph_rules import (
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
+from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.rules import CosineRule, Rule
@@ -47,7 +55,7 @@ _ROW = 16  # bytes to which a row of flags is filled up
 # 16 to 48 layers the noise of a layer is 0.006 of what it adds in half precision, and 5e-7 in float32.
 _LIMITS = {torch.float32: (1e-2, 5e-3), torch.float64: (1e-2, 5e-3)}
 _HALF_LIMITS = (2e-2, 2e-1)
-_Key = tuple[int, int, bool]
+_Key = tuple[int, int, bool, bool]
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
 
@@ -75,6 +83,7 @@ class DecodeStep(PreparedStep):
         self.inputs = StepInputs(batch, room, device)
         self._places = torch.arange(room, device=device)
         self._padded = False
+        self._tabled = True  # positions do not run ahead of places
         # Each layer's begin where kernels like to read. The last is written by the region's last layer, and
         # nobody reads it.
         self._skips_static = torch.zeros(
@@ -82,7 +91,16 @@ class DecodeStep(PreparedStep):
         )
         self._skips = self._skips_static[:, :batch]
         self._layers = architecture.blocks
-        self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
+        self._sight = Sight(self.inputs.place_static[0], None)
+        with self._on_device():  # layers are tried
+            self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
+        self._fused = len(self._ffns) == len(self._layers) and all(
+            isinstance(ffn, FusedLayer) for ffn in self._ffns
+        )
+        self._outside: Outside | None = None
+        if self._fused:
+            with self._on_device(), torch.no_grad():
+                self._outside = Outside(architecture.stack, architecture.hidden_size, room)
         capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
         self.how = f"{capture}; {how}"
         self._logits_static: Tensor  # [batch, vocabulary]
@@ -92,7 +110,7 @@ class DecodeStep(PreparedStep):
         """Take the padding of a new text, and have room in the cache.
 
         given: the arguments of the model's forward, of which the attention mask counts: [batch, tokens
-        so far], or None without padding.
+        so far], or None without padding; and where the positions begin, which a caller may have set.
         """
         if self.fresh:
             mask: Tensor | None = given.get("attention_mask")
@@ -100,6 +118,8 @@ class DecodeStep(PreparedStep):
             if mask is not None and self._padded:
                 self.inputs.valid_static.fill_(True)
                 self.inputs.valid_static[:, : mask.shape[1]] = mask.bool()
+            positions: Tensor | None = given.get("position_ids")
+            self._tabled = positions is None or bool(positions.max() <= self.cache.get_seq_length())
             self.fresh = False
         self.cache.make_room()
 
@@ -155,7 +175,7 @@ class DecodeStep(PreparedStep):
     ) -> tuple[list[StepFFN], StepRule, str]:
         """The FFN blocks that are not the model's own, the rule, and in words how they run.
 
-        The kernels stand for the FFNs of which the rule is not asked too: a step without a rule is then
+        The kernels stand for the layers of which the rule is not asked too: a step without a rule is then
         the same step, and what a rule gains over it is skipping alone.
         """
         found = {block.index: fused_weights(block, self.batch) for block in architecture.blocks}
@@ -164,32 +184,48 @@ class DecodeStep(PreparedStep):
         step_rule: StepRule
         if isinstance(rule, CosineRule) and not modules:
             step_rule = FusedCosine(rule, self.inputs, self._skips)
+        elif isinstance(rule, GateRule):
+            step_rule = FusedGate(rule, self.inputs, self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []
+        parted: dict[int, str] = {}  # layers of which the FFN alone is in kernels, and why
         for block in architecture.blocks:
             weights = found[block.index]
+            rules: tuple[StepRule, Surrogates] = (step_rule, surrogates)
+            if block.index not in asked:
+                rules = (Unasked(self._skips), Surrogates({}))
             if isinstance(weights, FFNWeights):
-                if block.index in asked:
-                    ffns.append(FusedFFN(block, weights, step_rule, surrogates))
+                attention = self._attention_weights(architecture, block, weights)
+                if isinstance(attention, AttentionWeights):
+                    ffns.append(FusedLayer(block, attention, weights, *rules, self._sight))
                 else:
-                    ffns.append(FusedFFN(block, weights, Unasked(self._skips), Surrogates({})))
+                    ffns.append(FusedFFN(block, weights, *rules))
+                    parted[block.index] = attention
             elif block.index in asked:
-                ffns.append(ModuleFFN(block, step_rule, surrogates, extras))
-        fused = len(ffns) - len(modules)
-        words = [f"{fused} FFNs in predicated kernels"] if fused else []
-        if modules:
-            why = "; ".join(dict.fromkeys(modules.values()))
-            words.append(f"{len(modules)} as modules in IF nodes ({why})")
+                ffns.append(ModuleFFN(block, *rules, extras))
+        fused = len(ffns) - len(modules) - len(parted)
+        words = [f"{fused} layers fused"] if fused else []
+        for reasons, how in ((parted, "FFNs in predicated kernels"), (modules, "as modules in IF nodes")):
+            if reasons:
+                words.append(f"{len(reasons)} {how} ({'; '.join(dict.fromkeys(reasons.values()))})")
         return ffns, step_rule, ", ".join(words) or "no FFN to skip"
+
+    def _attention_weights(
+        self, architecture: Architecture, block: Block, weights: FFNWeights
+    ) -> AttentionWeights | str:
+        """Of a layer that can run whole, or why it cannot."""
+        if not self._reads_used:
+            return f"attention {self._config._attn_implementation!r} is the model's own"
+        return attention_weights(block, weights, getattr(architecture.stack, "rotary_emb", None), self.batch)
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Inside, launches go to the model's GPU, whichever is the current one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _key(self) -> _Key:
-        """What a captured graph is good for: a window, the place of the storage, padding or none."""
-        return (self._window(), self.cache.version, self._padded)
+        """What a captured graph is good for: a window, the place of the storage, positions, padding."""
+        return (self._window(), self.cache.version, self._tabled, self._padded)
 
     def _window(self) -> int:
         if self._reads_used:  # the op finds out by itself how much is there
@@ -202,21 +238,18 @@ class DecodeStep(PreparedStep):
     def _compute(self) -> Tensor:
         """The step itself, all of which can be captured: logits [batch, vocabulary], in place."""
         inputs, window = self.inputs, self._window()
-        self._skips_static.zero_()
         self._rule.start()
         valid = inputs.valid_static[:, :window] if self._padded else None
-        seen = (self._places[:window] <= inputs.place_static).expand(self.batch, -1)
-        if valid is not None:
-            seen = seen & valid
         patches = InstancePatches()
         self.cache.enter_step(inputs.place_static, window)
         try:
             for ffn in self._ffns:
                 ffn.set_on(patches)
+            if self._outside is not None:
+                self._outside.set_on(patches, tabled=self._tabled)
             with self._attention(inputs.place_static[0] + 1, valid):
-                logits = self._logits(
-                    inputs.ids_static, inputs.positions_static, self._mask(seen), self.cache
-                )
+                mask = None if self._fused else self._mask(self._seen(window, valid))
+                logits = self._logits(inputs.ids_static, inputs.positions_static, mask, self.cache)
         except BaseException:
             for ffn in self._ffns:
                 ffn.abandon()
@@ -230,7 +263,13 @@ class DecodeStep(PreparedStep):
         return self._logits_static.copy_(logits)
 
     def _attention(self, length: Tensor, valid: Tensor | None) -> AbstractContextManager[None]:
-        return step_attention(self._config, length, valid) if self._reads_used else nullcontext()
+        self._sight.length, self._sight.valid = length, valid
+        return step_attention(self._config, self._sight) if self._reads_used else nullcontext()
+
+    def _seen(self, window: int, valid: Tensor | None) -> Tensor:
+        """[batch, window] bool: places that attention may see."""
+        seen = (self._places[:window] <= self.inputs.place_static).expand(self.batch, -1)
+        return seen if valid is None else seen & valid
 
     def _mask(self, seen: Tensor) -> Tensor:
         """[batch, 1, 1, window], as the attention wants it."""

@@ -76,7 +76,7 @@ class PreparedStep:
         self.cache.rewind(1)
         return logits
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Logits [batch, vocabulary] of the model's forward over one token a row: what a step is made of."""
         output = self._forward(
             input_ids=ids,

@@ -147,9 +147,12 @@ class StepCache(Cache):
         self.layers = [layer.as_made_by_transformers() for layer in self.layers]  # type: ignore[misc]
 
     def rewind(self, tokens: int) -> None:
-        """Forget the last tokens."""
+        """Forget the last tokens, and clear their places: a step that writes elsewhere must not find them."""
         for layer in self.layers:
             layer.length -= tokens
+            if layer.keys is not None and layer.values is not None:
+                for stored in (layer.keys, layer.values):
+                    stored[:, :, layer.length : layer.length + tokens].zero_()
 
     def advance(self) -> None:
         """One token more is there."""

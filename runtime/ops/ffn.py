@@ -47,22 +47,23 @@ class FFNWeights:
 
 
 def ffn(
-    h: Tensor, skip: Tensor, weights: FFNWeights, *, settings: Settings | None = None
+    h: Tensor, skip: Tensor, weights: FFNWeights, *, adds: bool = False, settings: Settings | None = None
 ) -> tuple[Tensor, Tensor]:
     """f [rows, hidden] in h's dtype, and sums [parts, 3, rows] in float32.
 
     h: [rows, hidden], contiguous. skip: [rows] bool. The sums of a row that skips mean nothing.
+    adds: return h + f instead, which is h in a row that skips.
     settings: of both kernels, in place of ONE_ROW or SOME_ROWS; parts are as many as `down` has blocks,
     and of several rows' stages those are taken that fit into shared memory.
     """
     if not runs_kernels(h):
-        return reference(h, skip, weights)
+        return reference(h, skip, weights, adds=adds)
     if len(h) == 1:
-        return _one_row(h, skip, weights, settings or ONE_ROW)
-    return _some_rows(h, skip, weights, settings or SOME_ROWS)
+        return _one_row(h, skip, weights, adds, settings or ONE_ROW)
+    return _some_rows(h, skip, weights, adds, settings or SOME_ROWS)
 
 
-def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Tensor]:
+def reference(h: Tensor, skip: Tensor, weights: FFNWeights, *, adds: bool = False) -> tuple[Tensor, Tensor]:
     """The same in torch, rounded where the kernels round: a and f."""
     x = h.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()
@@ -71,7 +72,7 @@ def reference(h: Tensor, skip: Tensor, weights: FFNWeights) -> tuple[Tensor, Ten
     f = f.masked_fill(skip[:, None], 0.0)
     before, after = h.float(), h.float() + f.float()
     sums = torch.stack([(before * before).sum(-1), (before * after).sum(-1), (after * after).sum(-1)])
-    return f, sums[None]
+    return h + f if adds else f, sums[None]
 
 
 @jit(unaligned=("skip_ptr",))
@@ -106,9 +107,9 @@ def _gate_up_one(
 
 @jit(unaligned=("skip_ptr",))
 def _down_one(
-    a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
-    HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    a_ptr, down_ptr, h_ptr, y_ptr, sums_ptr, skip_ptr,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, ADDS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     n = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,15 +124,18 @@ def _down_one(
             inside = inside_n[:, None] & inside_k[None, :]
             w = tl.load(down_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             sum_ += w.to(tl.float32) * x[None, :]
-        f = tl.sum(sum_, axis=1).to(f_ptr.dtype.element_ty)
-        tl.store(f_ptr + n, f, mask=inside_n)
+        f = tl.sum(sum_, axis=1).to(y_ptr.dtype.element_ty).to(tl.float32)
         before = tl.load(h_ptr + n, mask=inside_n, other=0.0).to(tl.float32)
-        after = before + tl.where(inside_n, f.to(tl.float32), 0.0)
+        after = before + tl.where(inside_n, f, 0.0)
+        y = after if ADDS else f
+        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=inside_n)
         tl.store(sums_ptr + part * 3 + 0, tl.sum(before * before, axis=0))
         tl.store(sums_ptr + part * 3 + 1, tl.sum(before * after, axis=0))
         tl.store(sums_ptr + part * 3 + 2, tl.sum(after * after, axis=0))
+    elif ADDS:
+        tl.store(y_ptr + n, tl.load(h_ptr + n, mask=inside_n, other=0.0), mask=inside_n)
     else:
-        tl.store(f_ptr + n, tl.zeros([BLOCK_N], tl.float32).to(f_ptr.dtype.element_ty), mask=inside_n)
+        tl.store(y_ptr + n, tl.zeros([BLOCK_N], tl.float32).to(y_ptr.dtype.element_ty), mask=inside_n)
 
 
 @jit(unaligned=("skip_ptr",))
@@ -185,9 +189,9 @@ def _gate_up_some(
 
 @jit(unaligned=("skip_ptr",))
 def _down_some(
-    a_ptr, down_ptr, h_ptr, f_ptr, sums_ptr, skip_ptr,
+    a_ptr, down_ptr, h_ptr, y_ptr, sums_ptr, skip_ptr,
     HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    ADDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     r = tl.arange(0, PADDED)
@@ -208,7 +212,7 @@ def _down_some(
             inside = inside_n[:, None] & inside_k[None, :]
             w = tl.load(down_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             f = tl.dot(w, x, f, input_precision="ieee")
-        rounded = f.to(f_ptr.dtype.element_ty).to(tl.float32)
+        rounded = f.to(y_ptr.dtype.element_ty).to(tl.float32)
         running = runs[None, :] & inside_n[:, None]
         before = tl.load(h_ptr + where, mask=running, other=0.0).to(tl.float32)
         after = before + tl.where(running, rounded, 0.0)
@@ -216,11 +220,17 @@ def _down_some(
         tl.store(sums, tl.sum(before * before, axis=0), mask=there)
         tl.store(sums + ROWS, tl.sum(before * after, axis=0), mask=there)
         tl.store(sums + 2 * ROWS, tl.sum(after * after, axis=0), mask=there)
-    f = tl.where(runs[None, :], f, 0.0)
-    tl.store(f_ptr + where, f.to(f_ptr.dtype.element_ty), mask=there[None, :] & inside_n[:, None])
+    wanted = there[None, :] & inside_n[:, None]
+    y = tl.where(runs[None, :], f, 0.0)
+    if ADDS:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += tl.load(h_ptr + where, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
-def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings) -> tuple[Tensor, Tensor]:
+def _one_row(
+    h: Tensor, skip: Tensor, weights: FFNWeights, adds: bool, settings: Settings
+) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     flag = skip.view(torch.int8)
     a = h.new_empty(1, width)
@@ -231,15 +241,17 @@ def _one_row(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings) -
     )  # fmt: skip
     n, k, warps, stages = settings["down"]
     parts = -(-hidden // n)
-    f, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
+    y, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
     _down_one[(parts,)](
-        a, weights.down, h, f, sums, flag,
-        HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+        a, weights.down, h, y, sums, flag,
+        HIDDEN=hidden, FFN=width, ADDS=adds, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return f, sums
+    return y, sums
 
 
-def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings) -> tuple[Tensor, Tensor]:
+def _some_rows(
+    h: Tensor, skip: Tensor, weights: FFNWeights, adds: bool, settings: Settings
+) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
     width_p = max(_DOT_ROWS, padded(rows))
@@ -258,13 +270,13 @@ def _some_rows(h: Tensor, skip: Tensor, weights: FFNWeights, settings: Settings)
     n, k, warps, stages = settings["down"]
     stages = min(stages, _stages((n + width_p) * k * h.element_size()))
     parts = -(-hidden // n)
-    f, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
+    y, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](
-        a, weights.down, h, f, sums, flags,
-        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
+        a, weights.down, h, y, sums, flags,
+        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p, ADDS=adds,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return f, sums
+    return y, sums
 
 
 def _stages(tile_bytes: int) -> int:

@@ -23,47 +23,58 @@ _WARPS = 8  # a row of 4096 is then 16 values a thread; not yet tuned on a devic
 class GateDecision(NamedTuple):
     """What the gate says of each row."""
 
-    skip: Tensor  # [batch] int32: 1 where the FFN is skipped, else 0
+    skip: Tensor  # [batch] bool: the FFN is skipped
     score: Tensor  # [batch] float32: the predicted damage
 
 
 def gate(
-    h: Tensor, weight: Tensor, *, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor
+    h: Tensor,
+    weight: Tensor,
+    *,
+    log_norm_weight: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    active: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> GateDecision:
     """Decide for each row whether it skips the FFN. A score that is not a number does not skip.
 
     h: [batch, hidden], the stream before the FFN block. weight: [hidden], log_norm_weight, bias: 0-d,
-    float32. threshold: float32, 0-d or one a row [batch] (rows that are still warming up have -inf).
-    All on h's device; no host sync, so that the launch can be captured. ValueError: shapes or dtypes
-    other than these.
+    float32. threshold: float32, 0-d or one a row [batch]. active: [batch] bool, rows that may skip; None:
+    all. skip: [batch] bool, contiguous, to write the decision to; None: it is made. All on h's device; no
+    host sync, so that the launch can be captured. ValueError: shapes or dtypes other than these.
     """
-    _check(h, weight, log_norm_weight, bias, threshold)
-    if not runs_kernels(h):
-        return reference(h, weight, log_norm_weight=log_norm_weight, bias=bias, threshold=threshold)
+    _check(h, weight, log_norm_weight, bias, threshold, [t for t in (active, skip) if t is not None])
     batch, hidden = h.shape
-    decision = GateDecision(
-        skip=torch.empty(batch, dtype=torch.int32, device=h.device),
-        score=torch.empty(batch, dtype=torch.float32, device=h.device),
-    )
-    limits = threshold.expand(batch)
+    skip = torch.empty(batch, dtype=torch.bool, device=h.device) if skip is None else skip
+    if not runs_kernels(h):
+        made = reference(h, weight, log_norm_weight=log_norm_weight, bias=bias, threshold=threshold)
+        return GateDecision(skip.copy_(made.skip if active is None else made.skip & active), made.score)
+    score = torch.empty(batch, dtype=torch.float32, device=h.device)
+    limits, flags = threshold.expand(batch), skip.view(torch.int8)
     _gate[(batch,)](
-        h, weight, log_norm_weight, bias, limits, decision.skip, decision.score,
-        h.stride(0), limits.stride(0), HIDDEN=hidden, BLOCK=padded(hidden), TINY=_TINY, num_warps=_WARPS,
+        h, weight, log_norm_weight, bias, limits, flags if active is None else active.view(torch.int8),
+        flags, score, h.stride(0), limits.stride(0),
+        HIDDEN=hidden, BLOCK=padded(hidden), TINY=_TINY, HAS_ACTIVE=active is not None, num_warps=_WARPS,
     )  # fmt: skip
-    return decision
+    return GateDecision(skip, score)
 
 
 def reference(
     h: Tensor, weight: Tensor, *, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor
 ) -> GateDecision:
-    """The same in torch."""
+    """The same in torch, of rows that all may skip."""
     norm = torch.linalg.vector_norm(h.float(), dim=-1).clamp_min(_TINY)  # [batch]
     score = direction(h) @ weight + log_norm_weight * norm.log() + bias
-    return GateDecision((score < threshold).int(), score)
+    return GateDecision(score < threshold, score)
 
 
-def _check(h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor) -> None:
+def _check(
+    h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor, flags: list[Tensor]
+) -> None:
     batch, hidden = h.shape
+    if any(t.shape != (batch,) or t.dtype != torch.bool or not t.is_contiguous() for t in flags):
+        raise ValueError(f"gate: active and skip must be contiguous bool [{batch}]")
     if h.stride(1) != 1:
         raise ValueError(f"gate: h must be contiguous along hidden, not of strides {h.stride()}")
     if weight.shape != (hidden,) or not weight.is_contiguous():
@@ -77,11 +88,12 @@ def _check(h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, thr
         raise ValueError("gate: weight, log_norm_weight, bias and threshold must be float32")
 
 
-@jit(unaligned=("log_norm_weight_ptr", "bias_ptr", "threshold_ptr"))
+@jit(unaligned=("log_norm_weight_ptr", "bias_ptr", "threshold_ptr", "active_ptr", "skip_ptr"))
 def _gate(
     h_ptr: tl.tensor, weight_ptr: tl.tensor, log_norm_weight_ptr: tl.tensor, bias_ptr: tl.tensor,
-    threshold_ptr: tl.tensor, skip_ptr: tl.tensor, score_ptr: tl.tensor, h_stride: int, threshold_stride: int,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr,
+    threshold_ptr: tl.tensor, active_ptr: tl.tensor, skip_ptr: tl.tensor, score_ptr: tl.tensor,
+    h_stride: int, threshold_stride: int,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TINY: tl.constexpr, HAS_ACTIVE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program a row, which fits into its registers."""
     row = tl.program_id(0)
@@ -93,4 +105,7 @@ def _gate(
     along = tl.sum(weight * h, axis=0) / norm * tl.sqrt(HIDDEN * 1.0)
     score = along + tl.load(log_norm_weight_ptr) * tl.log(norm) + tl.load(bias_ptr)
     tl.store(score_ptr + row, score)
-    tl.store(skip_ptr + row, (score < tl.load(threshold_ptr + row * threshold_stride)).to(tl.int32))
+    skip = score < tl.load(threshold_ptr + row * threshold_stride)
+    if HAS_ACTIVE:
+        skip &= tl.load(active_ptr + row) != 0
+    tl.store(skip_ptr + row, skip.to(tl.int8))

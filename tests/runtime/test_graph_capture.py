@@ -50,7 +50,13 @@ def assert_captured_equals_eager(model: Any, policy: SkipPolicy, rows: list[list
 @pytest.mark.parametrize("policy", [SOME, FEW])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_predicated_kernels_in_a_graph(policy: SkipPolicy, rows: int) -> None:
-    assert_captured_equals_eager(on_gpu("llama"), policy, ROWS[:rows], "in predicated kernels")
+    assert_captured_equals_eager(on_gpu("llama"), policy, ROWS[:rows], "4 layers fused")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
+    assert_captured_equals_eager(on_gpu(model_type), SOME, ROWS[:rows], "4 layers fused")
 
 
 @pytest.mark.parametrize("policy", [SOME, FEW])
@@ -62,7 +68,7 @@ def test_modules_in_if_nodes_of_a_graph(policy: SkipPolicy, model_type: str) -> 
 def test_windows_are_captured_as_the_text_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_step, "MIN_WINDOW", 8)
     monkeypatch.setattr(graph_step, "FIRST_SLOTS", 16)
-    assert_captured_equals_eager(on_gpu("llama"), SOME, ROWS, "in predicated kernels")
+    assert_captured_equals_eager(on_gpu("llama"), SOME, ROWS, "4 layers fused")
 
 
 def test_half_precision_captures_and_skips() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DENSE, left_padded, lively
+from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated, policies
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -18,7 +18,7 @@ from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.gate import GatePolicy, Gates
-from skipcal.runtime.ops import ffn
+from skipcal.runtime.ops import ffn, project
 from skipcal.runtime.ops.decode_attention import decode_attention
 from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
@@ -155,7 +155,49 @@ def test_a_step_without_a_rule_is_the_same_step(tiny: Any) -> None:
     empty = SkipPolicy(cold_s=1, cold_e=1, threshold=0.6, warm_up_tokens=0)
     for policy in (empty, SOME):
         report = assert_engines_agree(tiny, policy)
-        assert "4 FFNs in predicated kernels" in report.engine_reason
+        assert "4 layers fused" in report.engine_reason
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
+    report = assert_engines_agree(attentive(lively(model_type)), SOME, ROWS[:rows])
+    assert "4 layers fused" in report.engine_reason
+    assert report.skipped_blocks > 0
+
+
+@pytest.mark.parametrize("first", [0, 3, 100])
+def test_positions_may_run_ahead_of_places(tiny: Any, first: int) -> None:
+    """Where a caller says so; a table of angles that ends with the cache is then of no use."""
+    given = {"position_ids": torch.arange(first, first + 6)[None], "max_new_tokens": 20}
+    report = assert_engines_agree(attentive(tiny), SOME, ROWS[:1], **given)
+    assert "4 layers fused" in report.engine_reason
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_biases_of_all_linears_are_added(rows: int) -> None:
+    model: Any = attentive(lively("llama", attention_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.add_(torch.randn_like(parameter))
+    report = assert_engines_agree(model, SOME, ROWS[:rows])
+    assert "4 layers fused" in report.engine_reason
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_where_layers_are_not_fused_their_ffns_are(
+    tiny: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_step, "attention_weights", lambda *_: "not today")
+    report = assert_engines_agree(attentive(tiny), SOME, ROWS[:rows])
+    assert "4 FFNs in predicated kernels (not today)" in report.engine_reason
+
+
+def test_a_rule_that_learns_is_given_f(tiny: Any) -> None:
+    tiny.model.layers[0].mlp.gate_proj.bias = torch.nn.Parameter(torch.ones(48))  # not in kernels
+    report = assert_engines_agree(attentive(tiny), SOME)  # so no rule is
+    assert "3 layers fused, 1 as modules in IF nodes" in report.engine_reason
+    assert report.skipped_blocks > 0
 
 
 def test_attention_is_told_of_padding_only_where_there_is_some(
@@ -178,7 +220,8 @@ def test_attention_is_told_of_padding_only_where_there_is_some(
                 results.append(output.tolist())
     assert results[:3] == results[3:]
     steps = 4 * (4 + 2)  # layers, and passes of four steps, of which two are proven
-    padded, plain = [True] * (1 + steps), [True] + [False] * 4 * 4
+    tried = [False] * 4  # each layer alone, when the step is made
+    padded, plain = [True, *tried, *[True] * steps], [True] + [False] * 4 * 4
     assert told == [False] * 3 + padded + plain + [True] * (1 + 4 * 4)
 
 
@@ -196,6 +239,7 @@ def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
+    monkeypatch.setattr(project, "ONE_ROW", (16, 64, 4, 1))
     model = lively("llama", num_hidden_layers=2)
     few = SkipPolicy(cold_s=0, cold_e=2, threshold=-1.0, warm_up_tokens=0)
     for rows in (ROWS[:1], ROWS[:2]):

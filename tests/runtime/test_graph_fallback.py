@@ -167,7 +167,7 @@ def test_an_ffn_that_the_kernels_do_not_compute_runs_as_it_is(
 ) -> None:
     reason = change(tiny)
     report = assert_engines_agree(tiny, SOME)
-    assert "3 FFNs in predicated kernels, 1 as modules in IF nodes" in report.engine_reason
+    assert "3 layers fused, 1 as modules in IF nodes" in report.engine_reason
     assert reason in report.engine_reason
 
 

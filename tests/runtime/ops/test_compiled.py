@@ -19,6 +19,10 @@ BENCHMARKS = ROOT / "benchmarks"
 CASES = [
     "7B, ffn, rows 1",
     "7B, ffn, rows 8",
+    "7B, q k v, rows 1",
+    "7B, q k v, rows 8",
+    "7B, o, rows 1",
+    "7B, rotary_cache, rows 1",
     "7B, arm, rows 1",
     "7B, gate, rows 1",
     "7B, low_rank 64, rows 1",
@@ -49,11 +53,12 @@ def test_no_kernel_spills_and_short_heads_compile(sm90: Any, tmp_path: Path) -> 
     made = json.loads((tmp_path / "ops_sm90.json").read_text())["launches"]
     assert {launch["kernel"] for launch in made} == {
         "gate_up_one", "down_one", "norm_some", "gate_up_some", "down_some",
+        "project_one", "project_some", "rms_norm", "rotary_cache",
         "arm", "gate", "down", "up", "count", "attend_split", "merge_splits",
     }  # fmt: skip
     assert not any(launch["spill_bytes"] for launch in made)
     assert {launch["case"] for launch in made} >= set(CASES)
-    streaming = [launch for launch in made if launch["kernel"].startswith(("gate_up", "down_"))]
+    streaming = [launch for launch in made if launch["kernel"].startswith(("gate_up", "down_", "project"))]
     assert min(launch["in_flight_bytes"] for launch in streaming) > 64_000
 
 

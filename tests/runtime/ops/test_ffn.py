@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from skipcal.runtime.ops import ffn as op
+from skipcal.runtime.ops import ffn as module
 from skipcal.runtime.ops.ffn import FFNWeights, ffn, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,8 +18,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks small enough for a tiny FFN to need several."""
-    monkeypatch.setattr(op, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
-    monkeypatch.setattr(op, "SOME_ROWS", {"gate_up": (16, 32, 4, 1), "down": (16, 32, 4, 1)})
+    monkeypatch.setattr(module, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
+    monkeypatch.setattr(module, "SOME_ROWS", {"gate_up": (16, 32, 4, 1), "down": (16, 32, 4, 1)})
 
 
 def made(rows: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, FFNWeights]:
@@ -58,6 +60,18 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, skip: list[int], hidden
     torch.testing.assert_close(cosine(partial)[runs], cosine(sums)[runs], atol=TOLERANCE[dtype], rtol=0.0)
 
 
+@pytest.mark.parametrize("op", [ffn, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("skip", [[0], [1], [0, 1, 0]])
+def test_f_may_be_added_to_the_stream(op: Any, dtype: torch.dtype, skip: list[int]) -> None:
+    """Rounded before and after, as a layer adds it; a row that skips is passed on."""
+    h, weights = made(len(skip), 72, 100, dtype)
+    f, sums = op(h, flags(*skip), weights)
+    added, same = op(h, flags(*skip), weights, adds=True)
+    assert torch.equal(added, h + f)
+    assert torch.equal(same[:, :, ~flags(*skip)], sums[:, :, ~flags(*skip)])
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_no_weight_reaches_rows_that_all_skip(rows: int) -> None:
     """Weights of NaN would show in whatever reads them."""
@@ -92,7 +106,7 @@ def test_settings_may_be_given(rows: int) -> None:
 
 
 def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "runs_kernels", lambda h: False)
+    monkeypatch.setattr(module, "runs_kernels", lambda h: False)
     h, weights = made(2, 64, 128, torch.float32)
     f, sums = ffn(h, flags(0, 1), weights)
     assert sums.shape == (1, 3, 2)

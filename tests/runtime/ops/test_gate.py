@@ -51,8 +51,8 @@ def test_agrees_with_float64(op: Any, batch: int, hidden: int, dtype: torch.dtyp
     assert (want - model["threshold"]).abs().min() > ATOL
     skip, score = op(h, **model)
     torch.testing.assert_close(score.double(), want, atol=ATOL, rtol=0)
-    assert skip.dtype == torch.int32
-    assert skip.tolist() == (want < model["threshold"]).int().tolist()
+    assert skip.dtype == torch.bool
+    assert skip.tolist() == (want < model["threshold"]).tolist()
     assert skip.sum() > 0 and (batch == 1 or skip.sum() < batch)
 
 
@@ -94,6 +94,17 @@ def test_a_threshold_a_row_keeps_rows_apart_in_their_warm_up(op: Any) -> None:
     assert op(h, **probe(40, threshold=threshold)).skip.tolist() == [1, 0, 0, 1]
 
 
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_rows_that_may_not_skip_do_not(interpreted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    h, flags = torch.randn(4, 40, device=DEVICE), torch.ones(3, 4, dtype=torch.bool, device=DEVICE)
+    active = torch.tensor([True, False, True, False], device=DEVICE)
+    always = probe(40, threshold=scalar(math.inf))
+    assert gate(h, **always, active=active, skip=flags[1]).skip.data_ptr() == flags[1].data_ptr()
+    assert flags.tolist() == [[True] * 4, active.tolist(), [True] * 4]
+
+
 def test_a_row_may_lie_in_a_wider_buffer() -> None:
     wide = torch.randn(3, 100, device=DEVICE)
     model = probe(60)
@@ -105,6 +116,8 @@ def test_a_row_may_lie_in_a_wider_buffer() -> None:
     ("given", "message"),
     [
         ({"weight": torch.zeros(41)}, "weight must be contiguous \\[40\\]"),
+        ({"active": torch.zeros(3, dtype=torch.bool)}, "active and skip"),
+        ({"skip": torch.zeros(2)}, "active and skip"),
         ({"bias": torch.zeros(1)}, "must be 0-d"),
         ({"threshold": torch.zeros(3)}, "must be 0-d"),
         ({"bias": torch.zeros((), dtype=torch.float64)}, "must be float32"),

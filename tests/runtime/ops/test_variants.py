@@ -19,7 +19,9 @@ LAUNCHES = """
 import collections, json
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from skipcal.runtime.ops import arm, count, decode_attention, ffn, gate, low_rank
+from skipcal.runtime.ops import (
+    arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache
+)
 
 class Driver:  # of a device on which nothing is launched
     def get_current_device(self): return 0
@@ -33,7 +35,7 @@ def note(*, key, fn, **_):
 variants = collections.defaultdict(lambda: collections.defaultdict(set))
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_cache_hook = note
-for op in (arm, count, decode_attention, ffn, gate, low_rank):
+for op in (arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache):
     op.runs_kernels = lambda tensor: True
 
 for heads, kv_heads, padded in ((32, 32, True), (32, 8, False)):
@@ -57,8 +59,13 @@ for rows in (1, 3):
             sums, torch.zeros(rows, dtype=torch.int32), skip, following, live=live,
             threshold=scalars[:1], limit=torch.ones(1, dtype=torch.int32),
         )
+        qkv = project.project(w[:rows], [w] * 3, norm=w[0], eps=1e-5)
+        project.project(w[:rows], [w], residual=w[:rows])
+        cache = w.new_zeros(rows, 1, 5 + 16 * layer, 64)
+        rotary_cache.rotary_cache(qkv, w[:1], w[:1], torch.tensor([layer]), cache, cache)
         scalar = scalars[layer]
-        gate.gate(w[:rows], torch.zeros(64), log_norm_weight=scalar, bias=scalar, threshold=scalar)
+        asked = {"log_norm_weight": scalar, "bias": scalar, "threshold": scalar}
+        gate.gate(w[:rows], torch.zeros(64), **asked, active=live, skip=skip)
         low_rank.low_rank(w[:rows], w[:4], w[:4].T.contiguous(), w[0], skip)
         count.count(
             flags, live, following, ruled=torch.ones(6, dtype=torch.bool),
@@ -87,4 +94,6 @@ def test_a_cache_that_grows_compiles_nothing_anew(case: str, variants: dict[str,
 @pytest.mark.parametrize("rows", [1, 3])
 def test_layers_share_their_kernels(rows: int, variants: dict[str, dict[str, int]]) -> None:
     of_ffn = {"_gate_up_one", "_down_one"} if rows == 1 else {"_norm_some", "_gate_up_some", "_down_some"}
-    assert variants[f"{rows} rows"] == dict.fromkeys(of_ffn | {"_arm", "_count", "_gate", "_down", "_up"}, 1)
+    others = {"_arm", "_count", "_gate", "_down", "_up", "_rotary_cache"}
+    projections = {"_project_one": 2} if rows == 1 else {"_project_some": 2, "_rms_norm": 1}
+    assert variants[f"{rows} rows"] == dict.fromkeys(of_ffn | others, 1) | projections
