@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import conftest  # finds the package
+import conftest  # noqa: F401  (finds the package)
 import pytest
 import torch
 from engines import ROWS, generated
 from faults import IN_A_GRAPH
 
+from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
 from skipcal.profiles.files import dump_json
 from skipcal.runtime.engines import graph_step, step_engine
@@ -35,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def random_llama(draw: random.Random, dtype: torch.dtype) -> Any:
     """Weights 1 to 14 times as large as they are initialised: FFNs and attention add little, or much."""
     torch.manual_seed(draw.randrange(2**31))
-    model: Any = conftest.tiny_model("llama", num_hidden_layers=draw.randint(16, 48))
+    model: Any = tiny_model("llama", num_hidden_layers=draw.randint(16, 48))
     scale = 14.0 ** draw.random()
     for block in locate(model).blocks:
         for parameter in block.layer.parameters():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,15 +22,15 @@ from skipcal.speed.hardware import copy_bandwidth
 _COLD_BYTES = 3 * 2**28  # of all sets together: several times any L2
 _REPLAYS, _LAUNCHES = 9, 48
 _MOST_ERROR = 1e-2  # of results in bfloat16
-Settings = tuple[int, int, int, int]
+Half = tuple[int, int, int, int]
 # Rows of W and columns of W a block, warps, stages.
-ONE_ROW: dict[str, list[Settings]] = {
+ONE_ROW: dict[str, list[Half]] = {
     "gate_up": [(4, 1024, 4, 2), (4, 1024, 4, 3), (4, 512, 4, 3), (2, 1024, 4, 3), (8, 512, 4, 2),
                 (8, 1024, 8, 2), (4, 2048, 8, 1)],
     "down": [(4, 1024, 4, 2), (4, 1024, 4, 3), (4, 1024, 4, 4), (4, 512, 4, 4), (2, 1024, 4, 4),
              (8, 512, 4, 3), (4, 2048, 8, 3)],
 }  # fmt: skip
-SOME_ROWS: dict[str, list[Settings]] = {
+SOME_ROWS: dict[str, list[Half]] = {
     "gate_up": [(16, 128, 4, 4), (32, 128, 4, 4), (32, 64, 4, 4), (64, 64, 4, 4), (32, 256, 8, 3)],
     "down": [(16, 128, 4, 4), (16, 256, 4, 4), (16, 256, 8, 3), (32, 128, 4, 4), (32, 256, 8, 3)],
 }
@@ -48,8 +47,9 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
     error = _error(ffn.ffn(h, runs, sets[0])[0], ffn.reference(h, runs, sets[0])[0])
     table = ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS
 
-    def timed(skip: Tensor) -> dict[str, Any]:
-        return _timed(visit, [partial(ffn.ffn, h, skip, weights) for weights in sets], nbytes, copied)
+    def timed(skip: Tensor, settings: ffn.Settings = table) -> dict[str, Any]:
+        launches = [partial(ffn.ffn, h, skip, weights, settings=settings) for weights in sets]
+        return _timed(visit, launches, nbytes, copied)
 
     now, skipped = timed(runs), timed(skips)
     found = {
@@ -62,11 +62,11 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
     tried: dict[str, list[dict[str, Any]]] = {part: [] for part in table}
     for part, others in (ONE_ROW if rows == 1 else SOME_ROWS).items():
         for settings in others if visit.on_gpu else others[:1]:
-            with _set(table, part, settings):
-                try:
-                    tried[part].append({"settings": list(settings), **timed(runs)})
-                except Exception as failed:  # one that does not fit the chip is a finding
-                    tried[part].append({"settings": list(settings), "failed": str(failed)[:200]})
+            try:
+                taken = timed(runs, {**table, part: settings})
+            except Exception as failed:  # one that does not fit the chip is a finding
+                taken = {"failed": str(failed)[:200]}
+            tried[part].append({"settings": list(settings), **taken})
             yield {"tried": tried, "said": _best(now, skipped["us"], tried)}
     if not error <= _MOST_ERROR:
         raise AssertionError(f"differs from its reference by {error:.1e} of its size, over {_MOST_ERROR:.0e}")
@@ -159,17 +159,6 @@ def _median_us(launches: Sequence[Callable[[], Any]], *, captured: bool) -> floa
         end_event.synchronize()
         measured.append(start_event.elapsed_time(end_event) * 1e3 / (count * len(launches)))
     return statistics.median(measured)
-
-
-@contextmanager
-def _set(table: dict[str, Any], part: str, settings: Settings) -> Iterator[None]:
-    """Inside, one half of the op has other settings."""
-    before = table[part]
-    table[part] = settings
-    try:
-        yield
-    finally:
-        table[part] = before
 
 
 def _best(now: dict[str, float], skipped_us: float, tried: dict[str, list[dict[str, Any]]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from skipcal.configs.bench import BenchConfig
@@ -126,7 +127,7 @@ def test_an_engine_that_gives_up_in_the_last_round_is_told(monkeypatch: pytest.M
     assert note in to_text(result) and f"\\{note}" in to_markdown(result)
     assert "skipping 0.5 *" in to_text(result) and "| 0.5 * |" in to_markdown(result)
     line = plot_speed_up(to_frame(result)).lines[0]
-    assert list(line.get_xdata()) == [0.0, 0.25]
+    assert np.asarray(line.get_xdata()).tolist() == [0.0, 0.25]
 
 
 @pytest.mark.usefixtures("references")
