@@ -45,7 +45,7 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
     h = torch.randn(rows, hidden, device=device).to(dtype)
     runs, skips = (torch.full((rows,), value, dtype=torch.bool, device=device) for value in (False, True))
     error = _error(ffn.ffn(h, runs, sets[0])[0], ffn.reference(h, runs, sets[0])[0])
-    table = ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS
+    table: Any = ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS
 
     def timed(skip: Tensor, settings: ffn.Settings = table) -> dict[str, Any]:
         launches = [partial(ffn.ffn, h, skip, weights, settings=settings) for weights in sets]

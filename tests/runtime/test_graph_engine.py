@@ -169,7 +169,7 @@ def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
 @pytest.mark.parametrize("first", [0, 3, 100])
 def test_positions_may_run_ahead_of_places(tiny: Any, first: int) -> None:
     """Where a caller says so; a table of angles that ends with the cache is then of no use."""
-    given = {"position_ids": torch.arange(first, first + 6)[None], "max_new_tokens": 20}
+    given: dict[str, Any] = {"position_ids": torch.arange(first, first + 6)[None], "max_new_tokens": 20}
     report = assert_engines_agree(attentive(tiny), SOME, ROWS[:1], **given)
     assert "4 layers fused" in report.engine_reason
 
@@ -194,8 +194,9 @@ def test_where_layers_are_not_fused_their_ffns_are(
 
 
 def test_a_rule_that_learns_is_given_f(tiny: Any) -> None:
-    tiny.model.layers[0].mlp.gate_proj.bias = torch.nn.Parameter(torch.ones(48))  # not in kernels
-    report = assert_engines_agree(attentive(tiny), SOME)  # so no rule is
+    """Beside an FFN that is no kernel the rule is none either, and asks for f of every layer."""
+    tiny.model.layers[0].mlp.gate_proj.bias = torch.nn.Parameter(torch.ones(48))
+    report = assert_engines_agree(attentive(tiny), SOME)
     assert "3 layers fused, 1 as modules in IF nodes" in report.engine_reason
     assert report.skipped_blocks > 0
 
