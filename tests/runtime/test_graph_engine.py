@@ -169,7 +169,7 @@ def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
 @pytest.mark.parametrize("first", [0, 3, 100])
 def test_positions_may_run_ahead_of_places(tiny: Any, first: int) -> None:
     """Where a caller says so; a table of angles that ends with the cache is then of no use."""
-    given = {"position_ids": torch.arange(first, first + 6)[None], "max_new_tokens": 20}
+    given: dict[str, Any] = {"position_ids": torch.arange(first, first + 6)[None], "max_new_tokens": 20}
     report = assert_engines_agree(attentive(tiny), SOME, ROWS[:1], **given)
     assert "4 layers fused" in report.engine_reason
 
