@@ -139,5 +139,5 @@ def test_the_graphs_full_model_is_the_same_step_as_watching() -> None:
     (case,) = run_bench(config, load_subject(config))["cases"]
     full, watching = (next(a for a in case["arms"] if a["arm"] == name) for name in ("full", "watching"))
     assert full["engine_reason"] == watching["engine_reason"]
-    assert "8 FFNs in predicated kernels" in full["engine_reason"]
+    assert "8 layers fused" in full["engine_reason"]
     assert full["comparable"] and watching["comparable"]
