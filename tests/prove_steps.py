@@ -30,14 +30,15 @@ from skipcal.runtime.policy import SkipPolicy
 from skipcal.speed.hardware import environment
 
 _FAULTY = 5
+_DEVIATIONS = 2  # of a proof: of the layers, of the result
+_LISTENING = 12.0  # of weights by which tokens depend on each other: else a wrong query is no fault
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_llama(draw: random.Random, dtype: torch.dtype) -> Any:
-    """Weights 1 to 14 times as large as they are initialised: FFNs and attention add little, or much."""
+def random_llama(draw: random.Random, dtype: torch.dtype, *, scale: float) -> Any:
+    """Its weights are `scale` times as large as they are initialised: its blocks add little, or much."""
     torch.manual_seed(draw.randrange(2**31))
     model: Any = tiny_model("llama", num_hidden_layers=draw.randint(16, 48))
-    scale = 14.0 ** draw.random()
     for block in locate(model).blocks:
         for parameter in block.layer.parameters():
             if parameter.dim() == 2:
@@ -53,14 +54,15 @@ def deviations(model: Any, rows: int) -> list[Deviation]:
     policy = SkipPolicy(cold_s=1, cold_e=layers - 1, threshold=2.0, warm_up_tokens=0)
 
     def note(self: Any, step: Any, given: Any) -> bool:
-        found.extend(step.deviations(given))
-        step.proofs += 1
-        return True
+        """Decoded eagerly meanwhile: a fault may write where there is no room for it in the end."""
+        if len(found) < 2 * _DEVIATIONS:
+            found.extend(step.deviations(given))
+        return False
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_engine.StepEngine, "_prove", note)
-        _, report = generated(model, policy, "graph", ROWS[:rows], max_new_tokens=3)
-    assert report.engine == "graph", report.engine_reason
+        _, report = generated(model, policy, "graph", ROWS[:rows], max_new_tokens=4)
+    assert len(found) == 2 * _DEVIATIONS, report.engine_reason
     return found
 
 
@@ -78,7 +80,7 @@ def main() -> None:
     for number in range(options.models):
         dtype = DTYPES[number % len(DTYPES)]
         kind = kinds[str(dtype).removeprefix("torch.")]
-        model = random_llama(draw, dtype)
+        model = random_llama(draw, dtype, scale=14.0 ** draw.random())
         found = deviations(model, draw.choice([1, 3]))
         kind["models"] += 1
         kind["false_alarms"] += any(not each.is_noise for each in found)
@@ -87,9 +89,10 @@ def main() -> None:
         if number // len(DTYPES) % _FAULTY:
             continue
         name, (rows, plant) = draw.choice(list(IN_A_GRAPH.items()))
+        listening = random_llama(draw, dtype, scale=_LISTENING)
         with pytest.MonkeyPatch.context() as patch:
             plant(patch)
-            size = max(each.error / each.limit for each in deviations(model, rows))
+            size = max(each.error / each.limit for each in deviations(listening, rows))
         kind["faults"].setdefault(name, []).append(size)
         print(number, dtype, len(model.model.layers), name, f"{size:.2f} of the limit", flush=True)
     for kind in kinds.values():
