@@ -20,9 +20,9 @@ from skipcal.runtime.ops.rms_norm import rms_norm
 
 # Rows of W a block has, columns of W it takes at a time, warps, pipeline stages; ops_sm90.json has what an SM
 # has outstanding by them. On an H100 the FFN's `down` takes as long by these as by its own (gpu_check.json),
-# by which a matrix of 4096 x 4096 spills a register.
+# by which compilers spill a register at 4096 x 4096.
 Settings = tuple[int, int, int, int]
-ONE_ROW: Settings = (4, 512, 4, 4)
+ONE_ROW: Settings = (2, 1024, 4, 4)
 SOME_ROWS: Settings = (16, 256, 4, 5)
 _DOT_ROWS = 16  # the smallest width of a matrix product
 _PIPELINE_BYTES = 96 * 1024  # of shared memory, as in runtime.ops.ffn

@@ -66,7 +66,10 @@ def test_each_batch_is_counted_for_itself(subject: Subject, policy: Policy) -> N
             (((alone,), expected),) = answers(subject, policy, only, new_tokens=12, batch_size=1)
             assert answer == alone
             assert report.engine == engine
-            assert report.counts() == expected.counts()
+            passes = {"prepared_passes": 11, "eager_passes": 0}
+            if engine == "eager":
+                passes = {"prepared_passes": 0, "eager_passes": 11}
+            assert report.counts() == expected.counts() | passes
             assert report.skipped_blocks > 0
 
 
