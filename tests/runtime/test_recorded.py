@@ -136,6 +136,7 @@ def test_calls_one_after_the_other_use_one_recording(tiny: Any) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("engine", ["recorded", "graph"])
 def test_a_cache_that_is_handed_out_is_an_ordinary_one(tiny: Any, engine: str) -> None:
     expected, _ = generated(tiny, SOME, "eager", ROWS[:1], **LOGITS)
