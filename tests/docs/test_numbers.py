@@ -121,6 +121,28 @@ def test_the_readme_tells_what_was_measured_of_speed() -> None:
         assert all(rounds_to(s, e) for s, e in zip(said.groups(), expected, strict=True)), name
 
 
+def test_the_readme_tells_what_a_gpu_gave() -> None:
+    words = " ".join(text_of("README.md").split())
+    said = re.search(
+        r"Llama-2 7B: ([\d.]+) ms a token with nothing skipped \(([\d.]+) % of .*? FFNs skipped ([\d.]+)x that "
+        r"speed \(bytes allow ([\d.]+)x\), with a half ([\d.]+)x \(([\d.]+)x\)\. "
+        r"The 13B shape: ([\d.]+) ms \(([\d.]+) %\), ([\d.]+)x and ([\d.]+)x",
+        words,
+    )
+    assert said
+    expected: list[float] = []
+    for shape in ("llama-2-7b", "llama-2-13b"):
+        case = json.loads((RESULTS / f"gpu_decode_{shape}.json").read_text())["cases"][0]
+        full = next(arm for arm in case["arms"] if arm["arm"] == "full")
+        expected += [full["step_ms"]["median"], 100 * full["share_of_copy_bandwidth"]]
+        for ratio in (0.25, 0.5):
+            arm = next(a for a in case["arms"] if a["arm"] == "skipping" and a["skip_ratio"] == ratio)
+            expected.append(arm["speed_up_over_full"]["median"])
+            if shape == "llama-2-7b":
+                expected.append(arm["ideal_speed_up"])
+    assert all(rounds_to(s, e) for s, e in zip(said.groups(), expected, strict=True)), expected
+
+
 def test_the_three_ratios_are_those_of_the_shipped_profile() -> None:
     profile = json.loads((ROOT / "profiles" / "smollm2-135m-instruct.json").read_text())
     points = {point["target_skip_ratio"]: point for point in profile["operating_points"]}
