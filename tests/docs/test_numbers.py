@@ -124,8 +124,8 @@ def test_the_readme_tells_what_was_measured_of_speed() -> None:
 def test_the_readme_tells_what_a_gpu_gave() -> None:
     words = " ".join(text_of("README.md").split())
     said = re.search(
-        r"Llama-2 7B: ([\d.]+) ms a token with nothing skipped \(([\d.]+) % of .*? FFNs skipped ([\d.]+)x that "
-        r"speed \(bytes allow ([\d.]+)x\), with a half ([\d.]+)x \(([\d.]+)x\)\. "
+        r"Llama-2 7B: ([\d.]+) ms a token with nothing skipped \(([\d.]+) % of .*? FFNs skipped "
+        r"([\d.]+)x that speed \(bytes allow ([\d.]+)x\), with a half ([\d.]+)x \(([\d.]+)x\)\. "
         r"The 13B shape: ([\d.]+) ms \(([\d.]+) %\), ([\d.]+)x and ([\d.]+)x",
         words,
     )
