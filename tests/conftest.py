@@ -117,7 +117,9 @@ def attentive(model: Any) -> Any:
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops run as their torch references: the interpreter takes a millisecond for each block."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    from interpreted import set_interpreting
+
+    set_interpreting(monkeypatch, False)
 
 
 @pytest.fixture
