@@ -45,12 +45,11 @@ def bench(
     """
     with command(as_json, debug) as console:
         from skipcal.configs.bench import load_bench
-        from skipcal.profiles.files import check_output, dump_json, write_text_atomic
+        from skipcal.profiles.files import dump_json, write_text_atomic
 
         options = given(ctx, "ratios", "output", "overwrite")
         settings = load_bench(config, {**options, "ratios": numbers("--ratios", ratios)})
-        if output is not None:
-            check_output(output, overwrite=overwrite)
+        held = console.output(output, overwrite=overwrite) if output else None
 
         console.importing()
         from skipcal.speed.bench import check_shape, load_subject, run_bench
@@ -58,8 +57,9 @@ def bench(
 
         check_shape(settings)
         result = {**run_bench(settings, load_subject(settings)), "command": command_line()}
-        if output is not None:
-            write_text_atomic(output, dump_json(result), overwrite=overwrite)
+        written = None
+        if held is not None:
+            written = held.write(lambda path: write_text_atomic(path, dump_json(result), overwrite=overwrite))
         console.result(result, to_text(result))
-        if output is not None:
-            console.say(f"\nwrote {output}; next: skipcal plot {output} -o speed.png")
+        if written is not None:
+            console.say(f"\nwrote {written}; next: skipcal plot {written} -o speed.png")

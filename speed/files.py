@@ -17,7 +17,7 @@ def load_result(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_PROFILE_BYTES:
             raise ProfileError(f"result {path} is too large to be one; make one with skipcal bench -o FILE")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Unavailable(f"result {path} cannot be read ({error.strerror}); check the path") from error
     except ProfileError:
