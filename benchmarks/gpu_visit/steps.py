@@ -152,9 +152,11 @@ def _kill_all_of(process: subprocess.Popen[bytes]) -> None:
 
 
 def _tail(log: Path, begin: int) -> list[str]:
+    """Its last lines, without the places of this machine."""
     with log.open("rb") as file:
         file.seek(begin)
-        lines = file.read().decode(errors="replace").splitlines()
+        text = file.read().decode(errors="replace")
+    lines = text.replace(str(ROOT), ".").replace(sys.prefix, "PREFIX").splitlines()
     return [line for line in lines if line.strip()][-_TAIL_LINES:]
 
 
