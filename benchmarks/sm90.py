@@ -20,11 +20,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -86,8 +88,11 @@ class _NoDevice:
 
 
 @contextmanager
-def without_device() -> Iterator[list[Usage]]:
-    """Inside, launches are compiled and noted instead of made; the process has no device from then on."""
+def without_device(ops: Iterable[ModuleType]) -> Iterator[list[Usage]]:
+    """Inside, launches of `ops` are compiled and noted instead of made, and references are not called.
+
+    The process has no device from then on.
+    """
     noted: list[Usage] = []
     run = JITFunction.run
 
@@ -96,11 +101,11 @@ def without_device() -> Iterator[list[Usage]]:
         noted.append(_usage(kernel, math.prod(grid)))
 
     triton.runtime.driver.set_active(_NoDevice())
-    JITFunction.run = compile_only
-    try:
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(JITFunction, "run", compile_only))
+        for op in ops:
+            patches.enter_context(patch.object(op, "runs_kernels", lambda tensor: True))
         yield noted
-    finally:
-        JITFunction.run = run
 
 
 def _usage(kernel: Any, programs: int) -> Usage:

@@ -117,9 +117,7 @@ def attentive(model: Any) -> Any:
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops run as their torch references: the interpreter takes a millisecond for each block."""
-    from interpreted import set_interpreting
-
-    set_interpreting(monkeypatch, False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture

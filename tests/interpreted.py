@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
-
-
-def set_interpreting(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
-    """Whether launchers give their tensors on a CPU to interpreted kernels, whatever TRITON_INTERPRET says.
-
-    Triton reads that from the process, where what Python sets does not always arrive.
-    """
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        monkeypatch.setitem(vars(triton.knobs.runtime), "interpret", value)
 
 
 def mend_loop_bounds() -> None:

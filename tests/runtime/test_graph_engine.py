@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated, policies
-from interpreted import set_interpreting
 from transformers import LogitsProcessor, StoppingCriteria
 
 from skipcal.arch.check import tiny_model
@@ -239,7 +238,7 @@ def test_a_rule_that_learns_nothing_is_told_nothing(tiny: Any, monkeypatch: pyte
 def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="a CPU build of torch brings no Triton")
     if not torch.cuda.is_available():
-        set_interpreting(monkeypatch, True)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
     monkeypatch.setattr(project, "ONE_ROW", (16, 64, 4, 1))
     model = lively("llama", num_hidden_layers=2)
