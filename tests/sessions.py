@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from conftest import left_padded
+from transformers.generation.streamers import BaseStreamer
 
 from skipcal.runtime.policy import SkipPolicy
 
@@ -13,6 +14,19 @@ FULL = SkipPolicy(cold_s=0, cold_e=4, threshold=2.0, warm_up_tokens=0)
 SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)
 ALWAYS = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=0)
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
+
+
+class Heard(BaseStreamer):
+    """Keeps what a streamer is given, and -1 for the end."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.seen.append(-1)
 
 
 def prompt(rows: list[list[int]] = ROWS[:1]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated, policies
+from sessions import Heard
 from transformers import LogitsProcessor, StoppingCriteria
 
 from skipcal.arch.check import tiny_model
@@ -320,16 +321,6 @@ def test_what_generate_can_do_besides_it_does_here(tiny: Any, options: dict[str,
 
 
 def test_a_streamer_gets_every_token_and_the_end(tiny: Any) -> None:
-    class Heard:
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.seen.append(-1)
-
     streamer = Heard()
     output, _ = generated(tiny, SOME, "graph", ROWS[:1], streamer=streamer)
     assert streamer.seen == [*output[0].tolist(), -1]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import attentive, lively
+from sessions import Heard
 from transformers import DynamicCache, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from skipcal.arch.blocks import parallel_limit
 from skipcal.errors import SessionError
@@ -178,17 +178,7 @@ def test_the_limit_is_the_narrowest_of_the_layers(phi: Any, dynamic: Any, tiny: 
 
 
 def test_a_streamer_sees_each_token_once(phi: Any) -> None:
-    class Keeps(BaseStreamer):
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.seen.append(-1)
-
-    streamer = Keeps()
+    streamer = Heard()
     with skipping(phi, policy=SOME):
         output = decoded(phi, 20, streamer=streamer)
     assert streamer.seen == [*output[0].tolist(), -1]

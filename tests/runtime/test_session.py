@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import left_padded
-from sessions import ALWAYS, FULL, ROWS, SOME, prompt
+from sessions import ALWAYS, FULL, ROWS, SOME, Heard, prompt
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     StaticCache,
     StoppingCriteria,
-    TextStreamer,
 )
 
 from skipcal.arch.check import tiny_model
@@ -178,19 +177,8 @@ def test_beams_skip_and_count_every_beam(tiny: Any) -> None:
     assert run.report.skipped_per_layer == (0, 0, 15, 15)
 
 
-class _Tokens(TextStreamer):
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seen += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.seen.append(-1)
-
-
 def test_a_streamer_gets_every_token_and_the_end(tiny: Any) -> None:
-    streamer = _Tokens()
+    streamer = Heard()
     with skipping(tiny, policy=SOME):
         output = tiny.generate(**prompt(), max_new_tokens=9, do_sample=False, streamer=streamer)
     assert streamer.seen == [*output[0].tolist(), -1]
