@@ -97,6 +97,12 @@ def context_tokens(config: PretrainedConfig) -> int | None:
     return longest
 
 
+def rotary_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Those of each rotary embedding that the configuration names; kinds of layers may have their own."""
+    given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return [given, *(value for value in given.values() if isinstance(value, dict))]
+
+
 def parallel_limit(config: PretrainedConfig, prompt_tokens: int) -> int | None:
     """The longest row, in tokens, whose rotary angles in one pass are those of decoding it; None: any.
 
@@ -104,9 +110,8 @@ def parallel_limit(config: PretrainedConfig, prompt_tokens: int) -> int | None:
     model was first trained on, dynamic NTK others for every length.
     """
     text = config.get_text_config()
-    given: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     limits = []
-    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+    for rope in rotary_settings(text):
         kind = str(rope.get("rope_type"))
         if kind == "longrope" and prompt_tokens <= rope["original_max_position_embeddings"]:
             limits.append(int(rope["original_max_position_embeddings"]))

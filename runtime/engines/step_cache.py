@@ -124,8 +124,10 @@ class StepCache(Cache):
 
     def make_room(self) -> None:
         """Have a place for one token more of each row."""
-        for layer in self.layers:
-            layer.make_room(layer.length + 1)
+        tokens = self.layers[0].length + 1
+        if tokens > self.slots:  # asked before each token
+            for layer in self.layers:
+                layer.make_room(tokens)
 
     def enter_step(self, place: Tensor, window: int) -> None:
         """From here on `update` writes one token at `place` [1] and returns `window` places."""

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from skipcal.arch.blocks import rotary_settings
 from skipcal.arch.locate import Architecture
 from skipcal.errors import first_words
 from skipcal.runtime.engines.base import FULL_PASS, PassTokens
@@ -243,17 +244,11 @@ def refusal(architecture: Architecture) -> str | None:
         return "the layers mix other paths into their FFNs"
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))} keep no plain keys and values"
-    branching = sorted(kind for kind in _rope_types(stack.config) if "dynamic" in kind or kind == "longrope")
+    ropes = {str(rope.get("rope_type")) for rope in rotary_settings(stack.config)}
+    branching = sorted(kind for kind in ropes if "dynamic" in kind or kind == "longrope")
     if branching:  # a prepared step would keep the branch that it was made in
         return f"its rotary embedding ({', '.join(branching)}) looks at how long the text has become"
     return None
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Kinds of the model's rotary embeddings; layers may differ."""
-    given = getattr(config, "rope_parameters", None) or {}
-    each = [given, *(value for value in given.values() if isinstance(value, dict))]
-    return {str(kind) for rope in each if (kind := rope.get("rope_type")) is not None}
 
 
 def _sliding_window(architecture: Architecture) -> int | None:

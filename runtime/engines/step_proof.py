@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipcal.arch.blocks import Block, first_input, first_output
+from skipcal.runtime.patch import InstancePatches
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -52,22 +53,26 @@ class LayerStreams:
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Inside, a pass is noted."""
-        with _hooks() as handles:
+        patches = InstancePatches()
+        try:
             for block in self._blocks:
-                handles.append(
-                    block.layer.register_forward_pre_hook(self._enter(block.index), with_kwargs=True)
-                )
-                handles.append(block.layer.register_forward_hook(self._leave(block.index)))
+                patches.before_forward(block.layer, self._enter(block.index))
+                patches.after_forward(block.layer, self._leave(block.index))
             yield
+        finally:
+            patches.restore()
 
     @contextmanager
     def leading(self) -> Iterator[None]:
         """Inside, each layer of another pass over the same tokens is compared, and its output replaced."""
         self._errors = []
-        with _hooks() as handles:
+        patches = InstancePatches()
+        try:
             for block in self._blocks:
-                handles.append(block.layer.register_forward_hook(self._lead(block.index)))
+                patches.after_forward(block.layer, self._lead(block.index))
             yield
+        finally:
+            patches.restore()
 
     def worst(self, limit: float) -> Deviation:
         """The largest deviation of a layer that was led."""
@@ -118,13 +123,3 @@ def logits_deviation(of: str, mine: Tensor, own: Tensor, limit: float) -> Deviat
 def _norms(t: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(t, dim=-1)
     return norms
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

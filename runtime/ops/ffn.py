@@ -20,19 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.runtime.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
 # By kernel: rows of W a block has, columns of W it takes at a time, warps, pipeline stages. With n stages
 # n - 1 tiles of rows x columns are on their way. What that makes of an SM's outstanding bytes is in
-# benchmarks/results/ops_sm90.json; one row with one stage had 45 and 26 KiB. Not timed on a device yet.
+# benchmarks/results/ops_sm90.json; one row with one stage had 45 and 26 KiB. On an H100 one
+# row of 4096 x 11008 streams at 95 % of copy bandwidth by them, eight at 87 % (gpu_check.json).
 Settings = Mapping[str, tuple[int, int, int, int]]
 ONE_ROW: Settings = {"gate_up": (4, 1024, 4, 3), "down": (4, 1024, 4, 3)}
 SOME_ROWS: Settings = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 5)}
-_DOT_ROWS = 16  # the smallest width of a matrix product
-# What a block's tiles of W and h may take of shared memory: more than 99 KB the smaller GPUs do not have,
-# and of an H100's it leaves room for a second block. Many rows, or float32, get fewer stages by it.
-_PIPELINE_BYTES = 96 * 1024
 
 
 @dataclass(frozen=True)
@@ -254,21 +251,21 @@ def _some_rows(
 ) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
-    width_p = max(_DOT_ROWS, padded(rows))
+    width_p = max(DOT_ROWS, padded(rows))
     flags = skip.view(torch.int8)
     x, a = torch.empty_like(h), h.new_empty(rows, width)
     _norm_some[(rows,)](
         h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
     )
     n, k, warps, stages = settings["gate_up"]
-    stages = min(stages, _stages((2 * n + width_p) * k * h.element_size()))
+    stages = min(stages, most_stages((2 * n + width_p) * k * h.element_size()))
     _gate_up_some[(-(-width // n),)](
         x, weights.gate, weights.up, a, flags,
         HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     n, k, warps, stages = settings["down"]
-    stages = min(stages, _stages((n + width_p) * k * h.element_size()))
+    stages = min(stages, most_stages((n + width_p) * k * h.element_size()))
     parts = -(-hidden // n)
     y, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](
@@ -277,8 +274,3 @@ def _some_rows(
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y, sums
-
-
-def _stages(tile_bytes: int) -> int:
-    """How many fit, at least two: a tile is read while the next ones are on their way."""
-    return 1 + max(1, _PIPELINE_BYTES // tile_bytes)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.runtime.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
 from skipcal.runtime.ops.rms_norm import rms_norm
 
 # Rows of W a block has, columns of W it takes at a time, warps, pipeline stages; ops_sm90.json has what an SM
@@ -24,8 +24,6 @@ from skipcal.runtime.ops.rms_norm import rms_norm
 Settings = tuple[int, int, int, int]
 ONE_ROW: Settings = (2, 1024, 4, 4)
 SOME_ROWS: Settings = (16, 256, 4, 5)
-_DOT_ROWS = 16  # the smallest width of a matrix product
-_PIPELINE_BYTES = 96 * 1024  # of shared memory, as in runtime.ops.ffn
 _MOST = 3  # matrices
 
 
@@ -67,8 +65,8 @@ def project(
         )  # fmt: skip
         return y
     x = h if norm is None else rms_norm(h, norm, eps)
-    width = max(_DOT_ROWS, padded(rows))
-    stages = min(stages, 1 + max(1, _PIPELINE_BYTES // ((n + width) * k * h.element_size())))
+    width = max(DOT_ROWS, padded(rows))
+    stages = min(stages, most_stages((n + width) * k * h.element_size()))
     _project_some[grid](
         x, *filled, *offsets, added, y, **shape,
         ROWS=rows, PADDED=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
