@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skipcal.calibrate.pipeline import calibrate_model as calibrate_model
     from skipcal.configs.run import ProfileConfig as ProfileConfig
     from skipcal.configs.sweep import SweepConfig as SweepConfig
+    from skipcal.core.policy import SkipPolicy as SkipPolicy
+    from skipcal.core.report import SkipReport as SkipReport
     from skipcal.errors import SkipcalError as SkipcalError
     from skipcal.evaluation.sweep import run_sweep as run_sweep
     from skipcal.evaluation.token_map import TokenMap as TokenMap
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from skipcal.plots.sweep import plot_quality as plot_quality
     from skipcal.profiles.schema import SkipProfile as SkipProfile
     from skipcal.report.page import write_report as write_report
-    from skipcal.runtime.policy import SkipPolicy as SkipPolicy
-    from skipcal.runtime.report import SkipReport as SkipReport
     from skipcal.runtime.session import skipping as skipping
 
 __version__ = "0.1.0"
@@ -35,9 +35,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Ask": "skipcal.baselines.methods",
     "ProfileConfig": "skipcal.configs.run",
-    "SkipPolicy": "skipcal.runtime.policy",
+    "SkipPolicy": "skipcal.core.policy",
     "SkipProfile": "skipcal.profiles.schema",
-    "SkipReport": "skipcal.runtime.report",
+    "SkipReport": "skipcal.core.report",
     "SkipcalError": "skipcal.errors",
     "SweepConfig": "skipcal.configs.sweep",
     "TokenMap": "skipcal.evaluation.token_map",

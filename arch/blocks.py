@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from skipcal.arch.families import Family
+from skipcal.arch.stored import compute_place
 from skipcal.runtime.patch import InstancePatches
 
 
@@ -46,6 +47,11 @@ class Block:
     def outputs(self) -> tuple[nn.Module, ...]:
         """The modules whose outputs add up to `f/scale`; the last of the chain is the last of them."""
         return self.chain[len(self.chain) - self.family.summed :]
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which precision the layer computes, wherever its weights are kept in between."""
+        return compute_place(self.layer)
 
     @property
     def adds_to_its_input(self) -> bool:

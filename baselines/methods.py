@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from skipcal.baselines.chosen_ffns import ChosenFFNs
-from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
 from skipcal.configs.names import METHODS as METHODS
 from skipcal.configs.names import SURROGATES as SURROGATES
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
+from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
 from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
-from skipcal.runtime.substituted import Substituted
 
 
 @dataclass(frozen=True, kw_only=True)

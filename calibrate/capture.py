@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipcal.arch.locate import Architecture, locate, observe
-from skipcal.arch.residual import norm_ratio, residual_cosine
+from skipcal.core.residual import norm_ratio, residual_cosine
 from skipcal.errors import SessionError
 
 

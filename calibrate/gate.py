@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skipcal.calibrate.moments import Linear, Moments, ridge
-from skipcal.runtime.surrogates import direction
+from skipcal.core.surrogates import direction
 
 PENALTY = 1e-3
 # Exponent of the sensitivity. At 1 the skips crowd on few tokens, whose damages then no longer just add up.

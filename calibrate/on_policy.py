@@ -23,9 +23,9 @@ from skipcal.calibrate.gate import fit_gate, gate_inputs, residual_variance, sha
 from skipcal.calibrate.layer_sweep import LayerRunner, StreamStore
 from skipcal.calibrate.moments import Linear, Moments
 from skipcal.calibrate.surrogate import fit_low_rank, unexplained
+from skipcal.core.gate import NEVER, GateRule, Gates
+from skipcal.core.surrogates import LowRank, Surrogates, direction
 from skipcal.runtime.batching import batches
-from skipcal.runtime.gate import NEVER, GateRule, Gates
-from skipcal.runtime.surrogates import LowRank, Surrogates, direction
 
 # Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
 RUN_WEIGHT = 0.05

@@ -15,12 +15,12 @@ from skipcal.calibrate.capture import capture
 from skipcal.calibrate.influence import layer_cosines
 from skipcal.calibrate.trace_store import Held, as_ids
 from skipcal.configs.run import ProfileConfig
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.report import SkipReport
 from skipcal.errors import SkipcalError, Unavailable
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.opening import prefill_tokens
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
 ENDED_EARLY = (

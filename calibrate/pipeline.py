@@ -34,12 +34,12 @@ from skipcal.calibrate.recommend import (
 from skipcal.calibrate.regions import check_region, find_regions
 from skipcal.calibrate.saturation import Trace, pooled_statistics
 from skipcal.configs.run import ProfileConfig
+from skipcal.core.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
 from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile, threshold_for
 from skipcal.runtime.batching import batches
 from skipcal.runtime.greedy import warn_of_overruled
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 
 logger = logging.getLogger(__name__)
 

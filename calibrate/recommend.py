@@ -17,8 +17,8 @@ import numpy as np
 
 from skipcal.calibrate.closed_loop import RealisedCurve
 from skipcal.calibrate.running_maxima import RunningMaxima
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import TargetOutOfReach
-from skipcal.runtime.policy import SkipPolicy
 
 TARGET_STEP = 0.05
 _SLACK = 1e-9  # ratios are quotients of counts; 0.1 + 0.2 style rounding is no reason to refuse one

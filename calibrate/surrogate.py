@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from skipcal.calibrate.moments import Moments, penalised, ridge
+from skipcal.core.surrogates import LowRank
 from skipcal.errors import ConfigError
-from skipcal.runtime.surrogates import LowRank
 
 PENALTY = 1e-3  # relative to each input's variance; 1e-3 and 3e-3 differ by 0.001 of the variance left
 

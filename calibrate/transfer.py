@@ -23,11 +23,11 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device, locate
 from skipcal.calibrate.chat import sample_prompts
 from skipcal.calibrate.corpora import Corpus, CorpusSample, file_sha256, sample_corpus
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.parts import CorpusInfo
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batching import batches, padded
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 Rows = Sequence[list[int]]

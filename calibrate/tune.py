@@ -17,11 +17,14 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
-from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.methods import largest
 from skipcal.calibrate.recommend import TARGET_STEP
 from skipcal.configs.sweep import PerplexitySettings
 from skipcal.configs.tune import RULES, TuneConfig
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.report import SkipReport
+from skipcal.core.substituted import Substituted
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.perplexity import Perplexity, load_perplexity
@@ -30,9 +33,6 @@ from skipcal.evaluation.tasks import Record
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint, Tuning
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.report import SkipReport
-from skipcal.runtime.substituted import Substituted
 from skipcal.speed.cost import step_bytes
 
 logger = logging.getLogger(__name__)

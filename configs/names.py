@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from skipcal.errors import ConfigError, asking
+
+ENGINES = ("auto", "eager", "graph", "recorded")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
@@ -16,3 +19,9 @@ METHODS = (
     "skipdecode",
     *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
 )
+
+
+def check_engine(name: str) -> None:
+    """Raise ConfigError for an unknown name."""
+    if name not in ENGINES:
+        raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(ENGINES)}", name, ENGINES))

@@ -14,8 +14,7 @@ import typer
 
 from skipcal.configs import completion
 from skipcal.configs.help import GENERAL, MODEL, OUTPUT, TEXT
-from skipcal.configs.names import DTYPES, QUANTIZATIONS
-from skipcal.runtime.engines.choice import ENGINES
+from skipcal.configs.names import DTYPES, ENGINES, QUANTIZATIONS
 
 PROFILE_FORMS = "file, folder, shipped name or hub id org/name[@revision]"
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from skipcal.configs.names import check_engine
 from skipcal.configs.paths import at_home
+from skipcal.core.policy import DEFAULT_WARM_UP_TOKENS
 from skipcal.errors import ConfigError, asking, suggestion
-from skipcal.runtime.engines.choice import check_engine
-from skipcal.runtime.policy import DEFAULT_WARM_UP_TOKENS
 
 Config = TypeVar("Config", bound=BaseModel)
 PositiveInt = Annotated[int, Field(ge=1)]

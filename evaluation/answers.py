@@ -11,12 +11,12 @@ import torch
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.chat_template import WITHOUT, templated
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.opening import row_ids
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
 Message = dict[str, str]

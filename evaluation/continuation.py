@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcal.configs.sweep import ContinuationSettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.perplexity import text_rows
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, in_subsets, text_quality
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 
 
 @dataclass(frozen=True)

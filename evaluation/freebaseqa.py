@@ -11,14 +11,14 @@ from typing import Any
 from skipcal.calibrate.corpora import file_sha256
 from skipcal.calibrate.local_files import ending, open_text
 from skipcal.configs.sweep import QuestionSettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.data import read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, drawn, in_subsets, text_quality
 from skipcal.evaluation.text_metrics import contains_answer, exact_match
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 
 # The paper does not give its prompt; this one is ours.
 PROMPT = "Answer the question with a name, a number or a few words.\n\nQuestion: {question}\nAnswer:"

@@ -24,6 +24,7 @@ from transformers import set_seed
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
+from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError, Unavailable, first_words
 from skipcal.evaluation.arms import Arm
 from skipcal.evaluation.harness import TaskManager, aggregations, evaluator
@@ -33,7 +34,6 @@ from skipcal.evaluation.sweep import COLUMNS
 from skipcal.evaluation.tasks import ALL
 from skipcal.runtime.greedy import warn_of_overruled
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import Policy
 
 logger = logging.getLogger(__name__)
 

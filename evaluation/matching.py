@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.substituted import Substituted
 
 TOLERANCE = 0.005
 PASSES = 8  # per target, at most

@@ -13,14 +13,14 @@ from typing import Any
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import BenchSettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, drawn, in_subsets, text_quality
 from skipcal.runtime.batching import batches
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 
 HUB, HUB_SPLIT = "HuggingFaceH4/mt_bench_prompts", "train"
 

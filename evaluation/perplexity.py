@@ -13,13 +13,13 @@ from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import input_device
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.configs.sweep import PerplexitySettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.statistics import Scale, Share
 from skipcal.evaluation.tasks import ALL, Metrics, Record
 from skipcal.runtime.batching import batches
 from skipcal.runtime.opening import prefill_tokens
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
 PASS_TOKENS = 1024  # of one forward pass; logits of more would fill memory before they save time

@@ -24,7 +24,9 @@ from transformers import (
 from skipcal.arch.limits import check_ids
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device, locate, unwrap
-from skipcal.baselines.whole_layers import ShortGPT
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
+from skipcal.core.whole_layers import ShortGPT
 from skipcal.errors import ConfigError, first_words
 from skipcal.evaluation.harness import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
@@ -32,8 +34,6 @@ from skipcal.runtime.batching import padded
 from skipcal.runtime.chat_template import WITHOUT, refusal
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
 from skipcal.runtime.opening import opening_names
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import idle_report, skipping
 
 logger = logging.getLogger(__name__)

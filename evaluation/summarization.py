@@ -10,14 +10,14 @@ from typing import Any
 
 from skipcal.calibrate.corpora import file_sha256
 from skipcal.configs.sweep import SummarySettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Subject, answers, check_prompts
 from skipcal.evaluation.data import hub_commit, hub_records, read_records, text_field, unique
 from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks import Metrics, Record, answered, in_subsets, text_quality
 from skipcal.evaluation.text_metrics import copy_rate, rouge
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 
 HUB, HUB_CONFIG, HUB_SPLIT = "abisee/cnn_dailymail", "3.0.0", "test"
 PROMPT = "Summarize the article in two or three sentences.\n\nArticle: {article}\n\nSummary:"

@@ -16,6 +16,7 @@ from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import locate
 from skipcal.baselines.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.configs.sweep import MATCHED, TASKS, SweepConfig
+from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
@@ -33,7 +34,6 @@ from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import warn_of_overruled
 from skipcal.runtime.opening import opening_names
-from skipcal.runtime.policy import Policy
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.answers import Answer, Subject
 from skipcal.evaluation.statistics import Scale, Share
 from skipcal.evaluation.text_metrics import COLLAPSED, agreement, common_prefix, repetition
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 
 Record = dict[str, Any]
 Item = TypeVar("Item")

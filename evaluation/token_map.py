@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import Architecture, input_device, locate, unwrap
-from skipcal.baselines.whole_layers import ScheduleRule, ShortGPT, SkipDecode
 from skipcal.calibrate.capture import capture
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.report import SkipReport
+from skipcal.core.substituted import Substituted
+from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.opening import row_ids
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
-from skipcal.runtime.substituted import Substituted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +209,7 @@ def _policy(
             f"warm_up_tokens {warm_up_tokens} cannot be used: {policy.method} has no warm-up; leave it out"
         )
     if isinstance(policy, Substituted):
-        return replace(policy, policy=_policy(policy.policy, None, warm_up_tokens))  # type: ignore[arg-type]
+        return replace(policy, policy=_policy(policy.policy, None, warm_up_tokens))
     changed: Any = policy
     result: Policy = replace(changed, warm_up_tokens=warm_up_tokens)
     return result
@@ -221,11 +221,7 @@ def _layers(policy: Policy) -> Collection[int]:
         return ()
     if isinstance(policy, ShortGPT):
         return policy.removed
-    if isinstance(policy, SkipDecode):
-        return ScheduleRule(policy).layers
-    chooser: Any = policy.policy if isinstance(policy, Substituted) else policy
-    layers: Collection[int] = chooser.make_rule().layers
-    return layers
+    return policy.make_rule().layers
 
 
 def _most_skips(policy: Policy) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from skipcal.core.policy import SkipPolicy
 from skipcal.profiles.parts import GateInfo, GateSettings, StaticSettings
-from skipcal.runtime.policy import SkipPolicy
 
 if TYPE_CHECKING:
     from skipcal.profiles.schema import SkipProfile

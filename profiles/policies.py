@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 
 if TYPE_CHECKING:
+    from skipcal.core.gate import GatePolicy
     from skipcal.profiles.schema import SkipProfile
-    from skipcal.runtime.gate import GatePolicy
 
 
 def policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> Policy:
@@ -40,7 +40,7 @@ def cosine_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> 
 
 def gate_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> GatePolicy:
     """See `SkipProfile.gate_policy`."""
-    from skipcal.runtime.gate import NEVER, GatePolicy
+    from skipcal.core.gate import NEVER, GatePolicy
 
     if profile.gate is None:
         raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
@@ -66,8 +66,8 @@ def gate_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> Ga
 
 def static_policy(profile: SkipProfile, settings: StaticSettings) -> Policy:
     """See `SkipProfile.static_policy`."""
-    from skipcal.baselines.chosen_ffns import ChosenFFNs
-    from skipcal.runtime.substituted import Substituted
+    from skipcal.core.chosen_ffns import ChosenFFNs
+    from skipcal.core.substituted import Substituted
 
     policy = ChosenFFNs(
         method="static",

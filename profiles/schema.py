@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, ValidationError, model_validator
 
+from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.profiles import policies
 from skipcal.profiles.agreement import check_agreement
@@ -49,14 +50,13 @@ from skipcal.profiles.sources import PROFILE_FILE as PROFILE_FILE
 from skipcal.profiles.sources import HubOptions, commit_of, fetch, locate
 from skipcal.profiles.sources import model_slug as model_slug
 from skipcal.profiles.sources import shipped_profiles as shipped_profiles
-from skipcal.runtime.policy import Policy, SkipPolicy
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
+    from skipcal.core.gate import GatePolicy
     from skipcal.profiles.tensors import GateTensors
-    from skipcal.runtime.gate import GatePolicy
 
 logger = logging.getLogger(__name__)
 

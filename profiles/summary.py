@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from skipcal.core.policy import SkipPolicy
 from skipcal.profiles.parts import (
     CalibrationInfo,
     GatePoint,
@@ -13,7 +14,6 @@ from skipcal.profiles.parts import (
 )
 from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
 
 WIDTH = 80
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from skipcal.core.gate import Gates
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ProfileError, ProfileMismatch, Unavailable
 from skipcal.profiles.reading import one_line, shown
-from skipcal.runtime.gate import Gates
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 TENSORS_FORMAT = "skipcal.surrogates/1"
 MAX_HEADER_BYTES = 2**16  # of a header: seven tensors and two strings take 1 kB

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from skipcal.core.policy import SkipPolicy
 from skipcal.evaluation.token_map import TokenMap
 from skipcal.plots.tokens import label
 from skipcal.profiles.parts import CorpusInfo, GatePoint, GateSettings, OperatingPoint, StaticSettings
 from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import is_policy, ranges, ratio, span
-from skipcal.runtime.policy import SkipPolicy
 
 Facts = list[tuple[str, str]]
 

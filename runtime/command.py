@@ -10,9 +10,9 @@ import typer
 
 from skipcal.calibrate.local_files import open_text
 from skipcal.configs import options as opt
+from skipcal.configs.names import check_engine
 from skipcal.console import check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.runtime.engines.choice import check_engine
 
 if TYPE_CHECKING:
     from skipcal.runtime.generation import Generation

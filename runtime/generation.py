@@ -13,11 +13,11 @@ from transformers import BatchEncoding, TextStreamer, set_seed
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.runtime.chat_template import WITHOUT, templated
 from skipcal.runtime.greedy import greedy_decoding, sampled_decoding, warn_of_overruled
 from skipcal.runtime.opening import row_ids
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
 

@@ -20,11 +20,15 @@ from torch import nn
 
 from skipcal.arch.blocks import parallel_limit
 from skipcal.arch.locate import Architecture, locate, unwrap
+from skipcal.configs.names import check_engine
+from skipcal.core.batch_rule import BATCH_RULES
+from skipcal.core.host import FULL_PASS, Watcher
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.report import SkipReport
 from skipcal.errors import ConfigError, SessionError
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.batch_rule import BATCH_RULES
-from skipcal.runtime.engines.base import FULL_PASS, Engine, Watcher
-from skipcal.runtime.engines.choice import check_engine
+from skipcal.runtime.engines.base import Engine
+from skipcal.runtime.engines.choice import engine_for
 from skipcal.runtime.engines.generate_loop import with_decode_ahead
 from skipcal.runtime.engines.generate_seam import GenerateSeam
 from skipcal.runtime.engines.step_engine import StepEngine
@@ -38,8 +42,6 @@ from skipcal.runtime.generate_call import (
     refuse_continuous_batching,
 )
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.tokens import DecodeTokens
 from skipcal.runtime.turn import Turn
 
@@ -168,7 +170,9 @@ class SkipSession:
         _refuse_unfit(self._outer, self._model)
         architecture = self._architecture or locate(self._model)
         self.policy.check_layers(architecture.num_layers)
-        self._engine = self._new_engine(architecture)
+        self._engine = engine_for(
+            self.policy, architecture, self._requested_engine, batch_rule=self._batch_rule
+        )
         asked = self._requested_engine
         if asked not in ("auto", "eager") and not isinstance(self._engine, StepEngine):
             logger.warning("engine %s is not used: %s", asked, self._engine.reason)
@@ -221,11 +225,6 @@ class SkipSession:
     def setup_s(self) -> float:
         """Seconds in which steps were prepared so far; `report` has it too, but waits for the device."""
         return 0.0 if self._engine is None else self._engine.setup_s
-
-    def _new_engine(self, architecture: Architecture) -> Engine:
-        if isinstance(self.policy, SkipPolicy):
-            return self.policy.engine(architecture, self._requested_engine, batch_rule=self._batch_rule)
-        return self.policy.engine(architecture, self._requested_engine)
 
     # What is set on the model, and how it goes away
 

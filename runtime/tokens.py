@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from skipcal.core.host import FULL_PASS, PassTokens
+from skipcal.core.policy import Policy
 from skipcal.errors import SessionError
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.generate_call import TokenClock
-from skipcal.runtime.policy import Policy
 
 
 class LazyCount:

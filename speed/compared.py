@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skipcal.core.report import SkipReport
 from skipcal.errors import SkipcalError
 from skipcal.runtime.engines.choice import fastest
-from skipcal.runtime.report import SkipReport
 from skipcal.speed.arms import FULL, PLAIN, WATCHING, Run, skip_arm
 from skipcal.speed.cost import ForcedRatio, StepBytes, break_even
 from skipcal.speed.timing import Spread, spread

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from skipcal.runtime.gate import NEVER, GatePolicy, Gates
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
-from skipcal.runtime.surrogates import LowRank, Surrogates
+from skipcal.core.gate import NEVER, GatePolicy, Gates
+from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
+from skipcal.core.surrogates import LowRank, Surrogates
 
 _SURE = 1e30  # a bias that no score outweighs
 

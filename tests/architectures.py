@@ -10,7 +10,7 @@ from by_hand import Oddity
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skipcal.arch.check import tiny_model
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 
 SANDWICHED = Oddity(adds=("post_feedforward_layernorm",))
 GPT2 = Oddity(layers="transformer.h")

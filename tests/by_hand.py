@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import left_padded
 
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.report import SkipReport
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.report import SkipReport
 from skipcal.runtime.session import skipping
 
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from skipcal.arch.locate import locate, observe
+from skipcal.core.gate import GateRule, Gates
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.tensors import GateTensors
-from skipcal.runtime.gate import GateRule, Gates
-from skipcal.runtime.policy import Policy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 PROMPT = [5, 17, 31, 8, 44]
 NEW = 12

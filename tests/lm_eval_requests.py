@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from skipcal.baselines.chosen_ffns import ChosenFFNs
-from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.runtime.greedy import until_stop
-from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
 
 FULL = SkipPolicy(cold_s=0, cold_e=0, threshold=2.0, warm_up_tokens=0)

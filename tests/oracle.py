@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from skipcal.baselines.chosen_ffns import ChosenFFNs
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import SkipPolicy
-from skipcal.runtime.substituted import Substituted
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.substituted import Substituted
 
 
 @dataclass

@@ -23,10 +23,10 @@ from faults import IN_A_GRAPH
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
+from skipcal.core.policy import SkipPolicy
 from skipcal.profiles.files import dump_json
 from skipcal.runtime.engines import graph_step, step_engine
 from skipcal.runtime.engines.step_proof import Deviation
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.speed.hardware import environment
 
 _FAULTY = 5

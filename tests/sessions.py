@@ -8,7 +8,7 @@ import torch
 from conftest import left_padded
 from transformers.generation.streamers import BaseStreamer
 
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 
 FULL = SkipPolicy(cold_s=0, cold_e=4, threshold=2.0, warm_up_tokens=0)
 SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)

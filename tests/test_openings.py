@@ -27,6 +27,7 @@ from skipcal.configs.fit import FitConfig
 from skipcal.configs.run import ProfileConfig
 from skipcal.configs.sweep import SweepConfig
 from skipcal.configs.tune import TuneConfig
+from skipcal.core.policy import SkipPolicy
 from skipcal.evaluation.sweep import run_sweep
 from skipcal.evaluation.token_map import token_map
 from skipcal.profiles.fits import warn_of_other_opening
@@ -35,7 +36,6 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report.tables import provenance
 from skipcal.runtime.generation import generate_text
-from skipcal.runtime.policy import SkipPolicy
 
 BOS, EOS = ids_of("<s>", "</s>")
 

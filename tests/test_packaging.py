@@ -49,7 +49,7 @@ def test_public_names_are_sorted_and_importable() -> None:
         _ = skipcal.nothing
 
 
-@pytest.mark.parametrize("module", ["skipcal", "skipcal.cli", "skipcal.errors", "skipcal.runtime.policy"])
+@pytest.mark.parametrize("module", ["skipcal", "skipcal.cli", "skipcal.errors", "skipcal.core.policy"])
 def test_importing_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

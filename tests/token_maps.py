@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from skipcal.core.report import SkipReport
 from skipcal.evaluation.token_map import TokenMap
-from skipcal.runtime.report import SkipReport
 
 PIECES = ("<s>", "a $x^", " <b>&\"'", "\n", "", "🦊", " ", "\x00\t|", "$")
 

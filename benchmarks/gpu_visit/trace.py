@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from skipcal.arch.locate import locate
-from skipcal.runtime.policy import Policy
+from skipcal.core.policy import Policy
 from skipcal.runtime.session import skipping
 from skipcal.speed.arms import endless_greedy, random_prompt
 from skipcal.speed.forced import ForcedCosine

@@ -2,46 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
+from skipcal.core.host import PassTokens
 from skipcal.errors import SessionError
-
-Watcher = Callable[[int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class PassTokens:
-    """The tokens of one forward pass, flattened over batch and position: [tokens].
-
-    active:  [tokens] bool, those to which the policy applies. None: the full model runs, the pass
-             is a prefill or lies within the warm-up.
-    counted: [tokens] bool, those of the active ones that the report counts; None: all of them.
-    step:    decode step; one number for a decode step, [tokens] for a teacher-forced pass.
-    ids:     [tokens] input ids; None where the model was given embeddings.
-    on_device: the pass is captured once and repeated: `active` and `step` are tensors that change,
-             and no Python value may be made of what is on the device, for a single token either.
-    watcher: told of each layer that is left out for some tokens, and for which: (layer, [tokens] bool).
-    """
-
-    active: Tensor | None = None
-    counted: Tensor | None = None
-    step: Tensor | int = -1
-    ids: Tensor | None = None
-    on_device: bool = False
-    watcher: Watcher | None = None
-
-    def tell(self, layer: int, skip: Tensor | bool) -> None:
-        """Tell the watcher, if there is one, which tokens skip `layer`: [tokens], or the only one."""
-        if self.watcher is not None:
-            self.watcher(layer, torch.as_tensor(skip).reshape(-1))
-
-
-FULL_PASS = PassTokens()
 
 
 class Engine(Protocol):

@@ -1,24 +1,40 @@
-"""Which engine runs an FFN-skipping policy, and why that one."""
+"""Which engine runs a policy, and why that one: chosen and made here."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skipcal.errors import ConfigError, asking
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.whole_layers import ShortGPT
 
 if TYPE_CHECKING:
     from skipcal.arch.locate import Architecture
+    from skipcal.core.rule import Rule
+    from skipcal.core.surrogates import Surrogates
     from skipcal.runtime.engines.base import Engine
-    from skipcal.runtime.rules import Rule
-    from skipcal.runtime.surrogates import Surrogates
-
-ENGINES = ("auto", "eager", "graph", "recorded")
 
 
-def check_engine(name: str) -> None:
-    """Raise ConfigError for an unknown name."""
-    if name not in ENGINES:
-        raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(ENGINES)}", name, ENGINES))
+def engine_for(
+    policy: Policy, architecture: Architecture, asked: str = "auto", *, batch_rule: str = "rows"
+) -> Engine:
+    """A fresh engine that runs `policy`, by its name or, for "auto", the fastest that supports the case.
+
+    asked: one of configs.names.ENGINES; methods that skip whole layers have engines of their own.
+    batch_rule: as `skipping` takes it.
+    """
+    from skipcal.runtime.engines.whole_layers import RemovedLayers, SkippedLayers
+
+    if isinstance(policy, ShortGPT):
+        return RemovedLayers(architecture, policy.removed)
+    rule: Rule = (
+        policy.make_rule(batch_rule=batch_rule) if isinstance(policy, SkipPolicy) else policy.make_rule()
+    )
+    if policy.unit == "layer":
+        return SkippedLayers(architecture, rule)
+    surrogates: Surrogates | None = getattr(policy, "surrogates", None)
+    if surrogates is not None:
+        surrogates = surrogates.for_model(architecture)
+    return _ffn_engine(architecture, rule, asked, surrogates)
 
 
 def fastest(device: str) -> str:
@@ -26,13 +42,7 @@ def fastest(device: str) -> str:
     return {"cuda": "graph", "cpu": "recorded"}.get(device, "eager")
 
 
-def ffn_engine(
-    architecture: Architecture, rule: Rule, asked: str, *, surrogates: Surrogates | None = None
-) -> Engine:
-    """A fresh engine that runs `rule`, by its name or, for "auto", the fastest that supports the case.
-
-    surrogates: what is added to the stream in place of a skipped FFN; None: nothing.
-    """
+def _ffn_engine(architecture: Architecture, rule: Rule, asked: str, surrogates: Surrogates | None) -> Engine:
     from skipcal.arch.stored import compute_place
     from skipcal.runtime.engines import graph, recorded
     from skipcal.runtime.engines.eager import EagerEngine

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from skipcal.arch.locate import Architecture
+from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.engines import step_engine
 from skipcal.runtime.engines.graph_rules import StepCounts
 from skipcal.runtime.engines.graph_step import DecodeStep
-from skipcal.runtime.rules import Rule
-from skipcal.runtime.surrogates import Surrogates
 
 _ATTENTION = ("eager", "sdpa")  # those that take a mask for one token
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skipcal.arch.locate import Block
 from skipcal.arch.stored import is_wrapper
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import first_words
 from skipcal.runtime.engines.graph_attention import Sight
 from skipcal.runtime.engines.graph_ffn import add_surrogate
@@ -27,7 +28,6 @@ from skipcal.runtime.ops.ffn import FFNWeights, ffn
 from skipcal.runtime.ops.project import project
 from skipcal.runtime.ops.rotary_cache import HeadNorms, rotary_cache
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.surrogates import Surrogates
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _PROOF_TOKENS = 3  # in the cache before the token by which a layer is tried

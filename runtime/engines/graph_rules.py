@@ -7,11 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from skipcal.runtime.engines.base import PassTokens
-from skipcal.runtime.gate import GateRule
+from skipcal.core.cosine import CosineRule
+from skipcal.core.gate import GateRule
+from skipcal.core.host import PassTokens
+from skipcal.core.rule import Rule
 from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
 from skipcal.runtime.ops.count import count
-from skipcal.runtime.rules import CosineRule, Rule
+from skipcal.runtime.ops.gate import gate
 
 
 class StepInputs:
@@ -128,17 +130,39 @@ class AnyRule:
             self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
 
 
-class FusedGate(AnyRule):
+class FusedGate:
     """The rule `gate`, whose decision is one launch, warm-up and all."""
 
+    wants_f = False
+
     def __init__(self, rule: GateRule, inputs: StepInputs, skips: Tensor) -> None:
-        """Ask `rule`; write into `skips`."""
-        super().__init__(rule, inputs, skips)
-        self._gate = rule
+        """Take probes and threshold from `rule`; write into `skips`."""
+        device, gates = skips.device, rule.gates
+        self._inputs, self._skips = inputs, skips
+        self._place = {layer: n for n, layer in enumerate(gates.layers)}
+        self._weight_static = gates.weight.to(device)
+        self._log_norm_static = gates.log_norm_weight.to(device)
+        self._bias_static = gates.bias.to(device)
+        self._threshold_static = torch.tensor(rule.threshold, dtype=torch.float32, device=device)
+
+    def start(self) -> None:
+        """Nothing begins."""
 
     def before(self, layer: int, h: Tensor) -> Tensor:
-        """Ask the gate; rows within their warm-up run."""
-        return self._gate.skip_no_sync(layer, h, active=self._inputs.active_static, skip=self._skips[layer])
+        """Rows past their warm-up whose score lies below the threshold."""
+        n = self._place[layer]
+        return gate(
+            h,
+            self._weight_static[n],
+            log_norm_weight=self._log_norm_static[n],
+            bias=self._bias_static[n],
+            threshold=self._threshold_static,
+            active=self._inputs.active_static,
+            skip=self._skips[layer],
+        ).skip
+
+    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
+        """Nothing is learnt from the FFN."""
 
 
 class FusedCosine:

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.core.cosine import CosineRule
+from skipcal.core.gate import GateRule
+from skipcal.core.host import FULL_PASS, PassTokens
+from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_layer import (
@@ -41,11 +45,8 @@ from skipcal.runtime.engines.graph_rules import (
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
-from skipcal.runtime.gate import GateRule
 from skipcal.runtime.ops.ffn import FFNWeights
 from skipcal.runtime.patch import InstancePatches
-from skipcal.runtime.rules import CosineRule, Rule
-from skipcal.runtime.surrogates import Surrogates
 
 MIN_WINDOW = 256
 FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need

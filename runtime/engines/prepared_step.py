@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture
-from skipcal.runtime.engines.base import PassTokens
+from skipcal.core.host import PassTokens
 from skipcal.runtime.engines.step_cache import StepCache
 from skipcal.runtime.engines.step_proof import Deviation
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from skipcal.arch.locate import Architecture
+from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.engines import step_engine
 from skipcal.runtime.engines.recorded_step import RecordedStep
-from skipcal.runtime.rules import Rule
-from skipcal.runtime.surrogates import Surrogates
 
 # transformers' hooks collect hidden states, with which generate() is decoded eagerly anyway.
 _KNOWN_HOOKS = ("skipcal.", "transformers.")

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.locate import Architecture, Block
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
+from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.recording import Branch, NotRecordable, Recording, leaf, record

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from skipcal.arch.blocks import rotary_settings
 from skipcal.arch.locate import Architecture
+from skipcal.core.host import FULL_PASS, PassTokens
+from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import first_words
-from skipcal.runtime.engines.base import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_cache import StepCache
-from skipcal.runtime.rules import Rule
-from skipcal.runtime.surrogates import Surrogates
 
 logger = logging.getLogger(__name__)
 

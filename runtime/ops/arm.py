@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipcal.runtime.batch_rule import BATCH_RULES, judged_together
+from skipcal.core.batch_rule import BATCH_RULES, judged_together
 from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
 
 WATCHING, SPENT = 0, -1

@@ -12,7 +12,7 @@ from by_hand import ByHand, Oddity, cosines, decode
 
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 PROMPT = [5, 17, 31, 8, 44, 23]

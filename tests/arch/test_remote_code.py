@@ -16,8 +16,8 @@ from by_hand import Oddity, decode
 from skipcal.arch.families import FAMILIES, register_family
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import UnsupportedModel
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 CONFIGURATION = """

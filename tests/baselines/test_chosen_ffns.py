@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import left_padded
 
-from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.runtime.session import skipping
 
 PROMPT = [5, 9, 31, 7]
@@ -100,8 +100,8 @@ def test_layers_draw_independently(tiny: Any) -> None:
             tiny(ids, use_cache=False)
         seen[layers] = run.report.skipped_per_layer
     assert seen[(1, 2)][1] == seen[(1,)][1] and seen[(1, 2)][2] == seen[(2,)][2]
-    from skipcal.baselines.chosen_ffns import ChoiceRule
-    from skipcal.runtime.engines.base import PassTokens
+    from skipcal.core.chosen_ffns import ChoiceRule
+    from skipcal.core.host import PassTokens
 
     rule = ChoiceRule(policy(probability=0.5))
     tokens = PassTokens(

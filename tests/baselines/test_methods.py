@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.methods import (
     METHODS,
     SURROGATES,
@@ -19,11 +18,12 @@ from skipcal.baselines.methods import (
     nearest_count,
     recommended_ratio,
 )
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy
+from skipcal.core.substituted import Substituted
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.substituted import Substituted
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 

@@ -11,9 +11,9 @@ from conftest import left_padded, lively
 from transformers import DynamicCache, StaticCache
 
 from skipcal.baselines.methods import skipdecode_for
-from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
+from skipcal.core.policy import Policy
+from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, ProfileMismatch, SessionError
-from skipcal.runtime.policy import Policy
 from skipcal.runtime.session import skipping
 
 PROMPT = [5, 9, 31, 7]

@@ -10,8 +10,8 @@ import torch
 from conftest import DENSE, left_padded, lively
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.arch.residual import norm_ratio, residual_cosine, residual_cosine_of_one
 from skipcal.calibrate.capture import capture
+from skipcal.core.residual import norm_ratio, residual_cosine, residual_cosine_of_one
 from skipcal.errors import SessionError
 
 

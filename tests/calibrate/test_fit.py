@@ -16,9 +16,9 @@ from skipcal.arch.locate import locate
 from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.calibrate.damage import fisher_damage
 from skipcal.calibrate.fit import TARGETS, fit_gate_profile
+from skipcal.core.gate import GatePolicy
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach, Unavailable
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.session import skipping
 
 LAYERS, HIDDEN = 8, 32

@@ -20,9 +20,9 @@ from skipcal.calibrate.layer_sweep import LayerRunner, StreamStore
 from skipcal.calibrate.moments import Moments
 from skipcal.calibrate.on_policy import RUN_WEIGHT, Fitted, ScoreHistogram, Sweep
 from skipcal.calibrate.surrogate import fit_low_rank
-from skipcal.runtime.gate import GatePolicy, GateRule
+from skipcal.core.gate import GatePolicy, GateRule
+from skipcal.core.surrogates import direction
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import direction
 
 WARM_UP = 2
 FIRST = 1 + WARM_UP

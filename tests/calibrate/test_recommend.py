@@ -19,8 +19,8 @@ from skipcal.calibrate.recommend import (
     target_ratios,
 )
 from skipcal.calibrate.running_maxima import RunningMaxima
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import TargetOutOfReach
-from skipcal.runtime.policy import SkipPolicy
 
 
 def naive_ratio(cosine: np.ndarray, policy: SkipPolicy) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from skipcal.calibrate.moments import Moments, ridge
 from skipcal.calibrate.surrogate import fit_low_rank, rank_for, unexplained
+from skipcal.core.surrogates import LowRank
 from skipcal.errors import ConfigError
-from skipcal.runtime.surrogates import LowRank
 
 HIDDEN = 12
 PENALTY = 0.05

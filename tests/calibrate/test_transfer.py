@@ -23,9 +23,9 @@ from skipcal.calibrate.passes import Passes
 from skipcal.calibrate.pipeline import calibrate_model
 from skipcal.calibrate.transfer import calibration_prompts, held_out_texts, transfer, transfer_matrix
 from skipcal.configs.run import ProfileConfig
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
 
 PROMPT = 5
 SETTINGS: dict[str, Any] = {

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.tune import _marked, choose, meets, tune_profile
 from skipcal.configs.tune import TuneConfig
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.plots.pareto import plot_pareto
 from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import tuning_table
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 

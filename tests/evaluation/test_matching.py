@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gated import with_gate
 
+from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
 from skipcal.evaluation.matching import PASSES, TOLERANCE, match_threshold, threshold_scale, with_threshold
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.substituted import Substituted
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 SCALE = threshold_scale(SHIPPED.cosine_policy, SHIPPED)

@@ -16,10 +16,10 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.baselines.methods import METHODS, Ask, make_policy
 from skipcal.configs.sweep import PerplexitySettings
+from skipcal.core.policy import SkipPolicy
 from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.perplexity import Perplexity, load_perplexity
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 

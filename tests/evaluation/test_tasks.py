@@ -12,6 +12,7 @@ import torch
 
 from skipcal.baselines.methods import Ask, make_policy
 from skipcal.configs.sweep import BenchSettings, ContinuationSettings, QuestionSettings, SummarySettings
+from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.evaluation.continuation import load_continuation
@@ -19,7 +20,6 @@ from skipcal.evaluation.freebaseqa import load_freebaseqa, read_questions
 from skipcal.evaluation.mtbench import load_mtbench
 from skipcal.evaluation.summarization import Story, load_summarization
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import Policy
 from skipcal.runtime.session import skipping
 
 

@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 import skipcal
 from skipcal.arch.loading import LoadedModel
-from skipcal.baselines.chosen_ffns import ChosenFFNs
 from skipcal.baselines.methods import skipdecode_for
-from skipcal.baselines.whole_layers import ShortGPT
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.substituted import Substituted
+from skipcal.core.whole_layers import ShortGPT
 from skipcal.errors import ConfigError, ProfileMismatch, SessionError
 from skipcal.evaluation.token_map import TokenMap, token_map
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.substituted import Substituted
 
 NEW = 14
 FULL = SkipPolicy(cold_s=0, cold_e=4, threshold=2.0, warm_up_tokens=0)

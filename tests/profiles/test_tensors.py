@@ -13,6 +13,8 @@ from gated import random_gates, with_gate
 from safetensors.torch import load
 from tensor_files import FILE, SHIPPED
 
+from skipcal.core.gate import NEVER, GatePolicy
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import (
     ConfigError,
     OutputError,
@@ -24,8 +26,6 @@ from skipcal.profiles.parts import GateSettings, tensors_file
 from skipcal.profiles.schema import PROFILE_FILE, SkipProfile, shipped_profiles
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensors import GateTensors
-from skipcal.runtime.gate import NEVER, GatePolicy
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 # What is kept
 

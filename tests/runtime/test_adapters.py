@@ -16,8 +16,8 @@ from oracle import decode
 from skipcal.arch.loading import LoadedModel, fingerprint, load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, Unavailable, UnsupportedModel
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")

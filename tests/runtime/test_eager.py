@@ -10,12 +10,12 @@ from architectures import CASES
 from conftest import lively
 
 from skipcal.arch.locate import locate, observe
+from skipcal.core.host import PassTokens
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import SessionError
-from skipcal.runtime.engines.base import PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 ALWAYS = SkipPolicy(cold_s=0, cold_e=4, threshold=-1.0, warm_up_tokens=0, max_skips=2)
 
@@ -97,7 +97,7 @@ def test_a_rule_that_learns_nothing_is_not_told(tiny: Any, learns: bool) -> None
 
 def test_a_rule_that_asks_for_no_cosine_pays_for_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("residual_cosine", "residual_cosine_of_one"):
-        monkeypatch.delattr(f"skipcal.runtime.rules.{name}")
+        monkeypatch.delattr(f"skipcal.core.cosine.{name}")
     run(tiny, EagerEngine(locate(tiny), Alternate(False)), 1)
     with pytest.raises(NameError):
         run(tiny, EagerEngine(locate(tiny), ALWAYS.make_rule()), 1)

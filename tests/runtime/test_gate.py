@@ -10,10 +10,10 @@ import pytest
 import torch
 from gated import NEW, PROMPT, gates_for, generated, random_gates, surrogates_for
 
+from skipcal.core.gate import NEVER, GatePolicy, GateRule, GateState
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.gate import NEVER, GatePolicy, GateRule, GateState
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import Surrogates
 
 HIDDEN = 32
 

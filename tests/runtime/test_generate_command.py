@@ -14,11 +14,11 @@ from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel, load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.chat import chat_frame
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.answers import Subject, answers
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
-from skipcal.runtime.policy import SkipPolicy
 
 PROMPT = "w5 w6 w7 w8"
 RAISES = "{{ raise_exception('needs a system message') }}"

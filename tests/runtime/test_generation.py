@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from skipcal.arch.loading import LoadedModel
+from skipcal.core.policy import SkipPolicy
 from skipcal.runtime import session
 from skipcal.runtime.engines.step_engine import StepEngine
 from skipcal.runtime.generation import generate_text
-from skipcal.runtime.policy import SkipPolicy
 
 
 class FakeClock:

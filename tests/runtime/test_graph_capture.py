@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import left_padded, lively
 
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.report import SkipReport
 from skipcal.runtime.engines import graph_step
-from skipcal.runtime.policy import SkipPolicy
-from skipcal.runtime.report import SkipReport
 from skipcal.runtime.session import skipping
 
 pytestmark = [

@@ -13,17 +13,17 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
-from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy, Gates
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.substituted import Substituted
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
-from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.graph import GraphEngine
-from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import ffn, project
 from skipcal.runtime.ops.decode_attention import decode_attention
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
 
@@ -100,14 +100,9 @@ def test_surrogates_stand_in_for_skipped_ffns(model_type: str) -> None:
     maps = {i: LowRank(torch.randn(3, 32), 0.1 * torch.randn(32, 3), torch.randn(32)) for i in (1, 2)}
     policy = SkipPolicy(cold_s=0, cold_e=4, threshold=0.6, max_skips=2, warm_up_tokens=1)
     results = []
-    for kind in (EagerEngine, GraphEngine):
-
-        class Chosen(SkipPolicy):
-            def engine(self, architecture: Any, asked: str = "auto", **options: Any) -> Any:
-                why: Any = {"asked": True} if kind is GraphEngine else {}  # noqa: B023
-                return kind(found, self.make_rule(), surrogates=Surrogates(maps), **why)  # noqa: B023
-
-        with skipping(model, policy=Chosen(**vars(policy))) as run:
+    for engine in ("eager", "graph"):
+        chosen = Substituted(policy, Surrogates(maps))
+        with skipping(model, policy=chosen, engine=engine, architecture=found) as run:
             output = model.generate(**left_padded(ROWS), max_new_tokens=12, do_sample=False)
         results.append((output.tolist(), counts(run.report)))
     assert run.report.engine == "graph"

@@ -15,11 +15,11 @@ from skipcal.arch.loading import LoadedModel, fingerprint, load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
 from skipcal.calibrate.fit import fit_gate_profile
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
 from skipcal.errors import Unavailable
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.substituted import Substituted
 from skipcal.speed.cost import step_bytes
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))

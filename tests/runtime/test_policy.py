@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from skipcal.arch.locate import locate
+from skipcal.core.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.policy import FULL_MODEL_THRESHOLD, SkipPolicy
+from skipcal.runtime.engines.choice import engine_for
 
 POLICY = SkipPolicy(cold_s=2, cold_e=10, threshold=0.9)
 
@@ -70,15 +71,17 @@ def test_the_rule_is_the_policys(tiny: Any) -> None:
     policy = SkipPolicy(cold_s=1, cold_e=3, threshold=0.7, max_skips=2)
     found = locate(tiny)
     for batch_rule in ("rows", "all"):
-        engine: Any = policy.engine(found, "eager", batch_rule=batch_rule)
+        engine: Any = engine_for(policy, found, "eager", batch_rule=batch_rule)
         rules: list[Any] = [policy.make_rule(batch_rule=batch_rule), engine._rule]
         for rule in rules:
             assert (rule.layers, rule.threshold, rule.max_skips) == (range(1, 3), 0.7, 2)
             assert rule.batch_rule == batch_rule
-            assert engine.reason == policy.engine(found, "eager").reason != policy.engine(found).reason
+            assert (
+                engine.reason == engine_for(policy, found, "eager").reason != engine_for(policy, found).reason
+            )
     takes_over = "on a CPU recorded takes over after 100 decode steps of generate()"
-    assert policy.engine(found).reason == takes_over
-    default: Any = policy.engine(found)
+    assert engine_for(policy, found).reason == takes_over
+    default: Any = engine_for(policy, found)
     assert default._rule.batch_rule == "rows"
 
 

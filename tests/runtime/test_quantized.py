@@ -16,10 +16,10 @@ from skipcal.arch.loading import LoadedModel, fingerprint, load_model
 from skipcal.arch.locate import locate
 from skipcal.arch.quantization import QUANTIZATIONS
 from skipcal.arch.stored import compute_place, stored_bytes
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
 from skipcal.errors import ConfigError
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import Policy, SkipPolicy
-from skipcal.runtime.substituted import Substituted
 from skipcal.speed.cost import step_bytes
 
 # torchao 0.18 and bitsandbytes 0.50 use what torch 2.13 calls old.

@@ -23,12 +23,12 @@ from engines import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.check import tiny_model
-from skipcal.baselines.chosen_ffns import ChosenFFNs
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy, Gates
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.runtime.engines import recorded, recorded_step
-from skipcal.runtime.gate import GatePolicy, Gates
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import LowRank, Surrogates
 
 NOT_RECORDED = {
     ("gemma2", 1): "attention 'eager' is not torch's own",  # which caps its scores

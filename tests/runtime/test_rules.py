@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from skipcal.runtime.batch_rule import judged_together
-from skipcal.runtime.engines.base import PassTokens
-from skipcal.runtime.policy import SkipPolicy
-from skipcal.runtime.rules import CosineRule, CosineState
+from skipcal.core.batch_rule import judged_together
+from skipcal.core.cosine import CosineRule, CosineState
+from skipcal.core.host import PassTokens
+from skipcal.core.policy import SkipPolicy
 
 LAYERS, TOKENS, HIDDEN = 7, 40, 4
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_the_grid_has_tokens_that_skip_some_and_not_all() -> None:
 
 
 def test_a_token_that_did_not_run_is_not_armed_by_what_stands_in_its_place() -> None:
-    rule = CosineRule(SkipPolicy(cold_s=0, cold_e=4, threshold=0.5))
+    rule = CosineRule(range(4), threshold=0.5)
     state = rule.start(PassTokens(active=torch.ones(2, dtype=torch.bool)), CPU)
     h = torch.ones(2, HIDDEN)
     state = rule.after(0, state, h, torch.zeros_like(h), torch.tensor([True, False]))
@@ -103,7 +103,7 @@ def test_a_token_that_did_not_run_is_not_armed_by_what_stands_in_its_place() -> 
 def test_rows_whose_text_has_ended_have_no_say_in_a_common_decision() -> None:
     live = torch.tensor([True, False, True])
     for batch_rule, armed in (("rows", [True, False, False]), ("mean", [True] * 3), ("all", [False] * 3)):
-        rule = CosineRule(SkipPolicy(cold_s=0, cold_e=4, threshold=0.85), batch_rule=batch_rule)
+        rule = CosineRule(range(4), threshold=0.85, batch_rule=batch_rule)
         tokens = PassTokens(active=torch.ones(3, dtype=torch.bool), counted=live)
         h = torch.tensor([[1.0, 0.0]]).expand(3, 2)
         # cosines of 1, -1 and 0.8: among the live ones the mean is 0.9 and the smallest 0.8
@@ -139,7 +139,7 @@ def test_a_state_moves_as_a_whole_or_stays_itself() -> None:
 
 
 def test_a_fresh_state_knows_where_it_is_and_who_counts() -> None:
-    rule = CosineRule(SkipPolicy(cold_s=1, cold_e=5, threshold=0.5))
+    rule = CosineRule(range(1, 5), threshold=0.5)
     live = torch.tensor([True, False])
     state = rule.start(PassTokens(active=torch.ones(2, dtype=torch.bool), counted=live), torch.device("meta"))
     for part, dtype in ((state.armed, torch.bool), (state.skipped, torch.int32)):
@@ -152,7 +152,7 @@ def test_a_fresh_state_knows_where_it_is_and_who_counts() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_cosine_that_equals_the_threshold_arms(tokens: int) -> None:
-    rule = CosineRule(SkipPolicy(cold_s=0, cold_e=4, threshold=1.0))
+    rule = CosineRule(range(4), threshold=1.0)
     state = rule.start(PassTokens(active=torch.ones(tokens, dtype=torch.bool)), CPU)
     h = torch.tensor([[1.0, 0.0]]).expand(tokens, 2)
     state = rule.after(0, state, h, torch.zeros_like(h), torch.ones(tokens, dtype=torch.bool))

@@ -19,9 +19,9 @@ from transformers import (
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.loading import LoadedModel
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import SessionError
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 # Batches

@@ -14,8 +14,8 @@ from conftest import lively
 from sessions import ALWAYS, ROWS, SOME, prompt, state_of
 from transformers import AutoModelForCausalLM
 
-from skipcal.baselines.whole_layers import ShortGPT, SkipDecode
 from skipcal.calibrate.capture import capture
+from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import SessionError
 from skipcal.runtime.session import skipping
 

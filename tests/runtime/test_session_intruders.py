@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sessions import ALWAYS, ROWS, SOME, prompt, state_of
 
 from skipcal.arch.locate import locate
-from skipcal.baselines.whole_layers import SkipDecode
+from skipcal.core.whole_layers import SkipDecode
 from skipcal.errors import SessionError
 from skipcal.runtime.session import SkipSession, skipping
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sessions import ALWAYS, SOME, prompt
 
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileMismatch, SessionError, UnsupportedModel
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 

@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 

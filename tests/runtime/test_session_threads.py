@@ -15,8 +15,8 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from skipcal.arch.locate import locate as own_locate
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import SessionError
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}

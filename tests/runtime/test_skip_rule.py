@@ -12,8 +12,8 @@ from engines import policies
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.capture import capture
-from skipcal.runtime.policy import SkipPolicy
-from skipcal.runtime.report import SkipReport
+from skipcal.core.policy import SkipPolicy
+from skipcal.core.report import SkipReport
 from skipcal.runtime.session import skipping
 
 PROMPT = [5, 17, 31, 8, 44]

@@ -11,7 +11,9 @@ from conftest import left_padded, lively
 from engines import ROWS, SOME
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipcal.runtime.gate import GatePolicy, Gates
+from skipcal.core.gate import GatePolicy, Gates
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.ops import (
     arm,
     count,
@@ -23,9 +25,7 @@ from skipcal.runtime.ops import (
     rms_norm,
     rotary_cache,
 )
-from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import Surrogates
 
 pytest.importorskip("triton", reason="without Triton there are no kernels to count")
 pytestmark = pytest.mark.usefixtures("references", "small_caches")

@@ -13,9 +13,9 @@ from conftest import attentive, lively
 from engines import ROWS, counts, generated
 from faults import IN_A_GRAPH, RECORDED
 
+from skipcal.core.policy import SkipPolicy
 from skipcal.runtime.engines import step_engine
 from skipcal.runtime.engines.step_proof import Deviation, added_error, logits_deviation
-from skipcal.runtime.policy import SkipPolicy
 
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,12 +11,12 @@ from conftest import left_padded, lively
 from gated import LAYERS, NEW, PROMPT, gates_for, generated, surrogates_for
 
 from skipcal.arch.locate import Block, locate
-from skipcal.baselines.chosen_ffns import ChosenFFNs
-from skipcal.runtime.gate import GatePolicy
-from skipcal.runtime.policy import Policy, SkipPolicy
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
+from skipcal.core.surrogates import LowRank, Surrogates, direction
 from skipcal.runtime.session import skipping
-from skipcal.runtime.substituted import Substituted
-from skipcal.runtime.surrogates import LowRank, Surrogates, direction
 
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
 KINDS = ("gate", "static", "cosine", "bounded cosine")

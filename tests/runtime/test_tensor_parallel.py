@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 import skipcal
 from skipcal.arch.loading import fingerprint
 from skipcal.calibrate.capture import capture
-from skipcal.runtime.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy
 
 IDS = torch.randint(3, 97, (3, 20), generator=torch.Generator().manual_seed(0))
 POLICY = SkipPolicy(cold_s=1, cold_e=7, threshold=0.7, warm_up_tokens=2)

@@ -14,13 +14,13 @@ from gated import random_gates
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.configs.bench import BenchConfig, load_bench
+from skipcal.core.gate import GatePolicy
+from skipcal.core.host import PassTokens
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ConfigError, SkipcalError, TargetOutOfReach
 from skipcal.profiles.files import dump_json
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.engines.base import PassTokens
-from skipcal.runtime.gate import GatePolicy
 from skipcal.runtime.session import skipping
-from skipcal.runtime.surrogates import Surrogates
 from skipcal.speed import bench, shapes
 from skipcal.speed.arms import Run
 from skipcal.speed.bench import Subject, check_shape, load_subject, run_bench

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from skipcal.configs.bench import BenchConfig
+from skipcal.core.report import SkipReport
 from skipcal.plots.speed import plot_speed_up
 from skipcal.runtime.engines.recorded import RecordedEngine
-from skipcal.runtime.report import SkipReport
 from skipcal.speed.arms import Run
 from skipcal.speed.bench import load_subject, run_bench
 from skipcal.speed.compared import Compared, break_even_of, wanted_engine

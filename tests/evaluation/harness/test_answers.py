@@ -10,8 +10,8 @@ import torch
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
+from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError
-from skipcal.runtime.policy import Policy
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.model import CachingLM

@@ -14,8 +14,8 @@ import torch
 from conftest import lively
 
 from skipcal.arch.loading import LoadedModel
+from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.errors import ConfigError
-from skipcal.runtime.policy import Policy, SkipPolicy
 from skipcal.runtime.session import skipping
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

@@ -18,10 +18,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from skipcal.arch.loading import LoadedModel
+from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.evaluation.arms import Arm
 from skipcal.evaluation.sweep import COLUMNS
-from skipcal.runtime.policy import Policy, SkipPolicy
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.tasks import TaskManager

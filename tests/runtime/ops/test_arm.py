@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipcal.runtime.batch_rule import BATCH_RULES
+from skipcal.core.batch_rule import BATCH_RULES
 from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

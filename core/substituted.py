@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from skipcal.runtime.engines.choice import ffn_engine
-from skipcal.runtime.surrogates import Surrogates
+from skipcal.core.surrogates import Surrogates
 
 if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture, Block
-    from skipcal.runtime.engines.base import Engine
-    from skipcal.runtime.policy import Policy
-    from skipcal.runtime.rules import Rule
-
-    class FfnPolicy(Policy, Protocol):
-        """A policy that chooses FFN blocks."""
-
-        def make_rule(self) -> Rule:
-            """The rule, as engines ask it."""
+    from skipcal.core.host import Block
+    from skipcal.core.policy import Policy
+    from skipcal.core.rule import Rule
 
 
 @dataclass(frozen=True)
 class Substituted:
     """`policy`, where a skipped FFN adds its surrogate to the stream instead of nothing."""
 
-    policy: FfnPolicy
+    policy: Policy
     surrogates: Surrogates
     unit: Literal["ffn"] = "ffn"
 
@@ -52,10 +44,9 @@ class Substituted:
         """Those of the FFN block, less the surrogate's."""
         return self.policy.saved_bytes(block) - self.surrogates.bytes_at(block)
 
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """A fresh engine under the policy's rule."""
-        surrogates = self.surrogates.for_model(architecture)
-        return ffn_engine(architecture, self.policy.make_rule(), asked, surrogates=surrogates)
+    def make_rule(self) -> Rule:
+        """The policy's."""
+        return self.policy.make_rule()
 
     def to_dict(self) -> dict[str, Any]:
         """The policy, and which surrogates."""

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.engines.choice import ffn_engine
 
 if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture, Block
-    from skipcal.runtime.engines.base import Engine
-    from skipcal.runtime.rules import Rule
+    from skipcal.core.cosine import CosineRule
+    from skipcal.core.host import Block
+    from skipcal.core.rule import Rule
 
 DEFAULT_WARM_UP_TOKENS = 25  # the paper's ablation saturates at 25-30 (arXiv 2404.03865, 2nd version)
 FULL_MODEL_THRESHOLD = 2.0  # no cosine reaches it
@@ -20,7 +19,11 @@ _THRESHOLD_RANGE = (-1.0, 2.0)
 
 
 class Policy(Protocol):
-    """What a session obeys: the paper's rule (SkipPolicy) or a method it is compared with."""
+    """What a session obeys: the paper's rule (SkipPolicy) or a method it is compared with.
+
+    What it says is data, and which rule it is. Who runs it, and how, is decided by the host. One that
+    has `surrogates` (core.surrogates) has them added to the stream in place of what it skips.
+    """
 
     @property
     def method(self) -> str:
@@ -43,8 +46,8 @@ class Policy(Protocol):
     def saved_bytes(self, block: Block) -> int:
         """Bytes of weights that one skip of `block` leaves unread."""
 
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """A fresh engine that runs this policy; `asked` is one of runtime.engines.choice.ENGINES."""
+    def make_rule(self) -> Rule:
+        """A fresh rule, for a host to ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +109,16 @@ class SkipPolicy:
         """Those of the FFN block."""
         return block.weight_bytes
 
-    def make_rule(self, *, batch_rule: str = "rows") -> Rule:
+    def make_rule(self, *, batch_rule: str = "rows") -> CosineRule:
         """The rule `cosine`; batch_rule: as `skipping` takes it."""
-        from skipcal.runtime.rules import CosineRule
+        from skipcal.core.cosine import CosineRule  # torch comes with it
 
-        return CosineRule(self, batch_rule=batch_rule)
-
-    def engine(self, architecture: Architecture, asked: str = "auto", *, batch_rule: str = "rows") -> Engine:
-        """A fresh engine under the rule `cosine`."""
-        return ffn_engine(architecture, self.make_rule(batch_rule=batch_rule), asked)
+        return CosineRule(
+            range(self.cold_s, self.cold_e),
+            threshold=self.threshold,
+            max_skips=self.max_skips,
+            batch_rule=batch_rule,
+        )
 
     def most_skips(self) -> int:
         """The largest number of FFNs this policy can skip for one token, whatever the threshold.

@@ -1,32 +1,15 @@
-"""The skip rule, as pure functions of tensors that any engine can run on the device.
-
-A rule is asked at two places of the loop over layers: *before* FFN i (which tokens skip it?) and
-*after* it ran (what does the token's state become?). Tokens are flattened: [tokens].
-
-A single token, the usual decode step, is kept as Python's own bool and int: the operators are the
-same, and on a CPU a tensor operation costs more than the whole decision. Not so in a captured pass
-(`PassTokens.on_device`), where all is tensors.
-"""
+"""The rule `cosine`: algorithm 1 of FFN-SkipLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from skipcal.arch.residual import residual_cosine, residual_cosine_of_one
-from skipcal.runtime.batch_rule import judged_together
-from skipcal.runtime.engines.base import PassTokens
-from skipcal.runtime.policy import SkipPolicy
-
-
-class RuleState(Protocol):
-    """What a rule remembers of each token between the layers of one forward pass."""
-
-    def to(self, device: torch.device) -> Self:
-        """The state on `device`: layers may lie on several."""
+from skipcal.core.batch_rule import judged_together
+from skipcal.core.host import PassTokens
+from skipcal.core.residual import residual_cosine, residual_cosine_of_one
 
 
 class CosineState(NamedTuple):
@@ -46,30 +29,6 @@ class CosineState(NamedTuple):
         return CosineState(self.armed.to(device), self.skipped.to(device), live)
 
 
-class Rule(Protocol):
-    """A way to choose the FFNs to skip."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether `after` tells the rule anything; where it does not, an engine need not ask."""
-
-    @property
-    def layers(self) -> Collection[int]:
-        """Layers at which the rule has to be asked; everywhere else the FFN runs."""
-
-    def start(self, tokens: PassTokens, device: torch.device) -> Any:
-        """State (a RuleState) of fresh tokens, at the first layer."""
-
-    def before(self, layer: int, state: Any, h: Tensor) -> tuple[Tensor | bool, Any]:
-        """Mask [tokens] of those that skip FFN `layer`, and the state with that counted.
-
-        h: [tokens, hidden], the residual stream that enters the FFN block.
-        """
-
-    def after(self, layer: int, state: Any, h: Tensor, f: Tensor, ran: Tensor | bool) -> Any:
-        """State after FFN `layer` ran for the tokens in `ran`; h and f are [tokens, hidden]."""
-
-
 class CosineRule:
     """Algorithm 1 of FFN-SkipLLM (arXiv 2404.03865), with the paper's k as `max_skips`.
 
@@ -80,12 +39,14 @@ class CosineRule:
 
     learns: ClassVar[bool] = True
 
-    def __init__(self, policy: SkipPolicy, *, batch_rule: str = "rows") -> None:
-        """Take the region, the threshold and `max_skips` from `policy`; see runtime.batch_rule."""
+    def __init__(
+        self, layers: range, *, threshold: float, max_skips: int | None = None, batch_rule: str = "rows"
+    ) -> None:
+        """layers: the region [cold_s, cold_e). The rest is SkipPolicy's; batch_rule: see core.batch_rule."""
+        self.layers = layers
+        self.threshold = threshold
+        self.max_skips = max_skips
         self.batch_rule = batch_rule
-        self.layers = range(policy.cold_s, policy.cold_e)
-        self.threshold = policy.threshold
-        self.max_skips = policy.max_skips
 
     def start(self, tokens: PassTokens, device: torch.device) -> CosineState:
         """No token is armed, none has skipped."""

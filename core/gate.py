@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from skipcal.core.surrogates import Surrogates, length_of_one, tensors_digest
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.engines.choice import ffn_engine
-from skipcal.runtime.surrogates import Surrogates, length_of_one, tensors_digest
 
 if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture, Block
-    from skipcal.runtime.engines.base import Engine, PassTokens
+    from skipcal.core.host import Block, PassTokens
 
 _TINY = torch.finfo(torch.float32).tiny
 NEVER = -math.inf  # no score lies below it
@@ -95,14 +93,8 @@ class GatePolicy:
         return block.weight_bytes - self.surrogates.bytes_at(block)
 
     def make_rule(self) -> GateRule:
-        """The gates, as engines ask them."""
+        """The gates, layer by layer."""
         return GateRule(self.gates, self.threshold)
-
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """A fresh engine under the rule `gate`; gates and surrogates go where their layers are."""
-        return ffn_engine(
-            architecture, self.make_rule(), asked, surrogates=self.surrogates.for_model(architecture)
-        )
 
 
 @dataclass(frozen=True)
@@ -124,9 +116,8 @@ class GateRule:
     def __init__(self, gates: Gates, threshold: float) -> None:
         """Take the probes apart by layer."""
         self.layers: Collection[int] = frozenset(gates.layers)
-        self._gates = gates
-        self._threshold = threshold
-        self._placed: _Placed | None = None
+        self.gates = gates
+        self.threshold = threshold
         # What multiplies h: sqrt(hidden) * weight. The scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
         self._weight = {layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)}
@@ -136,68 +127,37 @@ class GateRule:
         }
 
     def start(self, tokens: PassTokens, device: torch.device) -> GateState:
-        """Nothing to remember; a captured step gets tensors that stay in place."""
-        if tokens.on_device and self._placed is None:
-            self._placed = _Placed(self._gates, self._threshold, device)
+        """Nothing to remember."""
         return GateState(tokens.on_device)
 
     def before(self, layer: int, state: GateState, h: Tensor) -> tuple[Tensor | bool, GateState]:
         """Tokens whose score lies below the threshold."""
-        if state.on_device:
-            assert self._placed is not None
-            return self._placed.skip_no_sync(layer, h, None, None), state
-        return self.scores(layer, h) < self._threshold, state
-
-    def skip_no_sync(self, layer: int, h: Tensor, *, active: Tensor, skip: Tensor) -> Tensor:
-        """`skip` [batch] bool, written in one launch: rows among the `active` that skip FFN `layer`.
-
-        After `start` of a captured pass. h: [batch, hidden].
-        """
-        assert self._placed is not None
-        return self._placed.skip_no_sync(layer, h, active, skip)
+        scores = self._scores_no_sync(layer, h) if state.on_device else self.scores(layer, h)
+        return scores < self.threshold, state
 
     def scores(self, layer: int, h: Tensor) -> Tensor | float:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
-        weight = self._weight[layer]
-        if weight.device != h.device:
-            weight = self._weight[layer] = weight.to(h.device)
+        if len(h) > 1 or h.device.type != "cpu":
+            return self._scores_no_sync(layer, h)
+        slope, bias = self._rest[layer]  # two small operations, the rest is Python's
+        token = h[0].float()
+        norm = length_of_one(token)
+        along = float(torch.dot(token, self._weight_on(h.device, layer))) / norm
+        return along + slope * math.log(norm) + bias
+
+    def _scores_no_sync(self, layer: int, h: Tensor) -> Tensor:
         slope, bias = self._rest[layer]
         stream = h.float()
-        if len(h) == 1 and h.device.type == "cpu":  # two small operations, the rest is Python's
-            token = stream[0]
-            norm = length_of_one(token)
-            return float(torch.dot(token, weight)) / norm + slope * math.log(norm) + bias
         norms = torch.linalg.vector_norm(stream, dim=-1).clamp_min(_TINY)
-        scores: Tensor = stream @ weight / norms + slope * norms.log() + bias
+        scores: Tensor = stream @ self._weight_on(h.device, layer) / norms + slope * norms.log() + bias
         return scores
+
+    def _weight_on(self, device: torch.device, layer: int) -> Tensor:
+        weight = self._weight[layer]
+        if weight.device != device:
+            weight = self._weight[layer] = weight.to(device)
+        return weight
 
     def after(self, layer: int, state: GateState, h: Tensor, f: Tensor, ran: Tensor | bool) -> GateState:
         """Nothing is learnt from the FFN."""
         return state
-
-
-class _Placed:
-    """Gates on the device of a captured step, asked there in one launch a layer."""
-
-    def __init__(self, gates: Gates, threshold: float, device: torch.device) -> None:
-        self._place = {layer: n for n, layer in enumerate(gates.layers)}
-        self._weight_static = gates.weight.to(device)
-        self._log_norm_static = gates.log_norm_weight.to(device)
-        self._bias_static = gates.bias.to(device)
-        self._threshold_static = torch.tensor(threshold, dtype=torch.float32, device=device)
-
-    def skip_no_sync(self, layer: int, h: Tensor, active: Tensor | None, skip: Tensor | None) -> Tensor:
-        """Rows [batch] bool that skip."""
-        from skipcal.runtime.ops.gate import gate
-
-        n = self._place[layer]
-        decision = gate(
-            h,
-            self._weight_static[n],
-            log_norm_weight=self._log_norm_static[n],
-            bias=self._bias_static[n],
-            threshold=self._threshold_static,
-            active=active,
-            skip=skip,
-        )
-        return decision.skip

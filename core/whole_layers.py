@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.arch.locate import Architecture, Block
-    from skipcal.runtime.engines.base import Engine, PassTokens
+    from skipcal.core.host import Block, PassTokens
+    from skipcal.core.rule import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,9 @@ class ShortGPT:
         """Those of the whole layer."""
         return block.layer_bytes
 
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """The model with these layers taken out."""
-        from skipcal.runtime.engines.whole_layers import RemovedLayers
-
-        return RemovedLayers(architecture, self.removed)
+    def make_rule(self) -> Rule:
+        """There is none: what is removed cannot be asked for. A host runs the model without it."""
+        raise TypeError("shortgpt removes layers from the model; it has no rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +104,9 @@ class SkipDecode:
         """Those of the whole layer."""
         return block.layer_bytes
 
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """Layers are skipped step by step."""
-        from skipcal.runtime.engines.whole_layers import SkippedLayers
-
-        return SkippedLayers(architecture, ScheduleRule(self))
+    def make_rule(self) -> ScheduleRule:
+        """The schedule, layer by layer."""
+        return ScheduleRule(self)
 
 
 class ScheduleRule:

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from skipcal.errors import ConfigError, ProfileMismatch
-from skipcal.runtime.engines.choice import ffn_engine
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.arch.locate import Architecture, Block
-    from skipcal.runtime.engines.base import Engine, PassTokens
+    from skipcal.core.host import Block, PassTokens
 
 _MASK = 0xFFFFFFFF
 Mixed = TypeVar("Mixed", int, "Tensor")
@@ -56,12 +54,8 @@ class ChosenFFNs:
         return block.weight_bytes
 
     def make_rule(self) -> ChoiceRule:
-        """The choice, as engines ask for it."""
+        """The choice, layer by layer."""
         return ChoiceRule(self)
-
-    def engine(self, architecture: Architecture, asked: str = "auto") -> Engine:
-        """A fresh engine under this choice."""
-        return ffn_engine(architecture, self.make_rule(), asked)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.arch.stored import compute_place
-
 if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture, Block
+    from skipcal.core.host import Block, Blocks
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -94,7 +92,7 @@ class Surrogates:
     def bytes_at(self, block: Block) -> int:
         """`weight_bytes` of the block's map in the precision in which its layer computes."""
         found = self.maps.get(block.index)
-        return 0 if found is None else found.elements * compute_place(block.layer)[1].itemsize
+        return 0 if found is None else found.elements * block.place[1].itemsize
 
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""
@@ -102,12 +100,12 @@ class Surrogates:
             t for layer in sorted(self.maps) for t in (torch.tensor(layer), *vars(self.maps[layer]).values())
         )
 
-    def for_model(self, architecture: Architecture) -> Surrogates:
+    def for_model(self, model: Blocks) -> Surrogates:
         """The maps in the precision and on the device of their layers."""
         return Surrogates(
             {
-                block.index: self.maps[block.index].to(*compute_place(block.layer))
-                for block in architecture.blocks
+                block.index: self.maps[block.index].to(*block.place)
+                for block in model.blocks
                 if block.index in self.maps
             }
         )
