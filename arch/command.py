@@ -17,7 +17,7 @@ def models(check: Check = False, as_json: opt.Json = False, debug: opt.Debug = F
     """
     with command(as_json, debug) as console:
         from skipcal.arch.families import UNSUPPORTED, families_listed
-        from skipcal.profiles.schema import shipped_profiles
+        from skipcal.profiles.sources import shipped_profiles
 
         rows = families_listed()
         if check:

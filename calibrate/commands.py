@@ -47,7 +47,8 @@ def fit(
     """
     with command(as_json, debug) as console:
         from skipcal.configs.fit import load_fit
-        from skipcal.profiles.schema import SkipProfile, model_slug
+        from skipcal.profiles.schema import SkipProfile
+        from skipcal.profiles.sources import model_slug
 
         settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
@@ -103,7 +104,8 @@ def tune(
     """
     with command(as_json, debug) as console:
         from skipcal.configs.tune import load_tune
-        from skipcal.profiles.schema import SkipProfile, model_slug
+        from skipcal.profiles.schema import SkipProfile
+        from skipcal.profiles.sources import model_slug
 
         settings = load_tune(config, {**given(ctx, "rules"), "rules": listed("--rules", rules)})
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
@@ -189,7 +191,7 @@ def compare(
 
 def _own_profile(model: str | None) -> str | Path:
     """Where `skipcal profile` puts a model's profile, or its name among the shipped ones."""
-    from skipcal.profiles.schema import model_slug
+    from skipcal.profiles.sources import model_slug
 
     own = Path(f"profiles/{model_slug(model)}.json")
     return own if own.is_file() else model_slug(model)

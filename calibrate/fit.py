@@ -23,13 +23,15 @@ from skipcal.calibrate.layer_damage import relative_damage
 from skipcal.calibrate.on_policy import Fitted, Sweep
 from skipcal.calibrate.passes import teacher_forced_ratio
 from skipcal.calibrate.provenance import sample_info
-from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.fit import FitConfig
 from skipcal.core.gate import NEVER, GatePolicy
+from skipcal.core.surrogates import rank_for
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings, tensors_file
-from skipcal.profiles.schema import SkipProfile, model_slug, threshold_for
+from skipcal.profiles.policies import threshold_for
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import model_slug
 from skipcal.profiles.tensors import GateTensors
 from skipcal.runtime.opening import prefill_tokens
 from skipcal.speed.hardware import peak_memory

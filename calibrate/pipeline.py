@@ -36,8 +36,10 @@ from skipcal.calibrate.saturation import Trace, pooled_statistics
 from skipcal.configs.run import ProfileConfig
 from skipcal.core.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
+from skipcal.profiles.data import PROFILE_FORMAT
 from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
-from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile, threshold_for
+from skipcal.profiles.policies import threshold_for
+from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.batching import batches
 from skipcal.runtime.greedy import warn_of_overruled
 

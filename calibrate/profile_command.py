@@ -65,7 +65,7 @@ def profile(
 
 def _calibrate(console: Console, settings: ProfileConfig) -> None:
     from skipcal.profiles.files import is_stream
-    from skipcal.profiles.schema import model_slug
+    from skipcal.profiles.sources import model_slug
 
     processes = console.processes
     target = Path(settings.output or f"profiles/{model_slug(settings.model)}.json")

@@ -11,7 +11,6 @@ import torch
 
 from skipcal.calibrate.moments import Moments, penalised, ridge
 from skipcal.core.surrogates import LowRank
-from skipcal.errors import ConfigError
 
 PENALTY = 1e-3  # relative to each input's variance; 1e-3 and 3e-3 differ by 0.001 of the variance left
 
@@ -35,13 +34,3 @@ def unexplained(moments: Moments, surrogate: LowRank) -> float:
     explained = 2 * (b * cross).sum() - (b * (covariance @ b)).sum()
     total = moments.variance().sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(1 - explained / total)
-
-
-def rank_for(budget: float, hidden: int, ffn_bytes: int, element_bytes: int) -> int:
-    """The largest rank whose map takes at most `budget` of the FFN's bytes, but 1 at least."""
-    if not 0 < budget < 1:
-        raise ConfigError(
-            f"surrogate budget {budget:g} is not within (0, 1); it is a share of the FFN's bytes"
-        )
-    rank = int((budget * ffn_bytes / element_bytes - hidden) // (2 * hidden))
-    return min(max(rank, 1), hidden)

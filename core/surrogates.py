@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skipcal.errors import ConfigError
+
 if TYPE_CHECKING:
     from skipcal.core.host import Block, Blocks
 
@@ -130,3 +132,13 @@ def direction(h: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(stream, dim=-1, keepdim=True).clamp_min(_TINY)
     u: Tensor = stream / norm * math.sqrt(h.shape[-1])  # the other order overflows at a zero vector
     return u
+
+
+def rank_for(budget: float, hidden: int, ffn_bytes: int, element_bytes: int) -> int:
+    """The largest rank whose map takes at most `budget` of the FFN's bytes, but 1 at least."""
+    if not 0 < budget < 1:
+        raise ConfigError(
+            f"surrogate budget {budget:g} is not within (0, 1); it is a share of the FFN's bytes"
+        )
+    rank = int((budget * ffn_bytes / element_bytes - hidden) // (2 * hidden))
+    return min(max(rank, 1), hidden)

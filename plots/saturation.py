@@ -20,7 +20,7 @@ from skipcal.plots.style import (
     style,
     write_figure,
 )
-from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.data import ProfileData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ BAND = ("q25", "q75")
 
 
 def plot_saturation(
-    profile: SkipProfile | pd.DataFrame,
+    profile: ProfileData | pd.DataFrame,
     *,
     ax: Axes | None = None,
     zoom: bool = False,
@@ -45,7 +45,7 @@ def plot_saturation(
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    frame = profile.to_frame() if isinstance(profile, SkipProfile) else profile
+    frame = profile.to_frame() if isinstance(profile, ProfileData) else profile
     ax = ax or plt.gca()
     corpora = [name for name in frame["corpus"].unique() if name != "pooled"] or ["pooled"]
     wide = frame.pivot_table(index=["corpus", "layer"], columns="stat", values="value")
@@ -55,10 +55,10 @@ def plot_saturation(
         sns.lineplot(x=curve.index, y=curve["mean"], ax=ax, **options)
         ax.fill_between(curve.index, curve[BAND[0]], curve[BAND[1]], color=colour, alpha=BAND_ALPHA, lw=0)
     layers = int(frame["layer"].max()) + 1
-    if isinstance(profile, SkipProfile):
+    if isinstance(profile, ProfileData):
         _draw_regions(profile, ax, layers)
     if zoom:
-        _zoom(ax, wide.loc[corpora], profile if isinstance(profile, SkipProfile) else None)
+        _zoom(ax, wide.loc[corpora], profile if isinstance(profile, ProfileData) else None)
     ax.set(xlabel="layer (0-based)", ylabel="cos(h, h + f)", xlim=(-0.5, layers - 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
@@ -68,7 +68,7 @@ def plot_saturation(
     return ax
 
 
-def saturation_figure(profile: SkipProfile) -> Figure:
+def saturation_figure(profile: ProfileData) -> Figure:
     """The whole curve, and beside it the skippable region enlarged."""
     import matplotlib.pyplot as plt
 
@@ -88,13 +88,13 @@ def saturation_figure(profile: SkipProfile) -> Figure:
     return figure
 
 
-def save_figure(profile: SkipProfile, path: Path, *, overwrite: bool) -> None:
+def save_figure(profile: ProfileData, path: Path, *, overwrite: bool) -> None:
     """Draw the profile's saturation curve into a PNG, SVG or PDF file."""
     check_figure(path, overwrite=overwrite)
     write_figure(saturation_figure(profile), path, overwrite=overwrite)
 
 
-def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:
+def _draw_regions(profile: ProfileData, ax: Axes, layers: int) -> None:
     policy = profile.cosine_policy
     for start, end in ((0, policy.cold_s), (policy.cold_e, layers)):
         ax.axvspan(start - 0.5, end - 0.5, color=COLD, alpha=REGION_ALPHA, lw=0, label="_cold")
@@ -117,7 +117,7 @@ def _draw_regions(profile: SkipProfile, ax: Axes, layers: int) -> None:
         )
 
 
-def _zoom(ax: Axes, wide: pd.DataFrame, profile: SkipProfile | None) -> None:
+def _zoom(ax: Axes, wide: pd.DataFrame, profile: ProfileData | None) -> None:
     """Fit the y axis to the middle layers, with the threshold in sight."""
     layer = wide.index.get_level_values("layer")
     first, last = (

@@ -10,17 +10,17 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.profiles.parts import GateInfo, GateSettings, StaticSettings
 
 if TYPE_CHECKING:
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 
-def check_agreement(profile: SkipProfile) -> None:
+def check_agreement(profile: ProfileData) -> None:
     """Raise ValueError, naming the field, when two parts of the profile contradict each other."""
-    checks: tuple[Callable[[SkipProfile], None], ...] = (_layers, _regions, _policy, _gate, _points)
+    checks: tuple[Callable[[ProfileData], None], ...] = (_layers, _regions, _policy, _gate, _points)
     for check in checks:
         check(profile)
 
 
-def _layers(profile: SkipProfile) -> None:
+def _layers(profile: ProfileData) -> None:
     if "pooled" not in profile.layers:
         raise ValueError("layers: expected an entry 'pooled'")
     count = profile.model.num_layers
@@ -31,7 +31,7 @@ def _layers(profile: SkipProfile) -> None:
             )
 
 
-def _regions(profile: SkipProfile) -> None:
+def _regions(profile: ProfileData) -> None:
     count, regions = profile.model.num_layers, profile.regions
     if not regions.cold_s <= regions.cold_e <= count:
         raise ValueError(
@@ -46,7 +46,7 @@ def _regions(profile: SkipProfile) -> None:
             )
 
 
-def _policy(profile: SkipProfile) -> None:
+def _policy(profile: ProfileData) -> None:
     policy, gate, count = profile.policy, profile.gate, profile.model.num_layers
     if isinstance(policy, GateSettings):
         if gate is None:
@@ -66,7 +66,7 @@ def _policy(profile: SkipProfile) -> None:
             )
 
 
-def _gate(profile: SkipProfile) -> None:
+def _gate(profile: ProfileData) -> None:
     gate, model = profile.gate, profile.model
     if gate is None:
         return
@@ -77,7 +77,7 @@ def _gate(profile: SkipProfile) -> None:
         )
 
 
-def _points(profile: SkipProfile) -> None:
+def _points(profile: ProfileData) -> None:
     gate: GateInfo | None = profile.gate
     for name, points in (
         ("operating_points", profile.operating_points),

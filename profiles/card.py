@@ -19,7 +19,7 @@ from skipcal.profiles.reading import printable
 from skipcal.profiles.summary import is_policy, ranges, ratio
 
 if TYPE_CHECKING:
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 FIGURE_FILE = "skip_profile.png"  # beside README.md
 PAPER = "https://arxiv.org/abs/2404.03865"
@@ -34,7 +34,7 @@ CITATION = """\
 }"""
 
 
-def card_section(profile: SkipProfile, source: str) -> str:
+def card_section(profile: ProfileData, source: str) -> str:
     """The section, from its heading on. source: how it names the profile, a file or a hub id."""
     parts = [
         "## FFN skip profile",
@@ -57,7 +57,7 @@ def card_section(profile: SkipProfile, source: str) -> str:
     return printable("\n\n".join(parts)) + "\n"
 
 
-def _opening(profile: SkipProfile) -> str:
+def _opening(profile: ProfileData) -> str:
     model = profile.model
     return (
         f"`skip_profile.json` says which feed-forward (FFN) blocks of {escaped(model.name)} a token does "
@@ -67,7 +67,7 @@ def _opening(profile: SkipProfile) -> str:
     )
 
 
-def _facts(profile: SkipProfile) -> str:
+def _facts(profile: ProfileData) -> str:
     model, made = profile.model, profile.environment
     revision = f", revision {escaped(model.revision)}" if model.revision else ""
     quantized = f", quantization {escaped(model.quantization)}" if model.quantization else ""
@@ -89,7 +89,7 @@ def _facts(profile: SkipProfile) -> str:
     return table(["", ""], rows)
 
 
-def _policy(profile: SkipProfile) -> str:
+def _policy(profile: ProfileData) -> str:
     policy, layers = profile.policy, profile.gate.layers if profile.gate else []
     warm_up = f"the first {policy.warm_up_tokens} tokens of an answer are the full model's"
     if isinstance(policy, GateSettings):
@@ -101,7 +101,7 @@ def _policy(profile: SkipProfile) -> str:
     return f"rule `cosine`, threshold {policy.threshold:.6f}{bound}; {warm_up}"
 
 
-def _region(profile: SkipProfile) -> str:
+def _region(profile: ProfileData) -> str:
     regions, policy = profile.regions, profile.cosine_policy
     text = f"layers {policy.cold_s} to {policy.cold_e - 1}" if policy.cold_s < policy.cold_e else "none"
     if regions.cold_s_interval and regions.cold_e_interval:
@@ -114,7 +114,7 @@ def _region(profile: SkipProfile) -> str:
     return text
 
 
-def _corpora(profile: SkipProfile) -> str:
+def _corpora(profile: ProfileData) -> str:
     how = profile.calibration
     if how.mode == "generate":
         told = (
@@ -145,7 +145,7 @@ def _texts(corpora: Iterable[CorpusInfo], unit: str) -> str:
     )
 
 
-def _points(profile: SkipProfile) -> str:
+def _points(profile: ProfileData) -> str:
     if not profile.operating_points:
         return "There is none under the rule `cosine`: no FFN can be skipped within the region."
     rows = [
@@ -171,7 +171,7 @@ def _points(profile: SkipProfile) -> str:
     )
 
 
-def _gate(profile: SkipProfile) -> list[str]:
+def _gate(profile: ProfileData) -> list[str]:
     gate = profile.gate
     if gate is None:
         return []
@@ -197,7 +197,7 @@ def _gate(profile: SkipProfile) -> list[str]:
     ]
 
 
-def _tuning(profile: SkipProfile) -> list[str]:
+def _tuning(profile: ProfileData) -> list[str]:
     if profile.tuning is None:
         return []
     budget, point = profile.tuning.budget, profile.tuning.points[profile.tuning.chosen]
@@ -219,7 +219,7 @@ def _mark(chosen: bool) -> str:
     return " (policy)" if chosen else ""
 
 
-def _commands(profile: SkipProfile, source: str) -> str:
+def _commands(profile: ProfileData, source: str) -> str:
     model = profile.model
     words = [] if of_embedded_model(profile) else ["--model", model.name]
     if words and model.revision:
@@ -232,7 +232,7 @@ def _commands(profile: SkipProfile, source: str) -> str:
     return "```console\n" + "\n".join(map(fenced, lines)) + "\n```"
 
 
-def _python(profile: SkipProfile, source: str) -> str:
+def _python(profile: ProfileData, source: str) -> str:
     model = profile.model
     arguments = [] if of_embedded_model(profile) else [_quoted(model.name)]
     if arguments and model.revision:
@@ -259,7 +259,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _citation(profile: SkipProfile) -> str:
+def _citation(profile: ProfileData) -> str:
     version = re.sub(r"[^\w.+-]", "", profile.environment.skipcal)
     own = (
         f"@software{{skipcal,\n  title   = {{skipcal}},\n  author  = {{The skipcal authors}},\n"
@@ -268,6 +268,6 @@ def _citation(profile: SkipProfile) -> str:
     return f"```bibtex\n{CITATION}\n\n{own}\n```"
 
 
-def of_embedded_model(profile: SkipProfile) -> bool:
+def of_embedded_model(profile: ProfileData) -> bool:
     """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
     return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None

@@ -12,12 +12,12 @@ from skipcal.profiles.reading import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 logger = logging.getLogger(__name__)
 
 
-def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bool | None = None) -> None:
+def check_fits(profile: ProfileData, model: PreTrainedModel, *, same_weights: bool | None = None) -> None:
     """Raise ProfileMismatch if `model` has another shape; warn if it has other weights.
 
     same_weights: raise for other weights too; None: where the policy is a gate, which was fitted to them.
@@ -59,7 +59,7 @@ def check_fits(profile: SkipProfile, model: PreTrainedModel, *, same_weights: bo
         )
 
 
-def warn_of_other_opening(profile: SkipProfile, tokenizer: Any) -> None:
+def warn_of_other_opening(profile: ProfileData, tokenizer: Any) -> None:
     """Warn where the profile's texts began otherwise than those that are measured by this tokenizer."""
     from skipcal.runtime.opening import opening_names
 
@@ -102,6 +102,6 @@ def _warn_of_other_form(made_on: ModelInfo, quantization: str | None, adapted: b
         )
 
 
-def _holds_tensors(profile: SkipProfile) -> bool:
+def _holds_tensors(profile: ProfileData) -> bool:
     """Whether the policy needs tensors that were fitted to the model's weights."""
     return isinstance(profile.policy, GateSettings) or getattr(profile.policy, "surrogates", False)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from skipcal.profiles.files import write_text_atomic
 from skipcal.profiles.markdown import escaped, table
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 from skipcal.profiles.summary import ranges
 
 GALLERY_FILE = "README.md"

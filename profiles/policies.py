@@ -12,10 +12,10 @@ from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, Stat
 
 if TYPE_CHECKING:
     from skipcal.core.gate import GatePolicy
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 
-def policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> Policy:
+def policy_for(profile: ProfileData, target_skip_ratio: float | None) -> Policy:
     """See `SkipProfile.policy_for`."""
     if isinstance(profile.policy, GateSettings):
         return gate_policy_for(profile, target_skip_ratio)
@@ -29,7 +29,7 @@ def policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> Policy:
     return cosine_policy_for(profile, target_skip_ratio)
 
 
-def cosine_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> SkipPolicy:
+def cosine_policy_for(profile: ProfileData, target_skip_ratio: float | None) -> SkipPolicy:
     """See `SkipProfile.cosine_policy_for`."""
     policy = profile.cosine_policy
     if target_skip_ratio is None:
@@ -38,7 +38,7 @@ def cosine_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> 
     return replace(policy, threshold=threshold)
 
 
-def gate_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> GatePolicy:
+def gate_policy_for(profile: ProfileData, target_skip_ratio: float | None) -> GatePolicy:
     """See `SkipProfile.gate_policy`."""
     from skipcal.core.gate import NEVER, GatePolicy
 
@@ -64,7 +64,7 @@ def gate_policy_for(profile: SkipProfile, target_skip_ratio: float | None) -> Ga
     )
 
 
-def static_policy(profile: SkipProfile, settings: StaticSettings) -> Policy:
+def static_policy(profile: ProfileData, settings: StaticSettings) -> Policy:
     """See `SkipProfile.static_policy`."""
     from skipcal.core.chosen_ffns import ChosenFFNs
     from skipcal.core.substituted import Substituted

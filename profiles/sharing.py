@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipcal.errors import ConfigError, OutputError, SkipcalError, Unavailable, first_words
-from skipcal.profiles.card import FIGURE_FILE
+from skipcal.profiles.card import FIGURE_FILE, card_section
 from skipcal.profiles.files import write_bytes_atomic, write_text_atomic
 from skipcal.profiles.markdown import escaped
 from skipcal.profiles.sources import HUB_ID, PROFILE_FILE
@@ -18,7 +18,7 @@ from skipcal.profiles.sources import HUB_ID, PROFILE_FILE
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def with_section(card: str, section: str) -> str:
     return card[:start] + marked + card[stop + len(END) :]
 
 
-def new_card(profile: SkipProfile) -> str:
+def new_card(profile: ProfileData) -> str:
     """The model card of a repository that has none yet: metadata and a title."""
     from huggingface_hub import ModelCardData
 
@@ -60,22 +60,22 @@ def new_card(profile: SkipProfile) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n# Skip profile of {escaped(name)}\n"
 
 
-def write_card(profile: SkipProfile, folder: Path) -> None:
+def write_card(profile: ProfileData, folder: Path) -> None:
     """Write the section into README.md of a folder, and the figure beside it."""
     path = folder / CARD_FILE
     card = _read_card(path) if path.exists() else new_card(profile)
-    text = with_section(card, profile.model_card())
+    text = with_section(card, card_section(profile, PROFILE_FILE))
     write_bytes_atomic(folder / FIGURE_FILE, figure_bytes(profile), overwrite=True)
     write_text_atomic(path, text, overwrite=True)
 
 
-def warn_of_older_section(profile: SkipProfile, folder: Path) -> None:
+def warn_of_older_section(profile: ProfileData, folder: Path) -> None:
     """Say so when README.md of a folder tells of another profile than the one just written."""
     path = folder / CARD_FILE
     try:
         card = _read_card(path) if path.is_file() else ""
         shown = re.search(r"^\$ skipcal show (\S+)\s*$", card[card.find(BEGIN) :], re.M)
-        section = profile.model_card(shlex.split(shown[1])[0]) if shown else ""
+        section = card_section(profile, shlex.split(shown[1])[0]) if shown else ""
         older = BEGIN in card and with_section(card, section) != card
     except (ConfigError, Unavailable, ValueError):  # nothing that skipcal wrote
         return
@@ -83,7 +83,7 @@ def warn_of_older_section(profile: SkipProfile, folder: Path) -> None:
         logger.warning("%s tells of another profile; write its section anew with model_card=True", path)
 
 
-def figure_bytes(profile: SkipProfile) -> bytes:
+def figure_bytes(profile: ProfileData) -> bytes:
     """The saturation curve as a PNG."""
     from skipcal.plots.saturation import save_figure
 
@@ -93,7 +93,7 @@ def figure_bytes(profile: SkipProfile) -> bytes:
         return path.read_bytes()
 
 
-def shared_files(profile: SkipProfile, *, figure: bool) -> dict[str, bytes]:
+def shared_files(profile: ProfileData, *, figure: bool) -> dict[str, bytes]:
     """What is uploaded, but for the model card, by its name in the repository."""
     files = {PROFILE_FILE: profile.checked_json(PROFILE_FILE).encode()}
     if profile.gate is not None:
@@ -104,7 +104,7 @@ def shared_files(profile: SkipProfile, *, figure: bool) -> dict[str, bytes]:
 
 
 def push(
-    profile: SkipProfile,
+    profile: ProfileData,
     repo_id: str,
     *,
     private: bool | None,
@@ -128,7 +128,7 @@ def push(
         if model_card:
             card = _card_of(api, repository, revision) or new_card(profile)
             source = repository if revision is None else f"{repository}@{revision}"
-            files[CARD_FILE] = with_section(card, profile.model_card(source)).encode()
+            files[CARD_FILE] = with_section(card, card_section(profile, source)).encode()
         commit = api.create_commit(
             repository,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=raw) for name, raw in files.items()],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from skipcal.core.policy import SkipPolicy
+from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
     CalibrationInfo,
     GatePoint,
@@ -13,12 +14,11 @@ from skipcal.profiles.parts import (
     StaticSettings,
 )
 from skipcal.profiles.reading import printable
-from skipcal.profiles.schema import SkipProfile
 
 WIDTH = 80
 
 
-def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
+def summarize(profile: ProfileData, *, by_layer: bool = False) -> str:
     """Recommendation, operating points and warnings; with `by_layer` the statistics too."""
     parts = [_head(profile)]
     if by_layer:
@@ -31,7 +31,7 @@ def summarize(profile: SkipProfile, *, by_layer: bool = False) -> str:
     return printable("\n\n".join(parts))
 
 
-def _head(profile: SkipProfile) -> str:
+def _head(profile: ProfileData) -> str:
     model, regions, policy = profile.model, profile.regions, profile.cosine_policy
     calibration = profile.calibration
     texts = ", ".join(f"{c.name} ({c.tokens:,} tokens)" for c in calibration.corpora)
@@ -61,7 +61,7 @@ def _interval(interval: tuple[int, int] | None) -> str:
     return f"   (95 % bootstrap {interval[0]} to {interval[1]})" if interval else ""
 
 
-def _layers(profile: SkipProfile) -> str:
+def _layers(profile: ProfileData) -> str:
     pooled, policy = profile.layers["pooled"], profile.cosine_policy
     lines = [f"{'layer':>5} {'mean cos':>9} {'std':>7} {'q05':>8} {'q50':>8} {'q95':>8} {'|f|/|h|':>8}"]
     for layer in range(profile.model.num_layers):
@@ -74,7 +74,7 @@ def _layers(profile: SkipProfile) -> str:
     return "\n".join(lines)
 
 
-def _points(profile: SkipProfile) -> str:
+def _points(profile: ProfileData) -> str:
     if not profile.operating_points:
         return "no operating points: no FFN can be skipped within the region"
     lines = [f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}{'held-out':>10}"]
@@ -93,7 +93,7 @@ def _points(profile: SkipProfile) -> str:
     return "\n".join(lines)
 
 
-def tuning_table(profile: SkipProfile) -> str:
+def tuning_table(profile: ProfileData) -> str:
     """What a search measured, the chosen point, and the rules that lose to random skipping."""
     tuning = profile.tuning
     if tuning is None:
@@ -125,7 +125,7 @@ def _static(policy: StaticSettings) -> str:
     )
 
 
-def _gate(profile: SkipProfile) -> str:
+def _gate(profile: ProfileData) -> str:
     """What was fitted, on what, and how well."""
     gate = profile.gate
     assert gate is not None
@@ -150,7 +150,7 @@ def _gate(profile: SkipProfile) -> str:
     )
 
 
-def _gate_points(profile: SkipProfile) -> str:
+def _gate_points(profile: ProfileData) -> str:
     gate = profile.gate
     assert gate is not None
     corpora = list(gate.operating_points[0].by_corpus) if gate.operating_points else []
@@ -168,7 +168,7 @@ def _gate_points(profile: SkipProfile) -> str:
     return "\n".join(lines)
 
 
-def is_policy(profile: SkipProfile, point: OperatingPoint | GatePoint) -> bool:
+def is_policy(profile: ProfileData, point: OperatingPoint | GatePoint) -> bool:
     """Whether the profile's policy is of the point's rule and has its threshold."""
     rule = GateSettings if isinstance(point, GatePoint) else SkipPolicy
     return isinstance(profile.policy, rule) and profile.policy.threshold == point.threshold

@@ -19,9 +19,9 @@ from skipcal.arch.blocks import context_tokens
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.arch.placement import pick_device
-from skipcal.calibrate.surrogate import rank_for
 from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import SURROGATE_BUDGET
+from skipcal.core.surrogates import rank_for
 from skipcal.errors import ConfigError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.arms import FULL, Bench, Run, endless_greedy, random_prompt

@@ -16,7 +16,8 @@ from command_line import run
 
 from skipcal import __version__
 from skipcal.arch.check import tiny_model
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 SHIPPED = "smollm2-135m-instruct"
 

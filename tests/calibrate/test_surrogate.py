@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from skipcal.calibrate.moments import Moments, ridge
-from skipcal.calibrate.surrogate import fit_low_rank, rank_for, unexplained
-from skipcal.core.surrogates import LowRank
+from skipcal.calibrate.surrogate import fit_low_rank, unexplained
+from skipcal.core.surrogates import LowRank, rank_for
 from skipcal.errors import ConfigError
 
 HIDDEN = 12

@@ -12,7 +12,8 @@ import pytest
 
 from skipcal.errors import ConfigError, OutputExists
 from skipcal.plots.compare import plot_curves, plot_transfer, save_curves, save_transfer
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 
 @pytest.fixture

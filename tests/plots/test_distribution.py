@@ -11,7 +11,8 @@ from matplotlib.collections import QuadMesh
 
 from skipcal.errors import ConfigError
 from skipcal.plots.distribution import plot_cosine_distribution
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from matplotlib.colors import to_hex
 from skipcal.errors import ConfigError, OutputExists
 from skipcal.plots.saturation import plot_saturation, save_figure
 from skipcal.plots.style import COLD, SKIPPABLE
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 
 @pytest.fixture

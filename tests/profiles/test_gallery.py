@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from skipcal.profiles.gallery import GALLERY_FILE, gallery
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 FOLDER = Path(__file__).resolve().parents[2] / "profiles"
 

@@ -13,7 +13,8 @@ from documents import document, gate_document, tuned_document
 from mutations import Mutator
 
 from skipcal.errors import ProfileError, SkipcalError
-from skipcal.profiles.schema import PROFILE_FORMAT, SkipProfile
+from skipcal.profiles.data import PROFILE_FORMAT
+from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiles" / "smollm2-135m-instruct.json"

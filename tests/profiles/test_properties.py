@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from skipcal.core.gate import NEVER
 from skipcal.errors import TargetOutOfReach
 from skipcal.profiles.markdown import escaped
-from skipcal.profiles.schema import SkipProfile, threshold_for
+from skipcal.profiles.policies import threshold_for
+from skipcal.profiles.schema import SkipProfile
 
 STATISTICS = ("mean", "std", "min", "q05", "q25", "q50", "q75", "q95", "norm_ratio_mean", "block_influence")
 cosines = st.floats(-1, 1)

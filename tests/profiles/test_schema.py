@@ -21,7 +21,8 @@ from skipcal.errors import (
     TargetOutOfReach,
 )
 from skipcal.profiles.files import dump_json
-from skipcal.profiles.schema import SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import shipped_profiles
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from safetensors.torch import load, save
 
 from skipcal.errors import ProfileError, SkipcalError, Unavailable
 from skipcal.profiles.reading import MAX_PROFILE_BYTES, MAX_STRUCTURE
-from skipcal.profiles.schema import PROFILE_FILE, SkipProfile
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import PROFILE_FILE
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensors import MAX_HEADER_BYTES, TENSORS_FORMAT, GateTensors, most_bytes
 

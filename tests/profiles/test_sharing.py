@@ -15,8 +15,9 @@ from gated import with_gate
 
 from skipcal.arch.check import tiny_model
 from skipcal.errors import ConfigError, OutputError, OutputExists, ProfileError, Unavailable
-from skipcal.profiles.schema import PROFILE_FILE, SkipProfile
+from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sharing import BEGIN, CARD_FILE, END, with_section
+from skipcal.profiles.sources import PROFILE_FILE
 
 TENSORS = "made.surrogates.safetensors"
 PNG = b"\x89PNG\r\n\x1a\n"

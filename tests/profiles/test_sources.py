@@ -12,8 +12,8 @@ from fake_hub import COMMIT, FakeHub
 from gated import with_gate
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.profiles.schema import PROFILE_FILE, SkipProfile, model_slug, shipped_profiles
-from skipcal.profiles.sources import HubId, commit_of, locate
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import PROFILE_FILE, HubId, commit_of, locate, model_slug, shipped_profiles
 
 OTHER = "beef" + "0" * 36
 

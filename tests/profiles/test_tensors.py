@@ -23,7 +23,8 @@ from skipcal.errors import (
     Unavailable,
 )
 from skipcal.profiles.parts import GateSettings, tensors_file
-from skipcal.profiles.schema import PROFILE_FILE, SkipProfile, shipped_profiles
+from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.sources import PROFILE_FILE, shipped_profiles
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensors import GateTensors
 
