@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from skipcal.arch.families import register_family as register_family
     from skipcal.arch.loading import load_model as load_model
     from skipcal.arch.locate import locate as locate
-    from skipcal.baselines.methods import Ask as Ask
-    from skipcal.baselines.methods import make_policy as make_policy
     from skipcal.calibrate.capture import capture as capture
     from skipcal.calibrate.pipeline import calibrate_model as calibrate_model
     from skipcal.configs.run import ProfileConfig as ProfileConfig
@@ -24,8 +22,10 @@ if TYPE_CHECKING:
     from skipcal.evaluation.sweep import run_sweep as run_sweep
     from skipcal.evaluation.token_map import TokenMap as TokenMap
     from skipcal.evaluation.token_map import token_map as token_map
-    from skipcal.plots.saturation import plot_saturation as plot_saturation
     from skipcal.plots.sweep import plot_quality as plot_quality
+    from skipcal.profiles.curve import plot_saturation as plot_saturation
+    from skipcal.profiles.methods import Ask as Ask
+    from skipcal.profiles.methods import make_policy as make_policy
     from skipcal.profiles.schema import SkipProfile as SkipProfile
     from skipcal.report.page import write_report as write_report
     from skipcal.runtime.session import skipping as skipping
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Ask": "skipcal.baselines.methods",
+    "Ask": "skipcal.profiles.methods",
     "ProfileConfig": "skipcal.configs.run",
     "SkipPolicy": "skipcal.core.policy",
     "SkipProfile": "skipcal.profiles.schema",
@@ -45,9 +45,9 @@ _HOMES = {
     "capture": "skipcal.calibrate.capture",
     "load_model": "skipcal.arch.loading",
     "locate": "skipcal.arch.locate",
-    "make_policy": "skipcal.baselines.methods",
+    "make_policy": "skipcal.profiles.methods",
     "plot_quality": "skipcal.plots.sweep",
-    "plot_saturation": "skipcal.plots.saturation",
+    "plot_saturation": "skipcal.profiles.curve",
     "register_family": "skipcal.arch.families",
     "run_sweep": "skipcal.evaluation.sweep",
     "skipping": "skipcal.runtime.session",

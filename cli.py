@@ -1,4 +1,4 @@
-"""The `skipcal` command: which commands there are. Each is a function in the package of its verb.
+"""The `skipcal` command: which commands there are. Each is a function in commands/, in the file of its verb.
 
 Importing it imports no torch; each command imports what it needs.
 """
@@ -10,17 +10,21 @@ import functools
 import typer
 
 from skipcal import __version__
-from skipcal.arch.command import models
-from skipcal.calibrate.commands import compare, fit, tune
-from skipcal.calibrate.profile_command import profile
-from skipcal.configs import options as opt
-from skipcal.configs.help import Command, Group
-from skipcal.evaluation.commands import evaluate, sweep
-from skipcal.plots.command import plot
-from skipcal.profiles.commands import push, show
-from skipcal.report.command import report
-from skipcal.runtime.command import generate
-from skipcal.speed.command import bench
+from skipcal.commands import options as opt
+from skipcal.commands.bench import bench
+from skipcal.commands.compare import compare
+from skipcal.commands.evaluate import evaluate
+from skipcal.commands.fit import fit
+from skipcal.commands.generate import generate
+from skipcal.commands.help import Command, Group
+from skipcal.commands.models import models
+from skipcal.commands.plot import plot
+from skipcal.commands.profile import profile
+from skipcal.commands.push import push
+from skipcal.commands.report import report
+from skipcal.commands.show import show
+from skipcal.commands.sweep import sweep
+from skipcal.commands.tune import tune
 
 app = typer.Typer(
     name="skipcal",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from skipcal.arch.families import Family
+from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import compute_place
-from skipcal.runtime.patch import InstancePatches
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from skipcal.profiles.files import dump_json, write_text_atomic
+from skipcal.files.writing import dump_json, write_text_atomic
 from skipcal.speed.hardware import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,12 +21,12 @@ from common import save
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
-from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
 from skipcal.calibrate.recommend import predicted_skip_ratio
 from skipcal.core.policy import SkipPolicy
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.batching import batches
 from skipcal.runtime.session import skipping
+from skipcal.text.batching import batches
+from skipcal.text.corpora import resolve_corpora, sample_corpus
 
 PROMPTS, HELD_OUT, LENGTH, NEW_TOKENS, BATCH = 32, 16, 64, 128, 32
 

@@ -22,10 +22,10 @@ from common import save
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import input_device, locate
-from skipcal.calibrate.damage import fisher_damage
-from skipcal.calibrate.on_policy import Sweep
 from skipcal.configs.fit import SURROGATE_BUDGET
 from skipcal.core.surrogates import rank_for
+from skipcal.fit.damage import fisher_damage
+from skipcal.fit.on_policy import Sweep
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.hardware import peak_memory
 from skipcal.speed.shapes import shape_config

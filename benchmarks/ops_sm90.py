@@ -26,7 +26,7 @@ import triton
 from sm90 import Usage, without_device
 from torch import Tensor
 
-from skipcal.profiles.files import dump_json, write_text_atomic
+from skipcal.files.writing import dump_json, write_text_atomic
 from skipcal.runtime.ops import (
     arm,
     count,

@@ -19,7 +19,7 @@ from typing import Any
 
 from skipcal.calibrate.trace_store import SUFFIX, Held, Stored, store
 from skipcal.errors import ConfigError
-from skipcal.profiles.files import dump_json, write_text_atomic
+from skipcal.files.writing import dump_json, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skipcal.calibrate.checkpoint import Checkpoint
-from skipcal.calibrate.corpora import CorpusSample
 from skipcal.calibrate.passes import Passes, progress
 from skipcal.calibrate.processes import Processes
 from skipcal.calibrate.saturation import Trace
 from skipcal.calibrate.trace_store import Held, Part, rows_of
+from skipcal.text.corpora import CorpusSample
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from skipcal.configs.run import ProfileConfig
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.report import SkipReport
 from skipcal.errors import SkipcalError, Unavailable
-from skipcal.runtime.batching import batches, padded
 from skipcal.runtime.greedy import greedy_decoding, until_stop
-from skipcal.runtime.opening import prefill_tokens
 from skipcal.runtime.session import skipping
+from skipcal.text.batching import batches, padded
+from skipcal.text.opening import prefill_tokens
 
 ENDED_EARLY = (
     "every text ended within the warm-up, so no skip ratio can be measured; lower --warm-up-tokens or "

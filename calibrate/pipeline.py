@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
-from skipcal.calibrate.chat import sample_prompts
 from skipcal.calibrate.checkpoint import Checkpoint
-from skipcal.calibrate.corpora import CorpusSample, resolve_corpora
 from skipcal.calibrate.gather import first_rows, gather
 from skipcal.calibrate.passes import ENDED_EARLY, Passes, progress, skip_ratio
 from skipcal.calibrate.processes import ALONE, Counts, Processes
@@ -40,8 +38,10 @@ from skipcal.profiles.data import PROFILE_FORMAT
 from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
 from skipcal.profiles.policies import threshold_for
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.batching import batches
 from skipcal.runtime.greedy import warn_of_overruled
+from skipcal.text.batching import batches
+from skipcal.text.chat import sample_prompts
+from skipcal.text.corpora import CorpusSample, resolve_corpora
 
 logger = logging.getLogger(__name__)
 

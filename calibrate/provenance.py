@@ -17,11 +17,11 @@ import transformers
 import skipcal
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device
-from skipcal.calibrate.corpora import CorpusSample
 from skipcal.calibrate.saturation import Trace
 from skipcal.configs.run import ProfileConfig
 from skipcal.profiles.parts import CorpusInfo, Environment, ModelInfo
 from skipcal.runtime.greedy import final_ids
+from skipcal.text.corpora import CorpusSample
 
 
 def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from skipcal.calibrate.trace_store import Part
-from skipcal.profiles.files import write_atomic
+from skipcal.files.writing import write_atomic
 from skipcal.profiles.parts import HISTOGRAM_BINS, QUANTILES, LayerStatistics
 
 ROW_GROUP = 1 << 18  # rows of a Parquet file that are written together: 6 MB

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from skipcal.errors import Unavailable, first_words
-from skipcal.profiles.files import write_atomic
+from skipcal.files.writing import write_atomic
 
 ALL = slice(None)
 SUFFIX = ".safetensors"

@@ -120,7 +120,9 @@ class GateRule:
         self.threshold = threshold
         # What multiplies h: sqrt(hidden) * weight. The scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
-        self._weight = {layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)}
+        self._weight: dict[int, Tensor] = {
+            layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)
+        }
         self._rest = {
             layer: (float(slope), float(bias))
             for layer, slope, bias in zip(gates.layers, gates.log_norm_weight, gates.bias, strict=True)

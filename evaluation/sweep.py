@@ -14,26 +14,26 @@ import pandas as pd
 
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import locate
-from skipcal.baselines.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.configs.sweep import MATCHED, TASKS, SweepConfig
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError
-from skipcal.evaluation.answers import Subject
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
-from skipcal.evaluation.continuation import load_continuation
-from skipcal.evaluation.freebaseqa import load_freebaseqa
-from skipcal.evaluation.judging import Judging
+from skipcal.evaluation.judge.judging import Judging
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
-from skipcal.evaluation.mtbench import load_mtbench
-from skipcal.evaluation.perplexity import load_perplexity
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
-from skipcal.evaluation.summarization import load_summarization
-from skipcal.evaluation.tasks import ALL, Metrics, Task
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.continuation import load_continuation
+from skipcal.evaluation.tasks.freebaseqa import load_freebaseqa
+from skipcal.evaluation.tasks.mtbench import load_mtbench
+from skipcal.evaluation.tasks.perplexity import load_perplexity
+from skipcal.evaluation.tasks.summarization import load_summarization
+from skipcal.evaluation.tasks.task import ALL, Metrics, Task
 from skipcal.profiles.fits import warn_of_other_opening
+from skipcal.profiles.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import warn_of_overruled
-from skipcal.runtime.opening import opening_names
+from skipcal.text.opening import opening_names
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.opening import row_ids
 from skipcal.runtime.session import skipping
+from skipcal.text.opening import row_ids
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,7 +27,7 @@ from transformers import TextStreamer
 
 import skipcal
 from skipcal.configs.bench import BenchConfig
-from skipcal.plots.style import style
+from skipcal.files.figures import style
 from skipcal.plots.tokens import plot_tokens, tokens_html
 from skipcal.speed.bench import Subject, run_bench
 from skipcal.speed.table import to_frame

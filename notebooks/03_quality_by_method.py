@@ -25,9 +25,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import skipcal
-from skipcal.baselines.methods import METHODS
 from skipcal.configs.sweep import PerplexitySettings, TaskSettings
-from skipcal.plots.style import style
+from skipcal.files.figures import style
+from skipcal.profiles.methods import METHODS
 
 loaded = skipcal.load_model(device="cpu")  # the embedded model, SmolLM2-135M-Instruct
 profile = skipcal.SkipProfile.load("smollm2-135m-instruct")

@@ -27,10 +27,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import skipcal
-from skipcal.calibrate.compare import CompareConfig, run_compare
+from skipcal.compare.comparison import CompareConfig, run_compare
 from skipcal.configs.run import ProfileConfig
+from skipcal.files.figures import style
 from skipcal.plots.compare import curves_figure, plot_transfer
-from skipcal.plots.style import style
 
 loaded = skipcal.load_model(device="cpu")
 

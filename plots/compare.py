@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import seaborn as sns
 
-from skipcal.calibrate.transfer import FULL_MODEL, transfer_matrix
 from skipcal.errors import ConfigError
-from skipcal.plots.style import PALETTE, THRESHOLD, as_text, style, write_figure
+from skipcal.evaluation.transfer import FULL_MODEL, transfer_matrix
+from skipcal.files.figures import PALETTE, THRESHOLD, as_text, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:

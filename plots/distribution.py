@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skipcal.errors import ConfigError, suggestion
-from skipcal.plots.style import THRESHOLD
+from skipcal.files.figures import THRESHOLD
 from skipcal.profiles.parts import HISTOGRAM_BINS
 from skipcal.profiles.schema import SkipProfile
 

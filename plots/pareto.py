@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import MARKERS, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
+from skipcal.files.figures import MARKERS, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.profiles.schema import SkipProfile
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.plots.style import BAND_ALPHA, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
+from skipcal.files.figures import BAND_ALPHA, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.speed.table import machine, to_frame
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from skipcal.errors import ConfigError
 from skipcal.evaluation.token_map import TokenMap
-from skipcal.plots.style import THRESHOLD
+from skipcal.files.figures import THRESHOLD
 from skipcal.profiles.summary import ranges
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from skipcal.arch.embedded import EMBEDDED_MODEL
-from skipcal.profiles.markdown import escaped, fenced, table
+from skipcal.files.markdown import escaped, fenced, table
+from skipcal.files.reading import printable
 from skipcal.profiles.parts import CorpusInfo, GateSettings, StaticSettings
-from skipcal.profiles.reading import printable
 from skipcal.profiles.summary import is_policy, ranges, ratio
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, Val
 
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileError, Unavailable
-from skipcal.profiles.files import dump_json
+from skipcal.files.reading import check_before_validation, parse_object, shown, validation_message
+from skipcal.files.writing import dump_json
 from skipcal.profiles.parts import (
     CalibrationInfo,
     Environment,
@@ -28,7 +29,6 @@ from skipcal.profiles.parts import (
     StaticSettings,
     Tuning,
 )
-from skipcal.profiles.reading import check_before_validation, parse_object, shown, validation_message
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from skipcal.errors import ProfileMismatch
+from skipcal.files.reading import printable
 from skipcal.profiles.parts import GateSettings, ModelInfo
-from skipcal.profiles.reading import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def check_fits(profile: ProfileData, model: PreTrainedModel, *, same_weights: bo
 
 def warn_of_other_opening(profile: ProfileData, tokenizer: Any) -> None:
     """Warn where the profile's texts began otherwise than those that are measured by this tokenizer."""
-    from skipcal.runtime.opening import opening_names
+    from skipcal.text.opening import opening_names
 
     if profile.calibration.chat_template:
         return  # they began as the template does

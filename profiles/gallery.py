@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from skipcal.profiles.files import write_text_atomic
-from skipcal.profiles.markdown import escaped, table
+from skipcal.files.markdown import escaped, table
+from skipcal.files.writing import write_text_atomic
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
 from skipcal.profiles.summary import ranges

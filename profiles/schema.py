@@ -14,24 +14,24 @@ from pydantic import model_validator
 
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.profiles import policies
-from skipcal.profiles.agreement import check_agreement
-from skipcal.profiles.data import ProfileData
-from skipcal.profiles.files import (
+from skipcal.files.reading import (
+    read_bytes,
+)
+from skipcal.files.writing import (
     check_output,
     remove_output,
     write_bytes_atomic,
     write_text_atomic,
 )
+from skipcal.profiles import policies
+from skipcal.profiles.agreement import check_agreement
+from skipcal.profiles.data import ProfileData
 from skipcal.profiles.fits import check_fits
 from skipcal.profiles.parts import (
     GateInfo,
     GateSettings,
     StaticSettings,
     Tuning,
-)
-from skipcal.profiles.reading import (
-    read_bytes,
 )
 from skipcal.profiles.sources import PROFILE_FILE, HubOptions, commit_of, fetch, locate, shipped_profiles
 
@@ -148,7 +148,7 @@ class SkipProfile(ProfileData):
         model_card:   also write its section of README.md and the figure in it; the rest of README.md stays.
         push_to_hub:  then push it to `repo_id` (by default the folder's name), with `push_options`.
         """
-        from skipcal.profiles.sharing import warn_of_older_section, write_card
+        from skipcal.profiles.hub import warn_of_older_section, write_card
 
         if not push_to_hub and (repo_id is not None or push_options):
             given = sorted([*push_options, *(["repo_id"] if repo_id is not None else [])])
@@ -182,7 +182,7 @@ class SkipProfile(ProfileData):
         model_card: False: upload profile and tensors alone.
         Raises OutputError when the hub cannot be written to.
         """
-        from skipcal.profiles.sharing import push
+        from skipcal.profiles.hub import push
 
         return push(
             self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from skipcal.core.policy import SkipPolicy
+from skipcal.files.reading import printable
 from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
     CalibrationInfo,
@@ -13,7 +14,6 @@ from skipcal.profiles.parts import (
     OperatingPoint,
     StaticSettings,
 )
-from skipcal.profiles.reading import printable
 
 WIDTH = 80
 

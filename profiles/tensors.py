@@ -25,7 +25,7 @@ from torch import Tensor
 from skipcal.core.gate import Gates
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ProfileError, ProfileMismatch, Unavailable
-from skipcal.profiles.reading import one_line, shown
+from skipcal.files.reading import one_line, shown
 
 TENSORS_FORMAT = "skipcal.surrogates/1"
 MAX_HEADER_BYTES = 2**16  # of a header: seven tensors and two strings take 1 kB

@@ -13,9 +13,9 @@ from markupsafe import Markup
 from skipcal import __version__
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.evaluation.token_map import TokenMap
+from skipcal.files.reading import printable
+from skipcal.files.writing import write_text_atomic
 from skipcal.plots.tokens import tokens_html
-from skipcal.profiles.files import write_text_atomic
-from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report import tables

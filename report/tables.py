@@ -11,9 +11,9 @@ import numpy as np
 
 from skipcal.core.policy import SkipPolicy
 from skipcal.evaluation.token_map import TokenMap
+from skipcal.files.reading import printable
 from skipcal.plots.tokens import label
 from skipcal.profiles.parts import CorpusInfo, GatePoint, GateSettings, OperatingPoint, StaticSettings
-from skipcal.profiles.reading import printable
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import is_policy, ranges, ratio, span
 

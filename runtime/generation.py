@@ -15,10 +15,10 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
-from skipcal.runtime.chat_template import WITHOUT, templated
 from skipcal.runtime.greedy import greedy_decoding, sampled_decoding, warn_of_overruled
-from skipcal.runtime.opening import row_ids
 from skipcal.runtime.session import skipping
+from skipcal.text.chat_template import WITHOUT, templated
+from skipcal.text.opening import row_ids
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from skipcal.runtime.patch import InstancePatches
+from skipcal.arch.patch import InstancePatches
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from skipcal.arch.blocks import parallel_limit
 from skipcal.arch.locate import Architecture, locate, unwrap
+from skipcal.arch.patch import InstancePatches
 from skipcal.configs.names import check_engine
 from skipcal.core.batch_rule import BATCH_RULES
 from skipcal.core.host import FULL_PASS, Watcher
@@ -41,7 +42,6 @@ from skipcal.runtime.generate_call import (
     prepare_options,
     refuse_continuous_batching,
 )
-from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.tokens import DecodeTokens
 from skipcal.runtime.turn import Turn
 

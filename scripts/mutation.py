@@ -35,7 +35,7 @@ GROUPS = {
     ),
     "region fit": (["calibrate/regions.py"], ["calibrate/test_regions.py"]),
     "statistics merge": (
-        ["calibrate/moments.py", "calibrate/saturation.py", "calibrate/gather.py"],
+        ["fit/moments.py", "calibrate/saturation.py", "calibrate/gather.py"],
         ["calibrate/test_moments.py", "calibrate/test_saturation.py", "calibrate/test_gather.py"],
     ),
 }  # fmt: skip

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from skipcal.arch.locate import Architecture, input_device
+from skipcal.arch.patch import InstancePatches
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.runtime.engines.choice import fastest
-from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.session import skipping
 from skipcal.speed.forced import Forced
 from skipcal.speed.timing import StepClock, Timing

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skipcal.errors import ProfileError, Unavailable
-from skipcal.profiles.reading import MAX_PROFILE_BYTES
+from skipcal.files.reading import MAX_PROFILE_BYTES
 
 BENCH_FORMAT: Literal["skipcal.bench/1"] = "skipcal.bench/1"
 

@@ -44,10 +44,10 @@ from transformers import PreTrainedModel  # noqa: E402
 from skipcal.arch.check import tiny_model  # noqa: E402
 from skipcal.arch.loading import LoadedModel, load_model  # noqa: E402
 from skipcal.arch.locate import locate  # noqa: E402
-from skipcal.calibrate.fit import fit_gate_profile  # noqa: E402
 from skipcal.calibrate.pipeline import calibrate_model  # noqa: E402
 from skipcal.configs.fit import FitConfig  # noqa: E402
 from skipcal.configs.run import ProfileConfig  # noqa: E402
+from skipcal.fit.pipeline import fit_gate_profile  # noqa: E402
 from skipcal.profiles.schema import SkipProfile  # noqa: E402
 
 matplotlib.use("Agg")

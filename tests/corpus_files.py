@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from skipcal.calibrate.corpora import (
+from skipcal.text.corpora import (
     Corpus,
     CorpusSample,
     resolve_corpora,

@@ -24,7 +24,7 @@ from faults import IN_A_GRAPH
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
 from skipcal.core.policy import SkipPolicy
-from skipcal.profiles.files import dump_json
+from skipcal.files.writing import dump_json
 from skipcal.runtime.engines import graph_step, step_engine
 from skipcal.runtime.engines.step_proof import Deviation
 from skipcal.speed.hardware import environment

@@ -28,10 +28,10 @@ from pages import text_of
 from skipcal.arch.embedded import EMBEDDED_MODEL
 from skipcal.arch.families import FAMILIES, families_listed
 from skipcal.arch.loading import load_model
-from skipcal.calibrate.fit import fit_gate_profile
 from skipcal.calibrate.pipeline import calibrate_model
 from skipcal.configs.fit import FitConfig
 from skipcal.configs.run import ProfileConfig
+from skipcal.fit.pipeline import fit_gate_profile
 from skipcal.speed.hardware import copy_bandwidth
 
 LAYERS = 8
@@ -284,7 +284,7 @@ def enter(monkeypatch: pytest.MonkeyPatch, built: Path, folder: Path, page: str)
     for module in ("families", "locate"):  # what a page registers is gone afterwards
         monkeypatch.setattr(f"skipcal.arch.{module}.FAMILIES", known)
     # Seconds for each sweep; tests/plots/test_sweep.py draws them.
-    monkeypatch.setattr("skipcal.evaluation.outputs.save_sweep_figures", lambda *_args, **_kwargs: [])
+    monkeypatch.setattr("skipcal.report.sweep.save_sweep_figures", lambda *_args, **_kwargs: [])
     # A megabyte is copied to and fro, not half a gigabyte.
     monkeypatch.setattr("skipcal.speed.bench.copy_bandwidth", partial(copy_bandwidth, size=1 << 20))
     if "--lm-eval-tasks" in text_of(page):
@@ -300,6 +300,6 @@ def _read_one_folder_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(harness_tasks.__file__).parent / "arc"
     real = harness_tasks.TaskManager
     monkeypatch.setattr(
-        "skipcal.evaluation.lm_eval.TaskManager",
+        "skipcal.evaluation.harness.lm_eval.TaskManager",
         lambda **_options: real(include_path=str(folder), include_defaults=False),
     )

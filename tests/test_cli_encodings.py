@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from skipcal.cli import app
-from skipcal.console import check_typed, command
+from skipcal.commands.console import check_typed, command
 from skipcal.errors import ConfigError
 from skipcal.profiles.schema import SkipProfile
 

@@ -232,8 +232,8 @@ def test_methods_of_a_gate_say_what_a_profile_lacks(here: Path, method: str) -> 
 @pytest.mark.parametrize(
     "where",
     [
-        "skipcal.calibrate.fit._Fitter.sweeps",
-        "skipcal.calibrate.on_policy.fit_gate",
+        "skipcal.fit.pipeline._Fitter.sweeps",
+        "skipcal.fit.on_policy.fit_gate",
         "os.fsync",
         "os.fsync 2",
     ],

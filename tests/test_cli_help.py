@@ -13,8 +13,8 @@ import pytest
 import typer
 from command_line import run
 
-from skipcal.calibrate.compare import CompareConfig
 from skipcal.cli import app
+from skipcal.compare.comparison import CompareConfig
 from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import FitConfig
 from skipcal.configs.run import ProfileConfig, shipped_configs
@@ -144,7 +144,7 @@ def test_bash_completes_without_torch(line: str, offered: list[str]) -> None:
 
 def test_options_offer_the_names_that_are_known() -> None:
     """In this process; that completing needs no torch is asserted above."""
-    from skipcal.configs import completion
+    from skipcal.commands import completion
     from skipcal.configs.shapes import shapes
 
     assert completion.shapes("llama") == sorted(name for name in shapes() if name.startswith("llama"))

@@ -116,7 +116,7 @@ def test_an_output_folder_that_is_a_file_is_told_before_the_model_is_loaded(here
 
 
 def test_a_corpus_that_resembles_a_known_one() -> None:
-    from skipcal.calibrate.known import likely
+    from skipcal.text.known import likely
 
     assert likely("wikitxt") == "did you mean 'wikitext'? else "
     assert likely("my-own/set") == ""

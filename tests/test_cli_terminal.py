@@ -17,8 +17,8 @@ import typer
 from command_line import runner
 from test_cli_help import GROUP
 
-from skipcal.configs.help import Command
-from skipcal.console import command, duration, given
+from skipcal.commands.console import command, duration, given
+from skipcal.commands.help import Command
 
 SKIPCAL = (sys.executable, "-m", "skipcal.cli")
 

@@ -21,13 +21,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.calibrate.compare import load_profiles
-from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
-from skipcal.calibrate.local_files import read_records
+from skipcal.commands.generate import _prompt
+from skipcal.compare.comparison import load_profiles
 from skipcal.configs.run import load_config, without_folder
-from skipcal.profiles.output import Output
+from skipcal.files.output import Output
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.command import _prompt
+from skipcal.text.corpora import resolve_corpora, sample_corpus
+from skipcal.text.local_files import read_records
 
 ODD = "ab[]{}()*?!~=:;,#@%&$^+-_ .'\"\\|<>\t\n\u00fc\u65e5\u0301\u202e\U0001f600\udcff"
 # What a file system takes: no slash, and not more bytes than a name may have with an ending and more.

@@ -18,11 +18,8 @@ from special_tokens import around, ids_of, naive_rows
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.proof import proof_ids
-from skipcal.calibrate.compare import CompareConfig, run_compare
-from skipcal.calibrate.fit import fit_gate_profile
 from skipcal.calibrate.pipeline import calibrate_model
-from skipcal.calibrate.transfer import calibration_prompts
-from skipcal.calibrate.tune import tune_profile
+from skipcal.compare.comparison import CompareConfig, run_compare
 from skipcal.configs.fit import FitConfig
 from skipcal.configs.run import ProfileConfig
 from skipcal.configs.sweep import SweepConfig
@@ -30,6 +27,9 @@ from skipcal.configs.tune import TuneConfig
 from skipcal.core.policy import SkipPolicy
 from skipcal.evaluation.sweep import run_sweep
 from skipcal.evaluation.token_map import token_map
+from skipcal.evaluation.transfer import calibration_prompts
+from skipcal.evaluation.tune import tune_profile
+from skipcal.fit.pipeline import fit_gate_profile
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.parts import GateFit
 from skipcal.profiles.schema import SkipProfile
@@ -175,8 +175,8 @@ def test_every_row_that_a_model_is_given_begins_once_and_does_not_end(
 def test_the_tokens_of_a_text_are_scored_and_its_opening_is_not(text: Path) -> None:
     from skipcal.arch.locate import locate
     from skipcal.configs.sweep import PerplexitySettings
-    from skipcal.evaluation.answers import Subject
-    from skipcal.evaluation.perplexity import load_perplexity
+    from skipcal.evaluation.tasks.answers import Subject
+    from skipcal.evaluation.tasks.perplexity import load_perplexity
 
     never = SkipPolicy(cold_s=1, cold_e=7, threshold=2.0, warm_up_tokens=2)
     for before in [(), ("<s>",), ("<s>", "<sop>")]:
@@ -284,8 +284,8 @@ def test_a_template_that_writes_the_opening_gets_no_second(closed: LoadedModel, 
     import copy
 
     from skipcal.arch.locate import locate
-    from skipcal.calibrate.chat import sample_prompts
-    from skipcal.evaluation.answers import Subject
+    from skipcal.evaluation.tasks.answers import Subject
+    from skipcal.text.chat import sample_prompts
 
     tokenizer = copy.deepcopy(closed.tokenizer)
     tokenizer.chat_template = "<s>{% for m in messages %}u:{{ m['content'] }}a:{% endfor %}"

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from skipcal.arch.blocks import StreamReader
 from skipcal.arch.locate import Architecture, Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.core.rule import Rule, RuleState
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import bypassed
-from skipcal.runtime.patch import InstancePatches
 
 _ALL = slice(None)
 

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from skipcal.arch.patch import InstancePatches
 from skipcal.runtime.engines.step_engine import StepEngine
 from skipcal.runtime.generate_call import call_arguments
-from skipcal.runtime.patch import InstancePatches
 from skipcal.runtime.tokens import DecodeTokens
 
 _MODES = ("greedy_search", "sample")

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from skipcal.arch.patch import InstancePatches
 from skipcal.runtime.ops.decode_attention import decode_attention
-from skipcal.runtime.patch import InstancePatches
 
 _NAME = "skipcal_decode"
 _NOT_OURS = ("position_bias", "softcap", "s_aux")  # what else a model may want of its attention

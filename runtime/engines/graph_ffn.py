@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipcal.arch.locate import Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import is_wrapper
 from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.engines.graph_rules import StepRule
 from skipcal.runtime.engines.if_node import IfNode
 from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
 from skipcal.runtime.ops.low_rank import low_rank
-from skipcal.runtime.patch import InstancePatches
 
 _PROOF_ROWS = 4
 

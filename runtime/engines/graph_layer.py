@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skipcal.arch.locate import Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import is_wrapper
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import first_words
@@ -27,7 +28,6 @@ from skipcal.runtime.engines.step_proof import added_error
 from skipcal.runtime.ops.ffn import FFNWeights, ffn
 from skipcal.runtime.ops.project import project
 from skipcal.runtime.ops.rotary_cache import HeadNorms, rotary_cache
-from skipcal.runtime.patch import InstancePatches
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _PROOF_TOKENS = 3  # in the cache before the token by which a layer is tried

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcal.arch.patch import InstancePatches
 from skipcal.runtime.ops.rms_norm import rms_norm
-from skipcal.runtime.patch import InstancePatches
 
 
 class Outside:

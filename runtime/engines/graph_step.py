@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.core.cosine import CosineRule
 from skipcal.core.gate import GateRule
 from skipcal.core.host import FULL_PASS, PassTokens
@@ -46,7 +47,6 @@ from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
 from skipcal.runtime.ops.ffn import FFNWeights
-from skipcal.runtime.patch import InstancePatches
 
 MIN_WINDOW = 256
 FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need

@@ -20,13 +20,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.locate import Architecture, Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.recording import Branch, NotRecordable, Recording, leaf, record
 from skipcal.runtime.engines.step_cache import StepCache, StepLayer
 from skipcal.runtime.engines.step_proof import Deviation, logits_deviation
-from skipcal.runtime.patch import InstancePatches
 
 FIRST_SLOTS = 256  # of a cache; it grows by doubling
 _NAME = "skipcal_recorded"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipcal.arch.blocks import Block, first_input, first_output
-from skipcal.runtime.patch import InstancePatches
+from skipcal.arch.patch import InstancePatches
 
 _TINY = torch.finfo(torch.float32).tiny
 

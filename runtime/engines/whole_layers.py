@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from skipcal.arch.blocks import first_output
 from skipcal.arch.locate import Architecture, Block
+from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.core.rule import Rule, RuleState
 from skipcal.errors import SessionError
 from skipcal.runtime.engines.base import bypassed
-from skipcal.runtime.patch import InstancePatches
 
 
 class RemovedLayers:

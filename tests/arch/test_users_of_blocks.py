@@ -12,14 +12,14 @@ from conftest import attentive, lively
 from gated import NEW, PROMPT, gates_for, generated, surrogates_for
 
 from skipcal.arch.locate import locate
-from skipcal.calibrate.damage import fisher_damage, loss_gradients
-from skipcal.calibrate.layer_damage import relative_damage
-from skipcal.calibrate.layer_sweep import LayerRunner
-from skipcal.calibrate.on_policy import Sweep
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.gate import GatePolicy
 from skipcal.core.whole_layers import ShortGPT
 from skipcal.errors import UnsupportedModel
+from skipcal.fit.damage import fisher_damage, loss_gradients
+from skipcal.fit.layer_damage import relative_damage
+from skipcal.fit.layer_sweep import LayerRunner
+from skipcal.fit.on_policy import Sweep
 from skipcal.runtime.session import skipping
 
 KINDS = ["gpt_neox", "falcon", "cohere2_moe", "mixtral", "granitemoeshared", "minimax", "gemma4"]

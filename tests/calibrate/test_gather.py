@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from skipcal.calibrate.checkpoint import Checkpoint
-from skipcal.calibrate.corpora import Corpus, CorpusSample
 from skipcal.calibrate.gather import first_rows, gather
 from skipcal.calibrate.processes import Processes
 from skipcal.calibrate.saturation import Trace
 from skipcal.calibrate.trace_store import Held, as_ids
+from skipcal.text.corpora import Corpus, CorpusSample
 
 LAYERS, LENGTH = 3, 4
 

@@ -70,7 +70,7 @@ def naive_cosines(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int
 
 def prompts_of(texts: list[str], drawn: Calibration) -> list[list[list[int]]]:
     """The prompts behind each trace, found again by the seed."""
-    from skipcal.calibrate.corpora import resolve_corpora, sample_corpus
+    from skipcal.text.corpora import resolve_corpora, sample_corpus
 
     return [
         sample_corpus(corpus, Words(), prompts=6, prompt_tokens=8, seed=0).prompts

@@ -15,13 +15,13 @@ import pytest
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.sweep import SweepConfig
 from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
-from skipcal.evaluation.outputs import begin_folder, sweep_settings, tables, write_results
 from skipcal.evaluation.records import RecordFile
 from skipcal.evaluation.statistics import Share, difference, estimate
 from skipcal.evaluation.sweep import COLUMNS, plan, run_sweep
-from skipcal.evaluation.tasks import ALL
+from skipcal.evaluation.tasks.task import ALL
 from skipcal.plots.sweep import save_sweep_figures
 from skipcal.profiles.schema import SkipProfile
+from skipcal.report.sweep import begin_folder, sweep_settings, tables, write_results
 
 ALL_METHODS = ["ffn-skip", "random", "no-input-adaptive", "static", "shortgpt", "skipdecode"]
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 import skipcal
 from skipcal.arch.loading import LoadedModel
-from skipcal.baselines.methods import skipdecode_for
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import SkipPolicy
@@ -25,6 +24,7 @@ from skipcal.core.substituted import Substituted
 from skipcal.core.whole_layers import ShortGPT
 from skipcal.errors import ConfigError, ProfileMismatch, SessionError
 from skipcal.evaluation.token_map import TokenMap, token_map
+from skipcal.profiles.methods import skipdecode_for
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping
 

@@ -11,9 +11,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from skipcal.baselines.methods import METHODS
 from skipcal.errors import ConfigError
-from skipcal.plots.style import MARKERS
+from skipcal.files.figures import MARKERS
 from skipcal.plots.sweep import (
     METHOD_ORDER,
     main_metrics,
@@ -23,6 +22,7 @@ from skipcal.plots.sweep import (
     save_sweep_figures,
     sweep_figures,
 )
+from skipcal.profiles.methods import METHODS
 
 
 def frame(task: str = "perplexity", metric: str = "perplexity", **changes: Any) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from documents import corpus, document, gate_document, tuned_document, write
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.cli import app
-from skipcal.profiles.markdown import escaped
+from skipcal.files.markdown import escaped
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from skipcal.core.gate import NEVER
 from skipcal.errors import TargetOutOfReach
-from skipcal.profiles.markdown import escaped
+from skipcal.files.markdown import escaped
 from skipcal.profiles.policies import threshold_for
 from skipcal.profiles.schema import SkipProfile
 

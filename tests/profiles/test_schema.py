@@ -20,7 +20,7 @@ from skipcal.errors import (
     ProfileMismatch,
     TargetOutOfReach,
 )
-from skipcal.profiles.files import dump_json
+from skipcal.files.writing import dump_json
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
 
@@ -145,7 +145,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipcal.profiles.reading.MAX_PROFILE_BYTES", 100)
+    monkeypatch.setattr("skipcal.files.reading.MAX_PROFILE_BYTES", 100)
     with pytest.raises(ProfileError, match="larger than"):
         SkipProfile.load(write(tmp_path / "big.json", document()))
 

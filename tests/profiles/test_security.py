@@ -19,7 +19,7 @@ from mutations import Mutator
 from safetensors.torch import load, save
 
 from skipcal.errors import ProfileError, SkipcalError, Unavailable
-from skipcal.profiles.reading import MAX_PROFILE_BYTES, MAX_STRUCTURE
+from skipcal.files.reading import MAX_PROFILE_BYTES, MAX_STRUCTURE
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import PROFILE_FILE
 from skipcal.profiles.summary import summarize

@@ -176,7 +176,7 @@ def test_every_command_takes_every_form(
     def reached(console: object, options: object) -> None:
         raise Unavailable("the profile was found, and the model is next")
 
-    monkeypatch.setattr("skipcal.console.Console.load", reached)
+    monkeypatch.setattr("skipcal.commands.console.Console.load", reached)
     monkeypatch.chdir(tmp_path)
     profile.save("p.json")
     profile.save_pretrained("folder")

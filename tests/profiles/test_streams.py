@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from skipcal.errors import OutputError, OutputExists
-from skipcal.profiles.files import check_output, remove_output, write_text_atomic
+from skipcal.files.writing import check_output, remove_output, write_text_atomic
 from skipcal.profiles.schema import SkipProfile
 
 
@@ -107,7 +107,7 @@ def test_what_goes_to_stdout_stands_before_what_is_printed_next(tmp_path: Path) 
     """Both are written through one descriptor, so neither is written over the other."""
     code = """
 from pathlib import Path
-from skipcal.profiles.files import write_text_atomic
+from skipcal.files.writing import write_text_atomic
 write_text_atomic(Path("/dev/stdout"), "the result\\n", overwrite=False)
 print("and more")
 """

@@ -13,10 +13,10 @@ from conftest import saved
 from documents import document, gate_document, write
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.console import Console
+from skipcal.commands import report as command
+from skipcal.commands.console import Console
 from skipcal.evaluation.token_map import token_map
 from skipcal.profiles.schema import SkipProfile
-from skipcal.report import command
 from skipcal.report.page import report_html
 
 TEXT = " ".join(f"w{n}" for n in range(3, 30))

@@ -13,12 +13,12 @@ from conftest import saved, word_tokenizer
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel, load_model
 from skipcal.arch.locate import locate
-from skipcal.calibrate.chat import chat_frame
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.answers import Subject, answers
+from skipcal.evaluation.tasks.answers import Subject, answers
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
+from skipcal.text.chat import chat_frame
 
 PROMPT = "w5 w6 w7 w8"
 RAISES = "{{ raise_exception('needs a system message') }}"

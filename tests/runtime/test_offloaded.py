@@ -14,11 +14,11 @@ from gated import gates_for, generated, surrogates_for
 from skipcal.arch.loading import LoadedModel, fingerprint, load_model
 from skipcal.arch.locate import locate
 from skipcal.calibrate.capture import capture
-from skipcal.calibrate.fit import fit_gate_profile
 from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.errors import Unavailable
+from skipcal.fit.pipeline import fit_gate_profile
 from skipcal.runtime.session import skipping
 from skipcal.speed.cost import step_bytes
 

@@ -18,7 +18,7 @@ from skipcal.core.gate import GatePolicy
 from skipcal.core.host import PassTokens
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ConfigError, SkipcalError, TargetOutOfReach
-from skipcal.profiles.files import dump_json
+from skipcal.files.writing import dump_json
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping
 from skipcal.speed import bench, shapes

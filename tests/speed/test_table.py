@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from skipcal.profiles.files import dump_json
+from skipcal.files.writing import dump_json
 from skipcal.speed.table import break_even_said, to_frame, to_markdown, to_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,9 +27,9 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.tasks import TaskManager
 from lm_eval_requests import FULL, RANDOM, SOME
 
-from skipcal.evaluation import lm_eval as ours
-from skipcal.evaluation.lm_eval import run_lm_eval
-from skipcal.evaluation.skip_lm import SkipLM
+from skipcal.evaluation.harness import lm_eval as ours
+from skipcal.evaluation.harness.lm_eval import run_lm_eval
+from skipcal.evaluation.harness.skip_lm import SkipLM
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_a_missing_library_is_named_with_its_install_line(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, f"skipcal.evaluation.{name}")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r'lm-eval is not installed; .* pip install "skipcal\[eval\]"'):
-        importlib.import_module("skipcal.evaluation.lm_eval")
+        importlib.import_module("skipcal.evaluation.harness.lm_eval")
 
 
 def test_importing_skipcal_leaves_the_library_out() -> None:

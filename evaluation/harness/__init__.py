@@ -1,0 +1,1 @@
+"""Skipping models under lm-eval."""

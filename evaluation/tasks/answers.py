@@ -1,0 +1,109 @@
+"""Answers of a model under a policy: batched, sorted by length, greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipcal.arch.limits import check_ids, check_length
+from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import Architecture, input_device
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
+from skipcal.runtime.greedy import greedy_decoding, until_stop
+from skipcal.runtime.session import skipping
+from skipcal.text.batching import batches, padded
+from skipcal.text.chat_template import WITHOUT, templated
+from skipcal.text.opening import row_ids
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New tokens, up to and with the end of sequence, and their text."""
+
+    id: str
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with its located blocks: what is evaluated. engine: of what is generated."""
+
+    loaded: LoadedModel
+    architecture: Architecture
+    chat_template: bool
+    engine: str = "auto"
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that the model is to go on with.
+
+        Without a chat template the contents stand one after the other, as plain text that goes on.
+        """
+        tokenizer: Any = self.loaded.tokenizer
+        if not self.chat_template:
+            text = "\n\n".join(message["content"] for message in messages)
+            return row_ids(tokenizer, text)
+        ids = templated(
+            tokenizer, messages, instead=WITHOUT, add_generation_prompt=True, return_dict=True, tokenize=True
+        )["input_ids"]
+        return list(ids)
+
+
+def answers(
+    subject: Subject,
+    policy: Policy,
+    prompts: dict[str, list[int]],
+    *,
+    new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[list[Answer], SkipReport]]:
+    """Answer every prompt (token ids, by item id), batch by batch, the longest first.
+
+    One session runs all of them, so between two batches the model is not to be used for anything else.
+    Raises ConfigError for a prompt that leaves no room for `new_tokens` in the model's context.
+    """
+    check_prompts(subject, prompts, new_tokens)
+    # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
+    ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+    decode: Any = subject.loaded.tokenizer.decode
+    with skipping(
+        subject.loaded.model, policy=policy, architecture=subject.architecture, engine=subject.engine
+    ) as run:
+        before = run.report
+        for keys in batches(ordered, batch_size):
+            rows = _generate(subject, [prompts[key] for key in keys], new_tokens)
+            report = run.report
+            yield (
+                [
+                    Answer(key, row, decode(row, skip_special_tokens=True))
+                    for key, row in zip(keys, rows, strict=True)
+                ],
+                report.since(before),
+            )
+            before = report
+
+
+def check_prompts(subject: Subject, prompts: dict[str, list[int]], new_tokens: int) -> None:
+    """Raise ConfigError for prompts (token ids, by item id) that the model cannot be given.
+
+    So is one that leaves no room for `new_tokens` in the model's context.
+    """
+    model = subject.loaded.model
+    for key, prompt in prompts.items():
+        what = f"item {key!r} has {len(prompt)} tokens, and {new_tokens} more do"
+        check_length(model, len(prompt) + new_tokens, what, lower="--new-tokens or leave the item out")
+    check_ids(model, prompts.values())
+
+
+def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    model: Any = subject.loaded.model
+    ids, mask = padded(prompts, input_device(model), side="left")
+    with torch.no_grad(), greedy_decoding(model) as stops:
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+    return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]

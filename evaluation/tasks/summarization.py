@@ -1,0 +1,130 @@
+"""CNN/DailyMail: summaries of articles in three buckets of length (See et al., arXiv 1704.04368)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipcal.configs.sweep import SummarySettings
+from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
+from skipcal.errors import Unavailable
+from skipcal.evaluation.statistics import Scale
+from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
+from skipcal.evaluation.tasks.task import Metrics, Record, answered, in_subsets, text_quality
+from skipcal.evaluation.tasks.text_metrics import copy_rate, rouge
+from skipcal.text.corpora import file_sha256
+from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
+
+HUB, HUB_CONFIG, HUB_SPLIT = "abisee/cnn_dailymail", "3.0.0", "test"
+PROMPT = "Summarize the article in two or three sentences.\n\nArticle: {article}\n\nSummary:"
+# Whitespace words of the article: the paper's bounds, which overlap at 470 and 790.
+BUCKETS = {"small": range(471), "medium": range(471, 790), "large": range(790, 1_000_000)}
+
+
+@dataclass(frozen=True)
+class Story:
+    """An article with its reference summary."""
+
+    article: str
+    highlights: str
+
+    @property
+    def bucket(self) -> str:
+        """Its bucket of length."""
+        words = len(self.article.split())
+        return next(name for name, lengths in BUCKETS.items() if words in lengths)
+
+
+@dataclass(frozen=True)
+class Summarization:
+    """Articles by id."""
+
+    stories: dict[str, Story]
+    new_tokens: int
+    warm_up_tokens: int
+    source: dict[str, Any]
+    name: str = "summarization"
+
+    @property
+    def scales(self) -> Mapping[str, Scale]:
+        """All metrics are means."""
+        return {}
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the articles."""
+        return list(self.stories)
+
+    def subset(self, key: str) -> str | None:
+        """The bucket."""
+        return self.stories[key].bucket
+
+    def header(self) -> dict[str, Any]:
+        """The file, the prompt and the length."""
+        return {**self.source, "prompt": PROMPT, "new_tokens": self.new_tokens}
+
+    def run(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[list[Record], SkipReport]]:
+        """One record an article."""
+        prompts = {key: _prompt(self.stories[key], subject) for key in ids}
+        for group, report in answers(
+            subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
+        ):
+            yield [answered(answer, **self._scores(answer.id, answer.text)) for answer in group], report
+
+    def _scores(self, key: str, summary: str) -> dict[str, float]:
+        story = self.stories[key]
+        return {**rouge(summary, story.highlights), "copy_rate": copy_rate(summary, story.article)}
+
+    def metrics(self, record: Record, full: Record) -> Metrics:
+        """ROUGE F1, and how much is copied: judges like copied text, so it belongs beside every score."""
+        own = {name: record[name] for name in ("rouge1", "rouge2", "rougeL", "copy_rate")}
+        return in_subsets({**own, **text_quality(record, full)}, self.subset(record["id"]))
+
+
+def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -> Summarization:
+    """Read the articles and draw `items` of each bucket.
+
+    Raises Unavailable if there are not so many, ConfigError for articles that do not fit the model.
+    """
+    if settings.data_file is None:
+        where, commit = HUB, hub_commit(HUB)
+        rows: Iterable[tuple[str, dict[str, Any]]] = (
+            (HUB, record) for record in hub_records(HUB, HUB_CONFIG, HUB_SPLIT, commit)
+        )
+        source = {"file": HUB, "config": HUB_CONFIG, "split": HUB_SPLIT, "revision": commit}
+    else:
+        where = settings.data_file
+        rows = read_records(Path(where))
+        source = {"file": Path(where).name, "sha256": file_sha256(Path(where))}
+    stories: dict[str, Story] = {}
+    for place, record in rows:
+        key = unique(stories, str(record.get("id", place)), place)
+        stories[key] = Story(text_field(record, "article", place), text_field(record, "highlights", place))
+    chosen: set[str] = set()
+    for bucket in BUCKETS:
+        keys = sorted(key for key, story in stories.items() if story.bucket == bucket)
+        if len(keys) < settings.items:
+            raise Unavailable(
+                f"{where} has {len(keys)} articles in bucket {bucket!r}, {settings.items} are wanted; lower "
+                "the number of items"
+            )
+        chosen |= set(random.Random(seed).sample(keys, settings.items))
+    stories = {key: story for key, story in stories.items() if key in chosen}
+    prompts = {key: _prompt(story, subject) for key, story in stories.items()}
+    check_prompts(subject, prompts, settings.new_tokens)
+    return Summarization(
+        stories=stories,
+        new_tokens=settings.new_tokens,
+        warm_up_tokens=settings.warm_up,
+        source={**source, "items": settings.items, "seed": seed},
+    )
+
+
+def _prompt(story: Story, subject: Subject) -> list[int]:
+    return subject.encode([{"role": "user", "content": PROMPT.replace("{article}", story.article)}])

@@ -1,0 +1,214 @@
+"""Fit gates and surrogates in one sweep from the first layer to the last, with earlier skips applied.
+
+At layer i the stream is already the one that skipping leaves behind. The surrogate of FFN i is fitted
+there, mostly on the tokens that skip it; the gate is fitted to the damage of that surrogate; then the
+layer's own skips are applied and the sweep goes on. So what a gate sees when it is used is what it was
+fitted on, and the share it skipped is no extrapolation from a clean trace.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from skipcal.arch.locate import Architecture, Block, input_device
+from skipcal.core.gate import NEVER, GateRule, Gates
+from skipcal.core.surrogates import LowRank, Surrogates, direction
+from skipcal.fit.damage import Damage
+from skipcal.fit.gate import fit_gate, gate_inputs, residual_variance, sharpened
+from skipcal.fit.layer_sweep import LayerRunner, StreamStore
+from skipcal.fit.moments import Linear, Moments
+from skipcal.fit.surrogate import fit_low_rank, unexplained
+from skipcal.text.batching import batches
+
+# Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
+RUN_WEIGHT = 0.05
+
+
+@dataclass
+class ScoreHistogram:
+    """Counts of scores in bins of 0.01, so that quantiles need no list of all scores."""
+
+    low: float = -60.0
+    width: float = 0.01
+    counts: Tensor = field(default_factory=lambda: torch.zeros(10_000, dtype=torch.int64))
+
+    def add(self, scores: Tensor) -> None:
+        """Count scores of any shape; what lies outside goes to the first or last bin."""
+        bins = ((scores.double().cpu().flatten() - self.low) / self.width).floor().long()
+        self.counts += torch.bincount(bins.clamp(0, len(self.counts) - 1), minlength=len(self.counts))
+
+    def threshold(self, share: float) -> float:
+        """The upper edge of the first bin below whose end at least `share` of all scores lie."""
+        needed = share * int(self.counts.sum())
+        return self.low + self.width * (1 + int(torch.searchsorted(self.counts.cumsum(0).double(), needed)))
+
+    def share_below(self, threshold: float) -> float:
+        """Share of all scores below `threshold`, to the width of a bin."""
+        edge = min(max(round((threshold - self.low) / self.width), 0), len(self.counts))
+        return int(self.counts[:edge].sum()) / int(self.counts.sum())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What one sweep found.
+
+    skip_ratio:      realised in the sweep: skips / (L x tokens past the warm-up).
+    r_squared:       variance of the log damage that each gate explains.
+    surrogate_error: share of the variance of f that each surrogate leaves, over the weighted tokens.
+    """
+
+    gates: Gates
+    surrogates: Surrogates
+    scores: ScoreHistogram
+    skip_ratio: float
+    r_squared: tuple[float, ...]
+    surrogate_error: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Surrogate and gate of one layer."""
+
+    surrogate: LowRank
+    gate: Linear
+    r_squared: float
+    surrogate_error: float
+
+
+class Sweep:
+    """Runs over rows of equal length with the blocks `layers` as candidates for skipping.
+
+    first: positions below it run the full model and count nowhere: what is given, and the warm-up.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rows: Sequence[Sequence[int]],
+        *,
+        layers: Sequence[int],
+        damage: Damage,
+        rank: int,
+        first: int,
+        batch_size: int,
+    ) -> None:
+        """Nothing runs before `fit`."""
+        self._architecture = architecture
+        self._rows = rows
+        self._layers = tuple(layers)
+        self._damage = damage
+        self._rank = rank
+        self._first = first
+        self._batch_size = batch_size
+        self._device = input_device(architecture.stack)
+        self._runner = LayerRunner(architecture)
+
+    @torch.no_grad()
+    def fit(self, prior: Gates | None = None, threshold: float = NEVER) -> Fitted:
+        """One sweep in which tokens whose score lies below `threshold` skip.
+
+        prior: gates of an earlier sweep, which tell the surrogates of this one which tokens will skip.
+        """
+        rule = None if prior is None else GateRule(prior, threshold)
+        scores, skips, found = ScoreHistogram(), 0, {}
+        with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
+            store = self._embedded(Path(folder))
+            name = "sweep" if prior is None else "sweep on policy"
+            for block in tqdm(self._architecture.blocks, desc=name, unit="layer", leave=False, disable=None):
+                if block.index not in self._layers:
+                    self._pass(block, store)
+                    continue
+                fitted = self._fit_layer(block, store, rule, threshold)
+                skips += self._apply(block, fitted, store, threshold, scores)
+                found[block.index] = fitted
+        tokens = len(self._rows) * (len(self._rows[0]) - self._first)
+        return _collected(found, scores, skips / (tokens * self._architecture.num_layers))
+
+    def _embedded(self, folder: Path) -> StreamStore:
+        store = StreamStore(folder)
+        for number, rows in enumerate(batches(self._rows, self._batch_size)):
+            store.write(number, stream=self._runner.embed(torch.tensor(rows, device=self._device)))
+        return store
+
+    def _pass(self, block: Block, store: StreamStore) -> None:
+        """A layer that always runs."""
+        for number, kept in store.read(self._device):
+            store.write(number, stream=self._runner.run(block, kept["stream"])[2])
+
+    def _fit_layer(
+        self, block: Block, store: StreamStore, rule: GateRule | None, threshold: float
+    ) -> LayerFit:
+        moments: Moments | None = None
+        for number, kept in store.read(self._device):
+            h, f, _ = self._runner.run(block, kept["stream"])
+            again = {} if block.returns_the_sum else {"stream": kept["stream"]}
+            store.write(number, h=h, f=f, **again)
+            tokens, targets = self._counted(h), self._counted(f)
+            weights = None
+            if rule is not None and block.index in rule.layers:
+                below = torch.as_tensor(rule.scores(block.index, tokens)) < threshold
+                weights = torch.where(below, 1.0, RUN_WEIGHT)
+            moments = moments or Moments.empty(h.shape[-1], h.shape[-1], h.device)
+            moments.add(direction(tokens), targets, weights)
+        assert moments is not None
+        surrogate = fit_low_rank(moments, self._rank)
+        probed = Moments.empty(moments.x.shape[0] + 1, 1, moments.x.device)
+        for _, kept in store.read(moments.x.device):
+            tokens = self._counted(kept["h"])
+            missed = self._counted(kept["f"]).float() - surrogate(direction(tokens))
+            damage = self._damage(block.index, missed, tokens)
+            probed.add(gate_inputs(tokens), damage.log()[:, None])
+        gate = fit_gate(probed)
+        sharp = sharpened(gate, self._damage.sensitivity(block.index))
+        explained = 1 - float(residual_variance(probed, gate)[0] / probed.variance()[0].clamp_min(1e-30))
+        return LayerFit(surrogate, sharp, explained, unexplained(moments, surrogate))
+
+    def _apply(
+        self, block: Block, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram
+    ) -> int:
+        """Skip, where the gate says so; count the scores. Returns the number of skips."""
+        skips = 0
+        for number, kept in store.read(fitted.gate.intercept.device):
+            h, f = kept["h"], kept["f"]
+            found = fitted.gate(gate_inputs(h.flatten(0, 1)))[:, 0].reshape(h.shape[:2])
+            scores.add(found[:, self._first :])
+            skip = found < threshold
+            skip[:, : self._first] = False
+            skips += int(skip.sum())
+            s = fitted.surrogate(direction(h)).to(h.dtype)
+            added = torch.where(skip[..., None], s, f)
+            if block.returns_the_sum:
+                store.write(number, stream=h + added)
+            else:  # the layer goes on with the sum
+                store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
+        return skips
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """Tokens past the warm-up: [batch, seq, hidden] -> [tokens, hidden]."""
+        return x[:, self._first :].flatten(0, 1)
+
+
+def _collected(found: dict[int, LayerFit], scores: ScoreHistogram, skip_ratio: float) -> Fitted:
+    layers = tuple(sorted(found))
+    probes = [found[layer].gate for layer in layers]
+    coefficients = torch.stack([probe.coefficients[:, 0].float().cpu() for probe in probes])
+    return Fitted(
+        gates=Gates(
+            layers=layers,
+            weight=coefficients[:, :-1].contiguous(),
+            log_norm_weight=coefficients[:, -1].contiguous(),
+            bias=torch.stack([probe.intercept[0].float().cpu() for probe in probes]),
+        ),
+        surrogates=Surrogates({layer: found[layer].surrogate for layer in layers}),
+        scores=scores,
+        skip_ratio=skip_ratio,
+        r_squared=tuple(found[layer].r_squared for layer in layers),
+        surrogate_error=tuple(found[layer].surrogate_error for layer in layers),
+    )

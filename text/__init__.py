@@ -1,0 +1,1 @@
+"""Text: corpora, their formats, chat templates, and how a text begins."""
