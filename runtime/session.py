@@ -66,7 +66,7 @@ def skipping(
 
     profile:           whose recommended policy applies; `target_skip_ratio` picks another of its
                        operating points.
-    policy:            instead of a profile: a SkipPolicy, or what `skipcal.baselines` makes.
+    policy:            instead of a profile: a SkipPolicy, or what `skipcal.make_policy` makes.
     teacher_forced:    skip in parallel forward passes over whole sequences. Positions below
                        `prompt_tokens` (one number, or one for each row of the batches to come) are
                        the prefill; position p is decode step p - prompt_tokens. Decisions and

@@ -26,8 +26,8 @@ CHECKED_BY_TYPES = 37
 
 GROUPS = {
     "skip rule": (
-        ["runtime/rules.py", "runtime/batch_rule.py", "runtime/policy.py", "runtime/engines/eager.py"],
-        ["runtime/test_rules.py", "runtime/test_policy.py", "runtime/test_eager.py"],
+        ["core/cosine.py", "core/batch_rule.py", "core/policy.py", "runtime/engines/eager.py"],
+        ["core/test_cosine.py", "core/test_policy.py", "runtime/test_eager.py"],
     ),
     "threshold inversion": (
         ["calibrate/recommend.py", "calibrate/running_maxima.py"],
@@ -36,7 +36,7 @@ GROUPS = {
     "region fit": (["calibrate/regions.py"], ["calibrate/test_regions.py"]),
     "statistics merge": (
         ["fit/moments.py", "calibrate/saturation.py", "calibrate/gather.py"],
-        ["calibrate/test_moments.py", "calibrate/test_saturation.py", "calibrate/test_gather.py"],
+        ["fit/test_moments.py", "calibrate/test_saturation.py", "calibrate/test_gather.py"],
     ),
 }  # fmt: skip
 

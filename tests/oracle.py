@@ -39,7 +39,7 @@ def direction(h: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def score(policy: GatePolicy, layer: int, h: torch.Tensor) -> float:
-    """Of one token, by the formula of runtime/gate.py."""
+    """Of one token, by the formula of core/gate.py."""
     place = policy.gates.layers.index(layer)
     u, norm = direction(h)
     weight, slope, bias = (t[place].double() for t in list(vars(policy.gates).values())[1:])

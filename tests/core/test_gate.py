@@ -19,7 +19,7 @@ HIDDEN = 32
 
 
 def naive_score(gates: Any, place: int, h: torch.Tensor) -> float:
-    """The formula of runtime/gate.py in float64, one token."""
+    """The formula of core/gate.py in float64, one token."""
     token = h.double()
     norm = max(math.sqrt(float(token @ token)), torch.finfo(torch.float32).tiny)
     u = math.sqrt(len(token)) * token / norm

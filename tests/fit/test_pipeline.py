@@ -336,9 +336,9 @@ def test_the_model_is_left_as_it_was(
         calls.append(1)
         raise KeyboardInterrupt
 
-    for place in ("on_policy.fit_low_rank", "on_policy.GateRule", "fit.RealisedCurve.threshold"):
+    for place in ("on_policy.fit_low_rank", "on_policy.GateRule", "pipeline.RealisedCurve.threshold"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"skipcal.calibrate.{place}", stop)
+            patch.setattr(f"skipcal.fit.{place}", stop)
             with pytest.raises(KeyboardInterrupt):
                 fit_gate_profile(worded, worded_profile, fit_config(text))
     assert len(calls) == 3
