@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from skipcal.quiet import remarks_off
+from skipcal.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from skipcal.arch.families import register_family as register_family
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from skipcal.report.page import write_report as write_report
     from skipcal.runtime.session import skipping as skipping
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Ask": "skipcal.profiles.methods",

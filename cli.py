@@ -9,7 +9,6 @@ import functools
 
 import typer
 
-from skipcal import __version__
 from skipcal.commands import options as opt
 from skipcal.commands.bench import bench
 from skipcal.commands.compare import compare
@@ -25,6 +24,7 @@ from skipcal.commands.report import report
 from skipcal.commands.show import show
 from skipcal.commands.sweep import sweep
 from skipcal.commands.tune import tune
+from skipcal.version import __version__
 
 app = typer.Typer(
     name="skipcal",

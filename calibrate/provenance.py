@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-import skipcal
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.saturation import Trace
@@ -22,6 +21,7 @@ from skipcal.configs.run import ProfileConfig
 from skipcal.profiles.parts import CorpusInfo, Environment, ModelInfo
 from skipcal.runtime.greedy import final_ids
 from skipcal.text.corpora import CorpusSample
+from skipcal.version import __version__
 
 
 def model_info(loaded: LoadedModel, architecture: Architecture, *, trust_remote_code: bool) -> ModelInfo:
@@ -77,7 +77,7 @@ def what_decides(
         "end_of_sequence": sorted(final_ids(loaded.model.generation_config)),
         "device": input_device(architecture.stack).type,
         "text_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-        "versions": [skipcal.__version__, torch.__version__, transformers.__version__],
+        "versions": [__version__, torch.__version__, transformers.__version__],
     }
 
 
@@ -98,7 +98,7 @@ def environment(architecture: Architecture, *, started: float | None, processes:
     device = input_device(architecture.stack)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return Environment(
-        skipcal=skipcal.__version__,
+        skipcal=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,

@@ -87,7 +87,7 @@ def _lm_eval(
     ratio = options["ratios"][0] if options.get("ratios") else recommended_ratio(found)
 
     from skipcal.evaluation.arms import Arm
-    from skipcal.evaluation.harness.library.lm_eval import LONGEST_ANSWER, SEED, run_lm_eval
+    from skipcal.evaluation.harness.lm_eval import LONGEST_ANSWER, SEED, run_lm_eval
     from skipcal.profiles.fits import warn_of_other_opening
 
     ask = Ask(

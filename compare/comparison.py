@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 
-from skipcal import __version__
 from skipcal.arch.loading import LoadedModel
 from skipcal.compare.side_by_side import compare_profiles, curve_distances
 from skipcal.configs.run import without_folder
@@ -26,6 +25,7 @@ from skipcal.files.writing import check_output, dump_json, remove_output, write_
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.schema import SkipProfile
 from skipcal.text.corpora import CorpusSample, resolve_corpora
+from skipcal.version import __version__
 
 __all__ = [
     "CompareConfig",

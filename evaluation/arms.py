@@ -15,8 +15,8 @@ from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import ConfigError
 from skipcal.evaluation.records import RecordFile, digest
-from skipcal.evaluation.tasks.task.answers import Subject
-from skipcal.evaluation.tasks.task.task import Record, Task
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.task import Record, Task
 from skipcal.runtime.session import idle_report
 
 logger = logging.getLogger(__name__)

@@ -18,17 +18,17 @@ from skipcal.configs.sweep import MATCHED, TASKS, SweepConfig
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
-from skipcal.evaluation.judge.judge.judging import Judging
+from skipcal.evaluation.judge.judging import Judging
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.evaluation.statistics import Estimate, Share, difference, estimate
-from skipcal.evaluation.tasks.task.answers import Subject
-from skipcal.evaluation.tasks.task.continuation import load_continuation
-from skipcal.evaluation.tasks.task.freebaseqa import load_freebaseqa
-from skipcal.evaluation.tasks.task.mtbench import load_mtbench
-from skipcal.evaluation.tasks.task.perplexity import load_perplexity
-from skipcal.evaluation.tasks.task.summarization import load_summarization
-from skipcal.evaluation.tasks.task.task import ALL, Metrics, Task
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.continuation import load_continuation
+from skipcal.evaluation.tasks.freebaseqa import load_freebaseqa
+from skipcal.evaluation.tasks.mtbench import load_mtbench
+from skipcal.evaluation.tasks.perplexity import load_perplexity
+from skipcal.evaluation.tasks.summarization import load_summarization
+from skipcal.evaluation.tasks.task import ALL, Metrics, Task
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.profiles.schema import SkipProfile

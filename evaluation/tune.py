@@ -26,9 +26,9 @@ from skipcal.core.report import SkipReport
 from skipcal.core.substituted import Substituted
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.evaluation.statistics import Share, estimate
-from skipcal.evaluation.tasks.task.answers import Subject
-from skipcal.evaluation.tasks.task.perplexity import Perplexity, load_perplexity
-from skipcal.evaluation.tasks.task.task import Record
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.perplexity import Perplexity, load_perplexity
+from skipcal.evaluation.tasks.task import Record
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.methods import largest
 from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint, Tuning

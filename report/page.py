@@ -10,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from skipcal import __version__
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.evaluation.token_map import TokenMap
 from skipcal.files.reading import printable
@@ -20,6 +19,7 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report import tables
 from skipcal.report.charts import chart_data, corpora
+from skipcal.version import __version__
 
 SUFFIX = ".html"
 

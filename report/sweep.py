@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 import transformers
 
-import skipcal
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
 from skipcal.configs.sweep import SweepConfig
@@ -27,6 +26,7 @@ from skipcal.plots.sweep import FIGURES, main_metrics, save_sweep_figures
 from skipcal.profiles.schema import SkipProfile
 from skipcal.text.corpora import file_sha256
 from skipcal.text.opening import opening_names
+from skipcal.version import __version__
 
 SWEEP_FORMAT = "skipcal.sweep/1"
 SETTINGS = "sweep.json"
@@ -108,7 +108,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "opening": opening_names(loaded.tokenizer),
         "device": f"{device.type} ({name})",
         "python": platform.python_version(),
-        "skipcal": skipcal.__version__,
+        "skipcal": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-import skipcal
 from skipcal.errors import SkipcalError
 from skipcal.speed.timing import Spread, spread
+from skipcal.version import __version__
 
 # Several times the last-level cache: 105 MB on the CPUs, 50 MB on the GPUs this was written on.
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
@@ -73,7 +73,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "skipcal": skipcal.__version__,
+        "skipcal": __version__,
         "commit": _commit(),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -127,7 +127,7 @@ def _commit() -> str | None:
     """
     if told := os.environ.get("SKIPCAL_COMMIT"):
         return told
-    root = Path(skipcal.__file__).resolve().parent
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty"]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skipcal.evaluation.judge.judge.judge import ask
-from skipcal.evaluation.judge.judge.settings import JudgeSettings
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, Verdict
+from skipcal.evaluation.judge.judge import ask
+from skipcal.evaluation.judge.settings import JudgeSettings
+from skipcal.evaluation.judge.verdicts import JudgeRequest, Verdict
 
 Step = dict[str, Any]
 OK: Step = {"do": "ok"}

@@ -300,6 +300,6 @@ def _read_one_folder_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(harness_tasks.__file__).parent / "arc"
     real = harness_tasks.TaskManager
     monkeypatch.setattr(
-        "skipcal.evaluation.harness.library.lm_eval.TaskManager",
+        "skipcal.evaluation.harness.lm_eval.TaskManager",
         lambda **_options: real(include_path=str(folder), include_defaults=False),
     )

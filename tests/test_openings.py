@@ -175,8 +175,8 @@ def test_every_row_that_a_model_is_given_begins_once_and_does_not_end(
 def test_the_tokens_of_a_text_are_scored_and_its_opening_is_not(text: Path) -> None:
     from skipcal.arch.locate import locate
     from skipcal.configs.sweep import PerplexitySettings
-    from skipcal.evaluation.tasks.task.answers import Subject
-    from skipcal.evaluation.tasks.task.perplexity import load_perplexity
+    from skipcal.evaluation.tasks.answers import Subject
+    from skipcal.evaluation.tasks.perplexity import load_perplexity
 
     never = SkipPolicy(cold_s=1, cold_e=7, threshold=2.0, warm_up_tokens=2)
     for before in [(), ("<s>",), ("<s>", "<sop>")]:
@@ -284,7 +284,7 @@ def test_a_template_that_writes_the_opening_gets_no_second(closed: LoadedModel, 
     import copy
 
     from skipcal.arch.locate import locate
-    from skipcal.evaluation.tasks.task.answers import Subject
+    from skipcal.evaluation.tasks.answers import Subject
     from skipcal.text.chat import sample_prompts
 
     tokenizer = copy.deepcopy(closed.tokenizer)

@@ -28,11 +28,11 @@ from skipcal.arch.patch import InstancePatches
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError, Unavailable, first_words
 from skipcal.evaluation.arms import Arm
-from skipcal.evaluation.harness.library.required import TaskManager, aggregations, evaluator
-from skipcal.evaluation.harness.library.skip_lm import SkipLM
+from skipcal.evaluation.harness.required import TaskManager, aggregations, evaluator
+from skipcal.evaluation.harness.skip_lm import SkipLM
 from skipcal.evaluation.statistics import Estimate, Scale, Share, difference
 from skipcal.evaluation.sweep import COLUMNS
-from skipcal.evaluation.tasks.task.task import ALL
+from skipcal.evaluation.tasks.task import ALL
 from skipcal.runtime.greedy import warn_of_overruled
 
 logger = logging.getLogger(__name__)

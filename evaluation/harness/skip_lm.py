@@ -28,7 +28,7 @@ from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.core.whole_layers import ShortGPT
 from skipcal.errors import ConfigError, first_words
-from skipcal.evaluation.harness.library.required import HFLM, harness_version, hash_args
+from skipcal.evaluation.harness.required import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
 from skipcal.runtime.session import idle_report, skipping

@@ -13,8 +13,8 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from skipcal.errors import ConfigError, first_words
-from skipcal.evaluation.judge.judge.settings import JudgeSettings
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, read_rating, read_winner
+from skipcal.evaluation.judge.settings import JudgeSettings
+from skipcal.evaluation.judge.verdicts import JudgeRequest, read_rating, read_winner
 
 LONGEST_WAIT_S = 60.0  # between two attempts; a server may ask for more with Retry-After
 LONGEST_RETRY_AFTER_S = 300.0  # beyond it a quota is used up: waiting is for the user to decide

@@ -17,9 +17,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from skipcal.errors import ConfigError, JudgeError
-from skipcal.evaluation.judge.judge.endpoint import Endpoint, EndpointFailed
-from skipcal.evaluation.judge.judge.settings import JudgeSettings
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, Verdict
+from skipcal.evaluation.judge.endpoint import Endpoint, EndpointFailed
+from skipcal.evaluation.judge.settings import JudgeSettings
+from skipcal.evaluation.judge.verdicts import JudgeRequest, Verdict
 from skipcal.evaluation.records import RecordFile
 
 GRACE_S = 1.0  # after a failure, for answers that are on their way

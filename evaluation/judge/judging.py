@@ -9,8 +9,8 @@ from typing import Any
 
 from skipcal.configs.sweep import JudgeOptions
 from skipcal.evaluation.arms import ArmResult
-from skipcal.evaluation.judge.judge.judge import ask
-from skipcal.evaluation.judge.judge.prompts import (
+from skipcal.evaluation.judge.judge import ask
+from skipcal.evaluation.judge.prompts import (
     JudgePrompt,
     load_judge_prompts,
     pair_outcome,
@@ -18,13 +18,13 @@ from skipcal.evaluation.judge.judge.prompts import (
     rating_requests_mtbench,
     rating_requests_summary,
 )
-from skipcal.evaluation.judge.judge.settings import JudgeSettings
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, Verdict
+from skipcal.evaluation.judge.settings import JudgeSettings
+from skipcal.evaluation.judge.verdicts import JudgeRequest, Verdict
 from skipcal.evaluation.records import digest
 from skipcal.evaluation.statistics import Share
-from skipcal.evaluation.tasks.task.mtbench import MTBench
-from skipcal.evaluation.tasks.task.summarization import Summarization
-from skipcal.evaluation.tasks.task.task import ALL, Metrics, Record, Task, in_subsets
+from skipcal.evaluation.tasks.mtbench import MTBench
+from skipcal.evaluation.tasks.summarization import Summarization
+from skipcal.evaluation.tasks.task import ALL, Metrics, Record, Task, in_subsets
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, Verdict
+from skipcal.evaluation.judge.verdicts import JudgeRequest, Verdict
 from skipcal.text.local_files import open_text
 
 _SYSTEM = (

@@ -10,9 +10,9 @@ from skipcal.configs.sweep import ContinuationSettings
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks.task.answers import Subject, answers, check_prompts
-from skipcal.evaluation.tasks.task.perplexity import text_rows
-from skipcal.evaluation.tasks.task.task import Metrics, Record, answered, in_subsets, text_quality
+from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
+from skipcal.evaluation.tasks.perplexity import text_rows
+from skipcal.evaluation.tasks.task import Metrics, Record, answered, in_subsets, text_quality
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks.task.answers import Subject, answers, check_prompts
-from skipcal.evaluation.tasks.task.task import Metrics, Record, answered, drawn, in_subsets, text_quality
-from skipcal.evaluation.tasks.task.text_metrics import contains_answer, exact_match
+from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
+from skipcal.evaluation.tasks.task import Metrics, Record, answered, drawn, in_subsets, text_quality
+from skipcal.evaluation.tasks.text_metrics import contains_answer, exact_match
 from skipcal.text.corpora import file_sha256
 from skipcal.text.local_files import ending, open_text
 from skipcal.text.question_sets import read_records, text_field, unique

@@ -15,8 +15,8 @@ from skipcal.configs.sweep import PerplexitySettings
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.evaluation.statistics import Scale, Share
-from skipcal.evaluation.tasks.task.answers import Subject
-from skipcal.evaluation.tasks.task.task import ALL, Metrics, Record
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.task import ALL, Metrics, Record
 from skipcal.runtime.session import skipping
 from skipcal.text.batching import batches
 from skipcal.text.corpora import resolve_corpora, sample_corpus

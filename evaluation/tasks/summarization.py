@@ -13,9 +13,9 @@ from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks.task.answers import Subject, answers, check_prompts
-from skipcal.evaluation.tasks.task.task import Metrics, Record, answered, in_subsets, text_quality
-from skipcal.evaluation.tasks.task.text_metrics import copy_rate, rouge
+from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
+from skipcal.evaluation.tasks.task import Metrics, Record, answered, in_subsets, text_quality
+from skipcal.evaluation.tasks.text_metrics import copy_rate, rouge
 from skipcal.text.corpora import file_sha256
 from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
 

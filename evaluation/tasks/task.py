@@ -14,8 +14,8 @@ from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.statistics import Scale, Share
-from skipcal.evaluation.tasks.task.answers import Answer, Subject
-from skipcal.evaluation.tasks.task.text_metrics import COLLAPSED, agreement, common_prefix, repetition
+from skipcal.evaluation.tasks.answers import Answer, Subject
+from skipcal.evaluation.tasks.text_metrics import COLLAPSED, agreement, common_prefix, repetition
 
 Record = dict[str, Any]
 Item = TypeVar("Item")

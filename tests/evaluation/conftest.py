@@ -14,7 +14,7 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.calibrate.pipeline import calibrate_model
 from skipcal.configs.run import ProfileConfig
-from skipcal.evaluation.tasks.task.answers import Subject
+from skipcal.evaluation.tasks.answers import Subject
 from skipcal.profiles.schema import SkipProfile
 
 

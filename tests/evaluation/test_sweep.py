@@ -18,7 +18,7 @@ from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
 from skipcal.evaluation.records import RecordFile
 from skipcal.evaluation.statistics import Share, difference, estimate
 from skipcal.evaluation.sweep import COLUMNS, plan, run_sweep
-from skipcal.evaluation.tasks.task.task import ALL
+from skipcal.evaluation.tasks.task import ALL
 from skipcal.plots.sweep import save_sweep_figures
 from skipcal.profiles.schema import SkipProfile
 from skipcal.report.sweep import begin_folder, sweep_settings, tables, write_results

@@ -15,7 +15,7 @@ from skipcal.arch.loading import LoadedModel, load_model
 from skipcal.arch.locate import locate
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.tasks.task.answers import Subject, answers
+from skipcal.evaluation.tasks.answers import Subject, answers
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
 from skipcal.text.chat import chat_frame

@@ -14,8 +14,8 @@ import pytest
 from corpus_files import Words, jsonl, local, words
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.judge.judge.prompts import load_judge_prompts
-from skipcal.evaluation.tasks.task.freebaseqa import read_questions
+from skipcal.evaluation.judge.prompts import load_judge_prompts
+from skipcal.evaluation.tasks.freebaseqa import read_questions
 from skipcal.text.corpora import SHUFFLE_BUFFER, CorpusSample, resolve_corpora, sample_corpus
 from skipcal.text.local_files import ending, read_records, stem
 

@@ -29,8 +29,8 @@ from lm_eval_requests import (
     words,
 )
 
-from skipcal.evaluation.harness.library import skip_lm
-from skipcal.evaluation.harness.library.skip_lm import SkipLM
+from skipcal.evaluation.harness import skip_lm
+from skipcal.evaluation.harness.skip_lm import SkipLM
 
 
 @pytest.mark.parametrize("policy", [FULL, SOME, RANDOM, SHORT], ids=lambda policy: policy.method)

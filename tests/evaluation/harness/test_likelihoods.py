@@ -36,7 +36,7 @@ from lm_eval_requests import (
     stepwise,
 )
 
-from skipcal.evaluation.harness.library.skip_lm import SkipLM
+from skipcal.evaluation.harness.skip_lm import SkipLM
 
 
 @pytest.mark.parametrize("policy", [FULL, SOME, RANDOM, SHORT, DECODE], ids=lambda policy: policy.method)

@@ -27,9 +27,9 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.tasks import TaskManager
 from lm_eval_requests import FULL, RANDOM, SOME
 
-from skipcal.evaluation.harness.library import lm_eval as ours
-from skipcal.evaluation.harness.library.lm_eval import run_lm_eval
-from skipcal.evaluation.harness.library.skip_lm import SkipLM
+from skipcal.evaluation.harness import lm_eval as ours
+from skipcal.evaluation.harness.lm_eval import run_lm_eval
+from skipcal.evaluation.harness.skip_lm import SkipLM
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +286,10 @@ def test_a_model_object_needs_its_tokenizer(loaded: LoadedModel) -> None:
 
 def test_a_missing_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lm_eval", "skip_lm", "required"):
-        monkeypatch.delitem(sys.modules, f"skipcal.evaluation.harness.library.{name}")
+        monkeypatch.delitem(sys.modules, f"skipcal.evaluation.harness.{name}")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r'lm-eval is not installed; .* pip install "skipcal\[eval\]"'):
-        importlib.import_module("skipcal.evaluation.harness.library.lm_eval")
+        importlib.import_module("skipcal.evaluation.harness.lm_eval")
 
 
 def test_importing_skipcal_leaves_the_library_out() -> None:

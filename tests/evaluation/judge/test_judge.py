@@ -13,7 +13,7 @@ import pytest
 from judge_endpoint import OK, Endpoint, Step, serving
 
 from skipcal.errors import JudgeError
-from skipcal.evaluation.judge.judge.verdicts import Verdict
+from skipcal.evaluation.judge.verdicts import Verdict
 
 
 def test_verdicts_come_in_the_order_of_the_requests_and_say_where_they_are_from(endpoint: Endpoint) -> None:
@@ -222,9 +222,9 @@ def test_without_the_client_the_install_command_is_named(endpoint: Endpoint) -> 
     code = (
         "import sys; sys.modules['openai'] = None\n"
         "from pathlib import Path\n"
-        "from skipcal.evaluation.judge.judge.judge import ask\n"
-        "from skipcal.evaluation.judge.judge.settings import JudgeSettings\n"
-        "from skipcal.evaluation.judge.judge.verdicts import JudgeRequest\n"
+        "from skipcal.evaluation.judge.judge import ask\n"
+        "from skipcal.evaluation.judge.settings import JudgeSettings\n"
+        "from skipcal.evaluation.judge.verdicts import JudgeRequest\n"
         "from skipcal.errors import ConfigError\n"
         "try:\n"
         "    ask([JudgeRequest('i', 'rating', 's', 'u')], JudgeSettings('m'), Path(sys.argv[1]))\n"

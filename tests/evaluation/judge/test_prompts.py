@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.judge.judge.prompts import (
+from skipcal.evaluation.judge.prompts import (
     load_judge_prompts,
     pair_outcome,
     pair_requests,
     rating_requests_mtbench,
     rating_requests_summary,
 )
-from skipcal.evaluation.judge.judge.verdicts import JudgeRequest, Verdict, Winner
+from skipcal.evaluation.judge.verdicts import JudgeRequest, Verdict, Winner
 
 NASTY = "{answer} {0} {{x}} {} }{ %s \\1"
 

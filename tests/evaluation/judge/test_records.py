@@ -15,7 +15,7 @@ import pytest
 from judge_endpoint import OK, Endpoint, Step, requests
 
 from skipcal.errors import ConfigError
-from skipcal.evaluation.judge.judge.judge import ask
+from skipcal.evaluation.judge.judge import ask
 
 
 @contextmanager
@@ -23,9 +23,9 @@ def running(endpoint: Endpoint, count: int) -> Iterator[subprocess.Popen[bytes]]
     """A process that asks `count` requests, when five are finished and two under way."""
     code = (
         "import signal, sys; from pathlib import Path\n"
-        "from skipcal.evaluation.judge.judge.judge import ask\n"
-        "from skipcal.evaluation.judge.judge.settings import JudgeSettings\n"
-        "from skipcal.evaluation.judge.judge.verdicts import JudgeRequest\n"
+        "from skipcal.evaluation.judge.judge import ask\n"
+        "from skipcal.evaluation.judge.settings import JudgeSettings\n"
+        "from skipcal.evaluation.judge.verdicts import JudgeRequest\n"
         # a shell's background job inherits that Ctrl-C is ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "numbers = range(int(sys.argv[3]))\n"

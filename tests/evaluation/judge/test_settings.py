@@ -9,8 +9,8 @@ import pytest
 from judge_endpoint import requests
 
 from skipcal.errors import ConfigError
-from skipcal.evaluation.judge.judge.settings import JudgeSettings
-from skipcal.evaluation.judge.judge.verdicts import read_rating, read_winner
+from skipcal.evaluation.judge.settings import JudgeSettings
+from skipcal.evaluation.judge.verdicts import read_rating, read_winner
 
 
 @pytest.mark.parametrize(

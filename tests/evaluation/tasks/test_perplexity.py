@@ -16,8 +16,8 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.configs.sweep import PerplexitySettings
 from skipcal.core.policy import SkipPolicy
-from skipcal.evaluation.tasks.task.answers import Subject
-from skipcal.evaluation.tasks.task.perplexity import Perplexity, load_perplexity
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.perplexity import Perplexity, load_perplexity
 from skipcal.profiles.methods import METHODS, Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
 

@@ -13,11 +13,11 @@ import torch
 from skipcal.configs.sweep import BenchSettings, ContinuationSettings, QuestionSettings, SummarySettings
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError, Unavailable
-from skipcal.evaluation.tasks.task.answers import Subject, answers
-from skipcal.evaluation.tasks.task.continuation import load_continuation
-from skipcal.evaluation.tasks.task.freebaseqa import load_freebaseqa, read_questions
-from skipcal.evaluation.tasks.task.mtbench import load_mtbench
-from skipcal.evaluation.tasks.task.summarization import Story, load_summarization
+from skipcal.evaluation.tasks.answers import Subject, answers
+from skipcal.evaluation.tasks.continuation import load_continuation
+from skipcal.evaluation.tasks.freebaseqa import load_freebaseqa, read_questions
+from skipcal.evaluation.tasks.mtbench import load_mtbench
+from skipcal.evaluation.tasks.summarization import Story, load_summarization
 from skipcal.profiles.methods import Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skipcal.evaluation.tasks.task.text_metrics import (
+from skipcal.evaluation.tasks.text_metrics import (
     agreement,
     common_prefix,
     contains_answer,
