@@ -83,7 +83,10 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
         warn_of_overruled(loaded.model)
     run = _Sweep(subject, profile, config, folder)
     # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
-    done = [(task, run.arms(task, arms)) for each in tasks for task in _with_warm_ups(each, config.warm_ups)]
+    done: list[tuple[Task, list[ArmResult]]] = []
+    for each in tasks:
+        with subject.full_passes.kept():  # of one task: the memory is the next one's
+            done += [(task, run.arms(task, arms)) for task in _with_warm_ups(each, config.warm_ups)]
     rows: list[dict[str, Any]] = []
     for task, results in done:
         judged = {r.arm: judging.metrics(task, r, results[0]) for r in results} if judging else {}

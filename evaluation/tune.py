@@ -110,7 +110,7 @@ def _fast_enough(point: TunedPoint, budget: Budget) -> bool:
 
 
 class _Tuner:
-    """The measurements of one run; what they share is the model, the windows and their full-model losses."""
+    """The measurements of one run; they share the model, the windows and its full passes over them."""
 
     def __init__(self, loaded: LoadedModel, profile: SkipProfile, config: TuneConfig) -> None:
         self._profile = profile
@@ -145,7 +145,8 @@ class _Tuner:
         """Every point that was measured, and how a profile would keep it."""
         points: list[TunedPoint] = []
         settings: list[Settings | None] = []
-        with tqdm(desc="tune", unit="point", disable=None) as bar:
+        kept = self._subject.full_passes.kept()
+        with kept, tqdm(desc="tune", unit="point", disable=None) as bar:
             for warm_up in self._config.warm_up_tokens or [self._profile.policy.warm_up_tokens]:
                 for line in self._lines(warm_up):
                     for candidate in line:

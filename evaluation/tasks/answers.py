@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
+from skipcal.evaluation.full_passes import FullPasses
 from skipcal.runtime.greedy import greedy_decoding, until_stop
 from skipcal.runtime.session import skipping
 from skipcal.text.batching import batches, padded
@@ -33,12 +34,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model with its located blocks: what is evaluated. engine: of what is generated."""
+    """A loaded model with its located blocks: what is evaluated.
+
+    engine:      of what is generated.
+    full_passes: what the full model predicts over text; kept only where a run asks for it.
+    """
 
     loaded: LoadedModel
     architecture: Architecture
     chat_template: bool
     engine: str = "auto"
+    full_passes: FullPasses = field(default_factory=FullPasses, repr=False, compare=False)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to go on with.

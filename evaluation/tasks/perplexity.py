@@ -64,7 +64,7 @@ class Perplexity:
     def run(
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
-        """Two passes over each batch: the full model's, and the policy's."""
+        """Two passes over each batch: the full model's, unless `subject` kept it, and the policy's."""
         width = len(next(iter(self.windows.values())))
         size = max(1, min(batch_size, PASS_TOKENS // width))
         model: Any = subject.loaded.model
@@ -72,7 +72,7 @@ class Perplexity:
         for keys in batches(ids, size):
             rows = torch.tensor([self.windows[key] for key in keys], device=device)
             with torch.no_grad():
-                full = model(input_ids=rows, use_cache=False).logits
+                full = subject.full_passes.log_probabilities(model, rows, self.prompt_tokens - 1)
                 with skipping(
                     model,
                     policy=policy,
@@ -89,12 +89,14 @@ class Perplexity:
                     run.report,
                 )
 
-    def _scores(self, row: Tensor, logits: Tensor, full: Tensor) -> Record:
-        """Sums over the scored tokens of one window: ids [seq], logits [seq, vocabulary]."""
+    def _scores(self, row: Tensor, logits: Tensor, theirs: Tensor) -> Record:
+        """Sums over the scored tokens of one window: ids [seq], logits [seq, vocabulary].
+
+        theirs: the full model's log-probabilities at the scored positions.
+        """
         first = self.prompt_tokens - 1  # the prompt's last position predicts the first scored token
         past = self.warm_up_tokens + 1  # scored tokens before the first step past the warm-up
         mine = logits[first:-1].float().log_softmax(-1)
-        theirs = full[first:-1].float().log_softmax(-1)
         targets = row[first + 1 :, None]
         nll = -mine.gather(-1, targets)[:, 0].double()
         full_nll = -theirs.gather(-1, targets).double().sum()

@@ -152,3 +152,12 @@ def test_the_three_ratios_are_those_of_the_shipped_profile() -> None:
         point = points[float(target)]
         for said, kind in zip(cells, ("predicted", "realised", "verified"), strict=False):
             assert rounds_to(said, point[f"{kind}_skip_ratio"]), (target, kind)
+
+
+def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
+    groups = json.loads((ROOT / "tests" / "mutation.json").read_text())["groups"]
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(groups) == {"skip rule", "threshold inversion", "region fit", "statistics merge"}
+    for name, found in groups.items():
+        assert f"| {name} | {found['mutants']} | {found['killed']} | {found['score']:.3f} |" in told
+        assert found["score"] == round(found["killed"] / found["mutants"], 3) >= 0.85

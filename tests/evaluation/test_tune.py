@@ -131,6 +131,25 @@ def test_a_point_is_what_the_naive_way_measures(
     assert chosen.kl_high <= 0.05
 
 
+def test_the_full_model_runs_once_for_all_points(
+    worded: LoadedModel, gated: SkipProfile, worded_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    original: Any = type(worded.model).forward
+
+    def counted(self: Any, *args: Any, **named: Any) -> Any:
+        widths.append(named["input_ids"].shape[1])
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(type(worded.model), "forward", counted)
+    config = TuneConfig(
+        data_files=[str(worded_text)], prompts=6, prompt_tokens=24, max_kl=0.5, rules=["static"], batch_size=2
+    )  # fmt: skip
+    found = tune_profile(worded, gated, config).tuning
+    assert found is not None and len(found.points) > 2
+    assert widths.count(24) == 3 * (len(found.points) + 1)  # the blocks are located by a shorter row
+
+
 def test_the_profile_keeps_the_chosen_policy_and_the_papers(tuned: SkipProfile, gated: SkipProfile) -> None:
     region = (tuned.cosine_policy.cold_s, tuned.cosine_policy.cold_e)
     assert region == (gated.cosine_policy.cold_s, gated.cosine_policy.cold_e)
