@@ -11,14 +11,14 @@ import torch
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.sweep import SweepConfig
+from skipcal.core.policy import Policy
 from skipcal.evaluation import full_passes
 from skipcal.evaluation.sweep import run_sweep
-from skipcal.evaluation.tasks import Record
 from skipcal.evaluation.tasks.answers import Subject
 from skipcal.evaluation.tasks.perplexity import Perplexity
+from skipcal.evaluation.tasks.task import Record
 from skipcal.profiles.methods import Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
-from skipcal.runtime.policy import Policy
 from skipcal.runtime.session import skipping
 
 PROMPT, WARM_UP, LENGTH = 4, 2, 20
