@@ -62,20 +62,19 @@ def generate(
         check_engine(engine or "auto")
         found = SkipProfile.load(profile)
         console.importing()
-        policy = found.policy_for(target_skip_ratio)
+        found.policy_for(target_skip_ratio)  # what it refuses is refused before the model is loaded
 
         from skipcal.runtime.generation import generate_text
+        from skipcal.runtime.session import skipping
 
         loaded = console.load(given(ctx))
-        found.check_fits(loaded.model)
         done = generate_text(
             loaded,
-            policy,
+            skipping(loaded.model, found, target_skip_ratio=target_skip_ratio, engine=engine or "auto"),
             text,
             new_tokens=limit,
             chat_template=chat_template,
             seed=(seed or 0) if do_sample else None,
-            engine=engine or "auto",
             stream=None if as_json else sys.stdout,
         )
         console.result(done.to_dict(), _generated(done))

@@ -1,4 +1,4 @@
-"""From a skip ratio to a policy, by the operating points of a profile."""
+"""From a profile to a policy: what it recommends, or what its operating points say of another skip ratio."""
 
 from __future__ import annotations
 
@@ -8,74 +8,79 @@ from typing import TYPE_CHECKING
 
 from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.errors import ConfigError, TargetOutOfReach
+from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
 
 if TYPE_CHECKING:
     from skipcal.core.gate import GatePolicy
-    from skipcal.profiles.data import ProfileData
 
 
-def policy_for(profile: ProfileData, target_skip_ratio: float | None) -> Policy:
-    """See `SkipProfile.policy_for`."""
-    if isinstance(profile.policy, GateSettings):
-        return gate_policy_for(profile, target_skip_ratio)
-    if isinstance(profile.policy, StaticSettings):
+class ProfilePolicies(ProfileData):
+    """The policies of a profile."""
+
+    def policy_for(self, target_skip_ratio: float | None = None) -> Policy:
+        """The recommended policy, or the one of the same rule for another skip ratio.
+
+        Ratios between two operating points get the threshold between theirs; 0 is the full model.
+        Raises TargetOutOfReach beyond the last point and below the first; for a gate also Unavailable,
+        ProfileError and ProfileMismatch when its tensors are missing or are others.
+        """
+        if isinstance(self.policy, GateSettings):
+            return self.gate_policy(target_skip_ratio)
+        if isinstance(self.policy, StaticSettings):
+            if target_skip_ratio is not None:
+                raise TargetOutOfReach(
+                    f"target skip ratio {target_skip_ratio:g}: this profile's policy is a fixed set of "
+                    f"{len(self.policy.layers)} FFNs; leave the ratio out, or tune again with another budget"
+                )
+            return self.static_policy(self.policy)
+        return self.cosine_policy_for(target_skip_ratio)
+
+    def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
+        """The paper's rule at a skip ratio; see `policy_for`."""
+        policy = self.cosine_policy
+        if target_skip_ratio is None:
+            return policy
+        threshold = threshold_for(self.operating_points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
+        return replace(policy, threshold=threshold)
+
+    def gate_policy(self, target_skip_ratio: float | None = None) -> GatePolicy:
+        """The rule `gate` at a skip ratio; see `policy_for`. Raises ConfigError if there is no gate."""
+        from skipcal.core.gate import NEVER, GatePolicy
+
+        if self.gate is None:
+            raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
         if target_skip_ratio is not None:
-            raise TargetOutOfReach(
-                f"target skip ratio {target_skip_ratio:g}: this profile's policy is a fixed set of "
-                f"{len(profile.policy.layers)} FFNs; leave the ratio out, or tune again with another budget"
+            threshold = threshold_for(self.gate.operating_points, target_skip_ratio, never=NEVER)
+        elif isinstance(self.policy, GateSettings):
+            threshold = self.policy.threshold
+        else:
+            raise ConfigError(
+                "this profile's policy is not its gate, so the gate has no threshold of its own; "
+                "give a target skip ratio"
             )
-        return static_policy(profile, profile.policy)
-    return cosine_policy_for(profile, target_skip_ratio)
-
-
-def cosine_policy_for(profile: ProfileData, target_skip_ratio: float | None) -> SkipPolicy:
-    """See `SkipProfile.cosine_policy_for`."""
-    policy = profile.cosine_policy
-    if target_skip_ratio is None:
-        return policy
-    threshold = threshold_for(profile.operating_points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
-    return replace(policy, threshold=threshold)
-
-
-def gate_policy_for(profile: ProfileData, target_skip_ratio: float | None) -> GatePolicy:
-    """See `SkipProfile.gate_policy`."""
-    from skipcal.core.gate import NEVER, GatePolicy
-
-    if profile.gate is None:
-        raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
-    if target_skip_ratio is not None:
-        threshold = threshold_for(profile.gate.operating_points, target_skip_ratio, never=NEVER)
-    elif isinstance(profile.policy, GateSettings):
-        threshold = profile.policy.threshold
-    else:
-        raise ConfigError(
-            "this profile's policy is not its gate, so the gate has no threshold of its own; "
-            "give a target skip ratio"
+        # A search may have chosen another warm-up than the gate was fitted for.
+        settings = self.policy if isinstance(self.policy, GateSettings) else self.gate
+        tensors = self.tensors()
+        return GatePolicy(
+            gates=tensors.gates,
+            surrogates=tensors.surrogates,
+            threshold=threshold,
+            warm_up_tokens=settings.warm_up_tokens,
         )
-    # A search may have chosen another warm-up than the gate was fitted for.
-    settings = profile.policy if isinstance(profile.policy, GateSettings) else profile.gate
-    tensors = profile.tensors()
-    return GatePolicy(
-        gates=tensors.gates,
-        surrogates=tensors.surrogates,
-        threshold=threshold,
-        warm_up_tokens=settings.warm_up_tokens,
-    )
 
+    def static_policy(self, settings: StaticSettings) -> Policy:
+        """A fixed set of FFNs, with surrogates for them or without; see `gate_policy` for errors."""
+        from skipcal.core.chosen_ffns import ChosenFFNs
+        from skipcal.core.substituted import Substituted
 
-def static_policy(profile: ProfileData, settings: StaticSettings) -> Policy:
-    """See `SkipProfile.static_policy`."""
-    from skipcal.core.chosen_ffns import ChosenFFNs
-    from skipcal.core.substituted import Substituted
-
-    policy = ChosenFFNs(
-        method="static",
-        layers=tuple(settings.layers),
-        probability=1.0,
-        warm_up_tokens=settings.warm_up_tokens,
-    )
-    return Substituted(policy, profile.tensors().surrogates) if settings.surrogates else policy
+        policy = ChosenFFNs(
+            method="static",
+            layers=tuple(settings.layers),
+            probability=1.0,
+            warm_up_tokens=settings.warm_up_tokens,
+        )
+        return Substituted(policy, self.tensors().surrogates) if settings.surrogates else policy
 
 
 def threshold_for(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.files.reading import (
     read_bytes,
@@ -23,9 +23,7 @@ from skipcal.files.writing import (
     write_bytes_atomic,
     write_text_atomic,
 )
-from skipcal.profiles import policies
 from skipcal.profiles.agreement import check_agreement
-from skipcal.profiles.data import ProfileData
 from skipcal.profiles.fits import check_fits
 from skipcal.profiles.parts import (
     GateInfo,
@@ -33,21 +31,21 @@ from skipcal.profiles.parts import (
     StaticSettings,
     Tuning,
 )
+from skipcal.profiles.policies import ProfilePolicies
 from skipcal.profiles.sources import PROFILE_FILE, HubOptions, commit_of, fetch, locate, shipped_profiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from skipcal.core.gate import GatePolicy
     from skipcal.profiles.tensors import GateTensors
 
 logger = logging.getLogger(__name__)
 
 
-class SkipProfile(ProfileData):
+class SkipProfile(ProfilePolicies):
     """A saved calibration, and what is done with one: files, hub, policies.
 
-    Its fields are those of `skipcal.profiles.data.ProfileData`.
+    Its fields are those of `skipcal.profiles.data.ProfileData`, its policies are made in `policies`.
     """
 
     @model_validator(mode="after")
@@ -215,27 +213,6 @@ class SkipProfile(ProfileData):
         return self.model_copy(update={"tuning": tuning, "policy": policy, "paper_policy": paper})
 
     # Use
-
-    def policy_for(self, target_skip_ratio: float | None = None) -> Policy:
-        """The recommended policy, or the one of the same rule for another skip ratio.
-
-        Ratios between two operating points get the threshold between theirs; 0 is the full model.
-        Raises TargetOutOfReach beyond the last point and below the first; for a gate also Unavailable,
-        ProfileError and ProfileMismatch when its tensors are missing or are others.
-        """
-        return policies.policy_for(self, target_skip_ratio)
-
-    def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
-        """The paper's rule at a skip ratio; see `policy_for`."""
-        return policies.cosine_policy_for(self, target_skip_ratio)
-
-    def gate_policy(self, target_skip_ratio: float | None = None) -> GatePolicy:
-        """The rule `gate` at a skip ratio; see `policy_for`. Raises ConfigError if there is no gate."""
-        return policies.gate_policy_for(self, target_skip_ratio)
-
-    def static_policy(self, settings: StaticSettings) -> Policy:
-        """A fixed set of FFNs, with surrogates for them or without; see `gate_policy` for errors."""
-        return policies.static_policy(self, settings)
 
     def check_fits(self, model: PreTrainedModel, *, same_weights: bool | None = None) -> None:
         """Raise ProfileMismatch if `model` has another shape; warn if it has other weights.

@@ -13,10 +13,9 @@ from transformers import BatchEncoding, TextStreamer, set_seed
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import input_device
-from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.runtime.greedy import greedy_decoding, sampled_decoding, warn_of_overruled
-from skipcal.runtime.session import skipping
+from skipcal.runtime.session import SkipSession
 from skipcal.text.chat_template import WITHOUT, templated
 from skipcal.text.opening import row_ids
 
@@ -61,21 +60,20 @@ class Generation:
 
 def generate_text(
     loaded: LoadedModel,
-    policy: Policy,
+    session: SkipSession,
     prompt: str,
     *,
     new_tokens: int,
     chat_template: bool = True,
     seed: int | None = None,
-    engine: str = "auto",
     stream: TextIO | None = None,
 ) -> Generation:
     """Generate at most `new_tokens` tokens after `prompt`.
 
+    session:       what `skipping` returned for the model; it is entered here.
     chat_template: wrap the prompt by the tokenizer's template, where it has one.
     seed:          sample with this seed, by what the model's own settings say of the distribution; None is
                    greedy decoding. Its other settings, as beams, are not used, which a warning says.
-    engine:        as `skipping` takes it.
     stream:        where the text goes as it is made.
     Raises ConfigError for a text that does not fit the model, and for a template that refuses it.
     """
@@ -89,7 +87,7 @@ def generate_text(
     if seed is not None:
         set_seed(seed)
     begin = time.perf_counter()
-    with skipping(model, policy=policy, engine=engine) as run, decoding(model):
+    with session as run, decoding(model):
         start = time.perf_counter()
         # A step may be prepared before the token of the step before it is handed over.
         clock = _TimedStreamer(tokenizer, stream, lambda: time.perf_counter() - run.setup_s)

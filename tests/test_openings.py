@@ -36,6 +36,7 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import summarize
 from skipcal.report.tables import provenance
 from skipcal.runtime.generation import generate_text
+from skipcal.runtime.session import skipping
 
 BOS, EOS = ids_of("<s>", "</s>")
 
@@ -129,7 +130,7 @@ def maps(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) ->
 
 
 def generates(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) -> None:
-    assert generate_text(loaded, profile.policy_for(), "a few", new_tokens=3).prompt_tokens == 6
+    assert generate_text(loaded, skipping(loaded.model, profile), "a few", new_tokens=3).prompt_tokens == 6
 
 
 def calibrates(loaded: LoadedModel, profile: SkipProfile, text: Path, folder: Path) -> None:
@@ -298,8 +299,10 @@ def test_a_template_that_writes_the_opening_gets_no_second(closed: LoadedModel, 
     # Text that somebody rendered, given as a prompt or as a document, is no different.
     assert replace(subject, chat_template=False).encode([{"role": "user", "content": rendered}]) == encoded
     policy = SkipPolicy(cold_s=1, cold_e=7, threshold=2.0)
-    templated = generate_text(chatty, policy, "why", new_tokens=2)
-    by_hand = generate_text(chatty, policy, rendered, new_tokens=2, chat_template=False)
+    templated = generate_text(chatty, skipping(chatty.model, policy=policy), "why", new_tokens=2)
+    by_hand = generate_text(
+        chatty, skipping(chatty.model, policy=policy), rendered, new_tokens=2, chat_template=False
+    )
     assert templated.prompt_tokens == by_hand.prompt_tokens == len(encoded)
     assert templated.text == by_hand.text
     sample = sample_prompts(local(text), tokenizer, prompt_tokens=12, chat_template=True, prompts=3, seed=0)

@@ -12,6 +12,7 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.runtime import session
 from skipcal.runtime.engines.step_engine import StepEngine
 from skipcal.runtime.generation import generate_text
+from skipcal.runtime.session import skipping
 
 
 class FakeClock:
@@ -45,7 +46,9 @@ def test_set_up_is_neither_prefill_nor_decoding(
     clock.slow(StepEngine, "_prove", 100)  # two of them
     clock.slow(StepEngine, "run_no_sync", 1)
     policy = SkipPolicy(cold_s=1, cold_e=7, threshold=0.9, warm_up_tokens=0)
-    done = generate_text(worded, policy, "w5 w6 w7", new_tokens=6, engine=engine)
+    done = generate_text(
+        worded, skipping(worded.model, policy=policy, engine=engine), "w5 w6 w7", new_tokens=6
+    )
     assert (done.report.engine, done.report.prepared_passes) == (engine, 5)
     assert done.setup_s == 30 + 2 * 100
     assert done.prefill_s == 7 + ahead
