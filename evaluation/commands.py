@@ -176,9 +176,12 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     check_folder(place, recorded, overwrite=overwrite)
     loaded = console.load(settings.model_dump())
     found.check_fits(loaded.model)
-    begin_folder(place, recorded, overwrite=overwrite)
-    console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
-    result = run_sweep(loaded, found, settings, place)
+
+    def begin() -> None:
+        begin_folder(place, recorded, overwrite=overwrite)
+        console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
+
+    result = run_sweep(loaded, found, settings, place, begin=begin)
     written = write_results(result, loaded, recorded, command=command_line())
     console.result(_rows(result.frame), tables(result.frame))
     for path in written:
