@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from skipcal.arch.blocks import context_tokens
+from skipcal.arch.blocks import context_tokens, parallel_limit
 from skipcal.errors import ConfigError, Unavailable
 
 
@@ -20,6 +20,16 @@ def check_length(model: Any, tokens: int, what: str, *, lower: str) -> None:
     context = context_tokens(model.config)
     if context and tokens > context:
         raise ConfigError(f"{what} not fit the model's context of {context}; lower {lower}")
+
+
+def check_angles(model: Any, tokens: int, prompt_tokens: int, *, lower: str) -> None:
+    """Raise ConfigError for a row to which one pass gives other rotary angles than decoding does."""
+    longest = parallel_limit(model.config, prompt_tokens)
+    if longest is not None and tokens > longest:
+        raise ConfigError(
+            f"a row of {tokens} tokens is decoded with other rotary angles than one pass gives it, for the "
+            f"model changes them past {longest}; lower {lower}"
+        )
 
 
 def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:

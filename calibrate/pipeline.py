@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from skipcal.arch.limits import check_ids, check_length
+from skipcal.arch.limits import check_angles, check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.checkpoint import Checkpoint
@@ -166,7 +166,10 @@ class _Calibrator:
         generates = config.mode == "generate"
         length = config.prompt_tokens + (config.new_tokens if generates else 0)
         what, model = f"{length} tokens a row do", self._loaded.model
-        check_length(model, length, what, lower="--prompt-tokens or --new-tokens")
+        lower = "--prompt-tokens or --new-tokens"
+        check_length(model, length, what, lower=lower)
+        if generates or config.closed_loop_prompts:  # else the text is a prefill, and nothing is decoded
+            check_angles(model, length, self._passes.prompt_tokens, lower=lower)
         if generates and self._processes.leads:
             warn_of_overruled(model)
 

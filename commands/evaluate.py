@@ -119,3 +119,50 @@ def _lm_eval(
             lambda path: write_atomic(path, lambda file: frame.to_csv(file, index=False), overwrite=overwrite)
         )
         console.say(f"wrote {target}")
+<<<<<<< HEAD:commands/evaluate.py
+=======
+
+
+def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwrite: bool) -> None:
+    from skipcal.profiles.schema import SkipProfile
+
+    found = SkipProfile.load(settings.profile)
+
+    console.importing()
+    from skipcal.evaluation.outputs import (
+        SETTINGS,
+        begin_folder,
+        check_folder,
+        sweep_settings,
+        tables,
+        write_results,
+    )
+    from skipcal.evaluation.records import digest
+    from skipcal.evaluation.sweep import plan, run_sweep
+
+    plan(found, settings)
+    recorded = sweep_settings(settings, found)
+    place = folder or Path("runs") / f"evaluate-{digest(recorded)}"
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file; give the name of a folder with --output")
+    console.output(place / SETTINGS, overwrite=True)
+    check_folder(place, recorded, overwrite=overwrite)
+    loaded = console.load(settings.model_dump())
+    found.check_fits(loaded.model)
+
+    def begin() -> None:
+        begin_folder(place, recorded, overwrite=overwrite)
+        console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
+
+    result = run_sweep(loaded, found, settings, place, begin=begin)
+    written = write_results(result, loaded, recorded, command=command_line())
+    console.result(_rows(result.frame), tables(result.frame))
+    for path in written:
+        console.say(f"wrote {path}")
+
+
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    """A table as JSON values; what is missing is null."""
+    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
+>>>>>>> ff6c25ef331aa67786fc744141a12d08dde67821:evaluation/commands.py

@@ -13,6 +13,11 @@ from skipcal.commands.console import check_typed, command, given
 from skipcal.configs.names import check_engine
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.text.local_files import open_text
+from skipcal.calibrate.local_files import read_text
+from skipcal.configs import options as opt
+from skipcal.console import check_typed, command, given
+from skipcal.errors import ConfigError
+from skipcal.runtime.engines.choice import check_engine
 
 if TYPE_CHECKING:
     from skipcal.runtime.generation import Generation
@@ -84,13 +89,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise ConfigError("give the prompt once, with --prompt TEXT or --prompt-file FILE")
     if file is not None:
-        try:
-            with open_text(file) as opened:
-                prompt = opened.read()
-        except UnicodeDecodeError as error:
-            raise Unavailable(f"prompt file {file} is not UTF-8 text (byte {error.start})") from error
-        except OSError as error:
-            raise Unavailable(f"prompt file {file} cannot be read ({error.strerror})") from error
+        prompt = read_text(file)
     assert prompt is not None
     check_typed("--prompt", prompt)
     if not prompt.strip():

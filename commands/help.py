@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,7 +20,12 @@ class Command(TyperCommand):
     """A command whose options are told section by section, and whose paths may begin with `~`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words that were typed."""
+        """Read the words that were typed. An empty one is what a shell makes of a variable without value."""
+        typed, _, order = self.make_parser(ctx).parse_args(list(args))
+        for parameter in order:
+            words = typed.get(str(parameter.name))
+            if "" in (words if isinstance(words, list | tuple) else [words]):
+                raise typer.BadParameter("it is empty; give a value", ctx, cast(Any, parameter))
         rest: list[str] = super().parse_args(ctx, args)
         ctx.params = at_home("", ctx.params)
         return rest

@@ -60,9 +60,17 @@ class SweepResult:
     folder: Path
 
 
-def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, folder: Path) -> SweepResult:
+def run_sweep(
+    loaded: LoadedModel,
+    profile: SkipProfile,
+    config: SweepConfig,
+    folder: Path,
+    *,
+    begin: Callable[[], None] = lambda: None,
+) -> SweepResult:
     """Run all arms whose records are not in `folder` yet, and put the table together.
 
+    begin:      called when all items are read and fit the model, before anything is written.
     value:      over all items of the subset, with a 95 % bootstrap interval over items.
     difference: to the full model on the same items, with a paired interval.
     An interruption loses the batch that is running; the same call goes on from there.
@@ -82,6 +90,7 @@ def run_sweep(loaded: LoadedModel, profile: SkipProfile, config: SweepConfig, fo
     if any(task.name != "perplexity" for task in tasks):  # which decodes nothing
         warn_of_overruled(loaded.model)
     run = _Sweep(subject, profile, config, folder)
+    begin()
     # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
     done: list[tuple[Task, list[ArmResult]]] = []
     for each in tasks:

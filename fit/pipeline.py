@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from skipcal.arch.limits import check_ids, check_length
+from skipcal.arch.limits import check_angles, check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.calibrate.closed_loop import RealisedCurve
@@ -110,6 +110,7 @@ class _Fitter:
             )
         what = f"windows of {config.prompt_tokens} tokens do"
         check_length(self._model, config.prompt_tokens, what, lower="--prompt-tokens")
+        check_angles(self._model, config.prompt_tokens, self._given, lower="--prompt-tokens")
         self._rank = self._chosen_rank()
         self._samples = self._read()
         check_ids(self._model, (row for s in self._samples for row in (*s.prompts, *s.held_out)))

@@ -124,6 +124,17 @@ def prepare_options(options: dict[str, Any], default: Any) -> dict[str, Any]:
     return {**options, "generation_config": config}
 
 
+def signature_of(owner: Any, name: str) -> inspect.Signature:
+    """That of `owner.name`; where it takes `*args` and tells no names, of the method that it stands for."""
+    own = [vars(kind)[name].__get__(owner) for kind in type(owner).__mro__ if name in vars(kind)]
+    found = [inspect.signature(method) for method in (getattr(owner, name), *own)]
+    return next((each for each in found if not _nameless(each)), found[0])
+
+
+def _nameless(signature: inspect.Signature) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values())
+
+
 def call_arguments(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:

@@ -8,7 +8,6 @@ your own, or (`teacher_forced=True`) around parallel forward passes over a known
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ from skipcal.runtime.generate_call import (
     call_arguments,
     prepare_options,
     refuse_continuous_batching,
+    signature_of,
 )
 from skipcal.runtime.tokens import DecodeTokens
 from skipcal.runtime.turn import Turn
@@ -230,7 +230,7 @@ class SkipSession:
 
     def _attach(self, architecture: Architecture) -> None:
         model, stack = self._model, architecture.stack
-        self._stack_signature = inspect.signature(stack.forward)
+        self._stack_signature = signature_of(stack, "forward")
         self._patches.before_forward(model, self._before_model)
         self._patches.before_forward(stack, self._before_stack)
         self._patches.after_forward(stack, self._after_stack, always_call=True)
@@ -303,7 +303,7 @@ class SkipSession:
     # generate()
 
     def _generating(self, original: Any) -> Any:
-        signature = inspect.signature(original)
+        signature = signature_of(self._model, "generate")
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -233,6 +234,14 @@ def test_missing_things_exit_with_4(here: Path, tiny_folder: Path) -> None:
     assert "--data-files PATH" in line
     line = refused("generate", "--profile", SHIPPED, "--prompt-file", "no.txt", code=4)
     assert "no.txt cannot be read" in line
+    for name, content, message in (
+        ("none.txt.gz", b"Why?", "it is not what .gz says"),
+        ("utf-16.txt", "Why?".encode("utf-16-le"), "is binary, not text"),
+        ("latin.txt", b"\xe4h?", "is not UTF-8 text (byte 0)"),
+        ("cut.txt.gz", gzip.compress(b"Why is that so?")[:-9], "or is cut off"),
+    ):
+        (here / name).write_bytes(content)
+        assert message in refused("generate", "--profile", SHIPPED, "--prompt-file", name, code=4)
     assert not (here / "p.json").exists()
 
 
@@ -257,6 +266,10 @@ def test_missing_things_exit_with_4(here: Path, tiny_folder: Path) -> None:
         (["--attn-implementation", "magic"], "attn_implementation 'magic' cannot be used"),
         (["--new-tokens", "3000"], "do not fit the model's context of 256"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
+        (["--trace", ""], "'--trace': it is empty"),
+        (["--trace="], "'--trace': it is empty"),
+        (["--data-files", ""], "'--data-files': it is empty"),
+        (["--config", ""], "'--config': it is empty"),
     ],
 )
 def test_faulty_options_exit_with_2_before_anything_is_written(
@@ -265,6 +278,21 @@ def test_faulty_options_exit_with_2_before_anything_is_written(
     line = refused(*quick(tiny_folder, text_file), *args, "-o", "p.json", code=2)
     assert message in line
     assert [p.name for p in here.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("show", ""),
+        ("generate", "--profile="),
+        ("plot", SHIPPED, "-o", ""),
+        ("sweep", "-o", ""),
+        ("profile", "-o", ""),
+    ],
+)
+def test_a_word_without_anything_in_it_is_no_default(here: Path, args: tuple[str, ...]) -> None:
+    assert "it is empty; give a value" in refused(*args, code=2)
+    assert not list(here.iterdir())
 
 
 def test_text_that_is_too_short_or_none_exits_with_4(here: Path, tiny_folder: Path, text_file: Path) -> None:

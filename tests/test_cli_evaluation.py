@@ -150,6 +150,19 @@ def test_mistakes_are_one_line(here: Path, args: tuple[str, ...], code: int, mes
     assert not list(Path.cwd().glob("runs/*/results.csv"))
 
 
+def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(here: Path) -> None:
+    def evaluated(folder: str, window: str, *more: str) -> tuple[str, ...]:
+        text = ("--data-files", "text.txt", "--items", "2", "--window-tokens", window)
+        return ("evaluate", *MODEL, "--task", "perplexity", *text, "-o", folder, *more)
+
+    assert "lower --window-tokens" in refused(*evaluated("out", "400"), code=2)
+    assert not list(Path("out").iterdir())
+    run(*evaluated("out", "60"))  # nothing holds the folder for the settings that were refused
+    held = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    refused(*evaluated("out", "400", "--overwrite"), code=2)
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == held
+
+
 def test_bad_items_are_one_line(here: Path) -> None:
     for rows, message in (
         ('{"id": "a", "question": "w1"}\n', "question 'a' has no answers"),

@@ -19,6 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
+from skipcal.calibrate.known import KNOWN_CORPORA, Corpus, likely, resolve_corpora
+from skipcal.calibrate.local_files import read_records, read_text, whole_characters
+from skipcal.calibrate.retry import retried
 from skipcal.errors import ConfigError, Unavailable, first_words
 from skipcal.text.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
 from skipcal.text.known import KNOWN_CORPORA, Corpus, likely, resolve_corpora
@@ -247,13 +251,7 @@ def _joined_by(corpus: Corpus) -> str | None:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        with open_text(path) as file:
-            text = file.read(STREAM_CHARACTERS)
-    except Exception as error:  # what the decompressors raise
-        raise unreadable(path, error) from error
-    if "\0" in text:
-        raise Unavailable(f"{path} is binary, not text; pass a UTF-8 text file")
+    text = read_text(path, STREAM_CHARACTERS)
     if not text.strip():
         raise Unavailable(f"{path} is empty; pass a file with text in it")
     return text

@@ -39,6 +39,18 @@ def open_text(path: Path) -> TextIO:
     return opened
 
 
+def read_text(path: Path, characters: int = -1) -> str:
+    """The file's text, or so many characters of it. Raises Unavailable where it is none."""
+    try:
+        with open_text(path) as file:
+            text = file.read(characters)
+    except Exception as error:  # what the decompressors raise
+        raise unreadable(path, error) from error
+    if "\0" in text:
+        raise Unavailable(f"{path} is binary, not text; pass a UTF-8 text file")
+    return text
+
+
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each record of a table with its place, for messages. JSON is one record a line, or one array.
 

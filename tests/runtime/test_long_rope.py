@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import attentive, lively
+from conftest import attentive, lively, word_tokenizer
 from sessions import Heard
 from transformers import DynamicCache, StoppingCriteria
 
 from skipcal.arch.blocks import parallel_limit
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import SessionError
+from skipcal.arch.loading import LoadedModel
+from skipcal.calibrate.pipeline import calibrate_model
+from skipcal.configs.run import ProfileConfig
+from skipcal.errors import ConfigError, SessionError
+from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 SWITCH = 16  # tokens up to which the short factors hold
@@ -165,6 +170,15 @@ def test_dynamic_angles_are_those_of_the_prompt_or_of_no_pass(dynamic: Any) -> N
         dynamic(ids[:, : SWITCH + 2], use_cache=False)
         with pytest.raises(SessionError, match=f"past {SWITCH + 2}"):
             dynamic(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("mode", ["generate", "prefill"])
+def test_a_profile_of_rows_past_the_switch_is_refused_before_any_text_is_read(phi: Any, mode: str) -> None:
+    loaded = LoadedModel(model=phi, tokenizer=word_tokenizer(), name="phi", revision=None)
+    cut = SWITCH + 1 if mode == "prefill" else 6
+    rows: Any = {"mode": mode, "prompt_tokens": cut, "new_tokens": SWITCH - 5, "warm_up_tokens": 2}
+    with pytest.raises(ConfigError, match=f"{SWITCH + 1} tokens .* past {SWITCH}; lower --prompt-tokens"):
+        calibrate_model(loaded, ProfileConfig(data_files=["none.txt"], **rows))
 
 
 def test_the_limit_is_the_narrowest_of_the_layers(phi: Any, dynamic: Any, tiny: Any) -> None:

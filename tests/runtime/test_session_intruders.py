@@ -16,6 +16,7 @@ from conftest import lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessions import ALWAYS, ROWS, SOME, prompt, state_of
+from transformers import GenerationConfig
 
 from skipcal.arch.locate import locate
 from skipcal.core.whole_layers import SkipDecode
@@ -114,6 +115,38 @@ def test_methods_of_the_model_may_be_wrapped_too(
     follow(order, tiny, lambda: wrapper(tiny, name))
     assert torch.equal(decoded(tiny), plain)
     assert torch.equal(skipped(tiny, engine="recorded"), skipping_ones)
+
+
+def deriving(model: Any, name: str) -> None:
+    """Override a method in a class of one's own, as code that comes with a model does."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(model.__class__, self), name)(*args, **kwargs)
+
+    model.__class__ = type("Derived", (type(model),), {name: method})
+
+
+@pytest.mark.parametrize("wrapper", [closed_over, deriving])
+def test_a_wrapper_that_names_no_arguments_may_be_called_by_place(tiny: Any, wrapper: Any) -> None:
+    inputs = (prompt(ROWS)["input_ids"], GenerationConfig(**OPTIONS))
+    with skipping(tiny, policy=SOME):
+        expected = tiny.generate(*inputs)
+    wrapper(tiny, "generate")
+    with skipping(tiny, policy=SOME):
+        assert torch.equal(tiny.generate(*inputs), expected)
+        with pytest.raises(SessionError, match="assistant_model"):
+            tiny.generate(*inputs, assistant_model=tiny)
+
+
+def test_a_stack_that_names_no_arguments_may_be_called_by_place(tiny: Any) -> None:
+    ids, mask = prompt(ROWS).values()
+    with skipping(tiny, policy=ALWAYS, teacher_forced=True) as named:
+        tiny.model(ids, mask)
+    closed_over(tiny.model, "forward")
+    with skipping(tiny, policy=ALWAYS, teacher_forced=True) as run:
+        tiny.model(ids, mask)
+    assert run.report.decode_steps == named.report.decode_steps
+    assert run.report.skipped_per_layer == named.report.skipped_per_layer
 
 
 def test_what_wraps_ours_is_called_and_skips_as_ours_does(tiny: Any) -> None:
