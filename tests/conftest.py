@@ -33,9 +33,10 @@ import torch  # noqa: E402
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
-    from interpreted import mend_loop_bounds
+    from interpreted import mend_loop_bounds, patch_language_once
 
     mend_loop_bounds()
+    patch_language_once()
 
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,47 @@ def mend_loop_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+def patch_language_once() -> None:
+    """Let a launch put the interpreter's functions into Triton's language once, and take all of them out.
+
+    It does so anew in every call of one jitted function by another, and looks through the whole language
+    for what to replace each time: most of the time that a small kernel takes.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    whole = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    patch, patch_builtin, scope_class = (
+        interpreter._patch_lang, interpreter._patch_builtin, interpreter._LangPatchScope
+    )  # fmt: skip
+    replacements: dict[Any, list[tuple[str, Any]]] = {}
+    launched = []
+
+    class Launch(scope_class):  # type: ignore[misc, valid-type]
+        def restore(self) -> None:
+            super().restore()
+            launched.clear()
+
+    def patch_builtin_again(package: Any, builder: Any, scope: Any) -> None:
+        if package not in replacements:
+            first = scope_class()
+            patch_builtin(package, builder, first)
+            replacements[package] = [(name, getattr(package, name)) for _, name, _ in first._changes]
+            first.restore()
+        for name, member in replacements[package]:
+            scope.set_attr(package, name, member)
+
+    def patch_at_launch(function: Any) -> Any:
+        if launched:
+            return scope_class()  # of a call within the launch: nothing is left to do
+        launched.append(function)
+        return patch(whole)
+
+    interpreter._LangPatchScope = Launch
+    interpreter._patch_builtin = patch_builtin_again
+    interpreter._patch_lang = patch_at_launch
 
 
 class Reads:

@@ -131,24 +131,23 @@ def test_realised_ratios_are_what_a_session_reports(
 ) -> None:
     result = calibrate(loaded, texts, closed_loop=closed_loop, cold_s=1, cold_e=7, closed_loop_prompts=6)
     model: Any = loaded.model
-    prompts = [prompt for corpus in prompts_of(texts, result) for prompt in corpus]
+    rows = [torch.tensor([prompt]) for corpus in prompts_of(texts, result) for prompt in corpus]
+
+    def continued(ids: torch.Tensor) -> Any:
+        mask = torch.ones_like(ids)
+        return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=14, do_sample=False)
+
+    if closed_loop == "teacher-forced":
+        rows = [continued(ids) for ids in rows]
+    teacher: dict[str, Any] = {"teacher_forced": True, "prompt_tokens": 8}
     assert len(result.profile.operating_points) == 12  # 0.05 to 0.6: 5 of 8 FFNs can be skipped
     for point in result.profile.operating_points:
         policy = result.profile.policy_for(point.target_skip_ratio)
-        skipped = steps = 0
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False}
-            if closed_loop == "decode":
-                with skipping(model, policy=policy) as run:
-                    model.generate(input_ids=ids, **options)
-            else:
-                text = model.generate(input_ids=ids, **options)
-                with skipping(model, policy=policy, teacher_forced=True, prompt_tokens=8) as run:
-                    model(text, use_cache=False)
-            skipped += run.report.skipped_blocks
-            steps += run.report.decode_steps_after_warm_up
-        assert point.realised_skip_ratio == pytest.approx(skipped / (8 * steps), abs=0.004)
+        with skipping(model, policy=policy, **({} if closed_loop == "decode" else teacher)) as run:
+            for ids in rows:
+                continued(ids) if closed_loop == "decode" else model(ids, use_cache=False)
+        found = run.report.skipped_blocks / (8 * run.report.decode_steps_after_warm_up)
+        assert point.realised_skip_ratio == pytest.approx(found, abs=0.004)
 
 
 def test_prefill_mode_measures_the_text_itself(loaded: LoadedModel, texts: list[str]) -> None:

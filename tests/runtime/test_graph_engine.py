@@ -21,6 +21,8 @@ from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
+from skipcal.runtime.gate import GatePolicy, Gates
+from skipcal.runtime.ops import decode_attention as attention
 from skipcal.runtime.ops import ffn, project
 from skipcal.runtime.ops.decode_attention import decode_attention
 from skipcal.runtime.session import skipping
@@ -235,6 +237,8 @@ def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="a CPU build of torch brings no Triton")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(attention, "_BLOCK", 4)  # then more than one split has slots
+        monkeypatch.setattr(attention, "_PROGRAMS", 12)
     monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
     monkeypatch.setattr(project, "ONE_ROW", (16, 64, 4, 1))
     model = lively("llama", num_hidden_layers=2)
