@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from skipcal.calibrate import options as own
 from skipcal.configs import options as opt
 from skipcal.console import command, given, listed
 from skipcal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from skipcal.arch.loading import LoadedModel
 
 
 @opt.takes(opt.loading)
@@ -51,6 +54,7 @@ def fit(
 
         settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
+        settings = console.settled(found, settings)
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
         output_file = console.output(target, overwrite=settings.overwrite, alone=False)
         console.output(beside(target), overwrite=settings.overwrite)
@@ -107,6 +111,7 @@ def tune(
 
         settings = load_tune(config, {**given(ctx, "rules"), "rules": listed("--rules", rules)})
         found = SkipProfile.load(settings.profile or _own_profile(settings.model))
+        settings = console.settled(found, settings)
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
         alone = found.gate is None
         profile_file = console.output(target, overwrite=settings.overwrite, alone=alone)
@@ -171,13 +176,18 @@ def compare(
 
         console.importing()
         from skipcal.calibrate.compare import CompareConfig, check_folder, run_compare
+        from skipcal.profiles.schema import SkipProfile
 
         held = None
         if output:
             main = check_folder(output, with_text=bool(corpus or data_files), overwrite=overwrite)
             held = console.output(main, overwrite=overwrite)
 
-        result = run_compare(sources, CompareConfig(**asked), lambda: console.load(loading))
+        def loaded() -> LoadedModel:
+            first = SkipProfile.load(sources[0])  # the others are of the same model
+            return console.load(console.with_own_model(first, loading))
+
+        result = run_compare(sources, CompareConfig(**asked), loaded)
         written = []
         if held:
             place = held.write(lambda path: result.save(path.parent, overwrite=overwrite))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from skipcal.configs import completion
-from skipcal.configs.help import OUTPUT, TEXT
-from skipcal.configs.options import option
+from skipcal.configs.help import MODEL, OUTPUT, TEXT
+from skipcal.configs.options import EMBEDDED, MODEL_FORMS, option
 
 # profile
 
+Model = Annotated[
+    str | None,
+    option("--model", metavar="NAME", section=MODEL, help=f"{MODEL_FORMS} Default: {EMBEDDED}."),
+]
 Mode = Annotated[
     str | None,
     option(

@@ -17,6 +17,8 @@ from skipcal.configs.help import GENERAL, MODEL, OUTPUT, TEXT
 from skipcal.configs.names import DTYPES, QUANTIZATIONS
 from skipcal.runtime.engines.choice import ENGINES
 
+MODEL_FORMS = "Hub id, folder, FILE.gguf or HUB-ID:FILE.gguf."
+EMBEDDED = "the embedded SmolLM2-135M-Instruct"
 PROFILE_FORMS = "file, folder, shipped name or hub id org/name[@revision]"
 
 
@@ -65,7 +67,7 @@ Model = Annotated[
         "--model",
         metavar="NAME",
         section=MODEL,
-        help="Hub id, folder, FILE.gguf or HUB-ID:FILE.gguf. Default: the embedded SmolLM2-135M-Instruct.",
+        help=f"{MODEL_FORMS} Default: the profile's model, without a profile {EMBEDDED}.",
     ),
 ]
 Revision = Annotated[

@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from skipcal.arch.embedded import EMBEDDED_MODEL
 from skipcal.profiles.markdown import escaped, fenced, table
+from skipcal.profiles.own_model import of_embedded_model
 from skipcal.profiles.parts import CorpusInfo, GateSettings, StaticSettings
 from skipcal.profiles.reading import printable
 from skipcal.profiles.summary import is_policy, ranges, ratio
@@ -266,8 +266,3 @@ def _citation(profile: SkipProfile) -> str:
         f"  version = {{{version}}},\n  year    = {{2026}}\n}}"
     )
     return f"```bibtex\n{CITATION}\n\n{own}\n```"
-
-
-def of_embedded_model(profile: SkipProfile) -> bool:
-    """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
-    return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None

@@ -66,7 +66,7 @@ def generate(
 
         from skipcal.runtime.generation import generate_text
 
-        loaded = console.load(given(ctx))
+        loaded = console.load(console.with_own_model(found, given(ctx)))
         found.check_fits(loaded.model)
         done = generate_text(
             loaded,
