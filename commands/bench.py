@@ -46,6 +46,8 @@ def bench(
     with command(as_json, debug) as console:
         from skipcal.configs.bench import load_bench
         from skipcal.files.writing import dump_json, write_text_atomic
+        from skipcal.profiles.files import dump_json, write_text_atomic
+        from skipcal.profiles.schema import SkipProfile
 
         options = given(ctx, "ratios", "output", "overwrite")
         settings = load_bench(config, {**options, "ratios": numbers("--ratios", ratios)})
@@ -56,7 +58,9 @@ def bench(
         from skipcal.speed.table import to_text
 
         check_shape(settings)
-        result = {**run_bench(settings, load_subject(settings)), "command": command_line()}
+        if settings.profile is not None:
+            settings = console.settled(SkipProfile.load(settings.profile), settings)
+        result = {**run_bench(settings, load_subject(settings, console.load)), "command": command_line()}
         written = None
         if held is not None:
             written = held.write(lambda path: write_text_atomic(path, dump_json(result), overwrite=overwrite))

@@ -7,9 +7,16 @@ from typing import Annotated
 from skipcal.commands import completion
 from skipcal.commands.help import OUTPUT, TEXT
 from skipcal.commands.options import option
+from skipcal.configs import completion
+from skipcal.configs.help import MODEL, OUTPUT, TEXT
+from skipcal.configs.options import EMBEDDED, MODEL_FORMS, option
 
 # profile
 
+Model = Annotated[
+    str | None,
+    option("--model", metavar="NAME", section=MODEL, help=f"{MODEL_FORMS} Default: {EMBEDDED}."),
+]
 Mode = Annotated[
     str | None,
     option(

@@ -13,18 +13,23 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from skipcal.calibrate.processes import Processes
-from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, first_words
+from skipcal.errors import ConfigError, ProcessFailed, SkipcalError, Unavailable, first_words
 from skipcal.quiet import TALKATIVE
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from skipcal.arch.loading import LoadedModel
     from skipcal.files.output import Output
+    from skipcal.profiles.output import Output
+    from skipcal.profiles.schema import SkipProfile
 
+Settings = TypeVar("Settings", bound="BaseModel")
 logger = logging.getLogger(__name__)
 _WORTH_TELLING_S = 2.0  # what takes longer says so at its end
 
@@ -42,6 +47,7 @@ class Console:
         self.processes = processes
         self.on_interrupt = "no output was written or changed"
         self._outputs = contextlib.ExitStack()
+        self._named_by_profile = False
 
     def document(self, text: str, readable: str) -> None:
         """The command's result as JSON text, or for people."""
@@ -74,10 +80,28 @@ class Console:
         """Say what takes a while, to somebody who watches: a line on stderr, where that is a terminal."""
         logger.info("%s ...", what)
 
+    def with_own_model(self, profile: SkipProfile, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the profile's own model where they name none, as every command has it.
+
+        It is loaded as it was for the profile, in what the options do not say otherwise.
+        """
+        from skipcal.profiles.own_model import own_model
+
+        asked = {name: value for name, value in options.items() if value is not None}
+        own = {} if "model" in asked else own_model(profile)
+        self._named_by_profile = bool(own)
+        return {**own, **asked}
+
+    def settled(self, profile: SkipProfile, settings: Settings) -> Settings:
+        """The same for settings."""
+        asked = {name: getattr(settings, name) for name in settings.model_fields_set}
+        return settings.model_copy(update=self.with_own_model(profile, asked))
+
     def load(self, options: Mapping[str, Any]) -> LoadedModel:
         """The model that options or settings name, without bars unless stderr is a terminal.
 
-        What they do not say is as ModelSettings has it. Raises ConfigError for a value that cannot be used.
+        What they do not say is as ModelSettings has it. A model that a profile named is told of on stderr.
+        Raises ConfigError for a value that cannot be used.
         """
         from skipcal.arch.embedded import EMBEDDED_MODEL
         from skipcal.configs.run import ModelSettings, load_settings
@@ -88,10 +112,18 @@ class Console:
 
         from skipcal.arch.loading import load_model
         from skipcal.arch.placement import memory_limits
+        from skipcal.profiles.reading import printable
 
         name, limits = settings.pop("model"), memory_limits(settings.pop("max_memory"))
         self.doing(f"loading {name or EMBEDDED_MODEL}")
-        return load_model(name, max_memory=limits, **settings)
+        if not self._named_by_profile:
+            return load_model(name, max_memory=limits, **settings)
+        at = f" at revision {settings['revision']}" if settings["revision"] else ""
+        self.complain(f"the model is the profile's, {printable(name + at)}; --model names another")
+        try:
+            return load_model(name, max_memory=limits, **settings)
+        except Unavailable as error:
+            raise Unavailable(f"{error}; the profile names this model, --model names a copy of it") from error
 
     def importing(self) -> None:
         """Say that torch and transformers are imported next, unless they are there."""

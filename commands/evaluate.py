@@ -99,7 +99,7 @@ def _lm_eval(
     methods = [m for m in options.get("methods", ["ffn-skip"]) if m != "full"]
     policies = [(Arm("full", None), make_policy("full", found, ask))]
     policies += [(Arm(method, ratio), make_policy(method, found, ask)) for method in methods]
-    loaded = console.load(options)
+    loaded = console.load(console.with_own_model(found, options))
     found.check_fits(loaded.model)
     warn_of_other_opening(found, loaded.tokenizer)
     frame = run_lm_eval(
@@ -127,6 +127,7 @@ def _sweep(console: Console, settings: SweepConfig, folder: Path | None, overwri
     from skipcal.profiles.schema import SkipProfile
 
     found = SkipProfile.load(settings.profile)
+    settings = console.settled(found, settings)
 
     console.importing()
     from skipcal.evaluation.outputs import (

@@ -72,7 +72,12 @@ def generate(
         from skipcal.runtime.generation import generate_text
         from skipcal.runtime.session import skipping
 
+<<<<<<< HEAD:commands/generate.py
         loaded = console.load(given(ctx))
+=======
+        loaded = console.load(console.with_own_model(found, given(ctx)))
+        found.check_fits(loaded.model)
+>>>>>>> 088402281f7cc00ca4ff2ffcce63b5fc820626f0:runtime/command.py
         done = generate_text(
             loaded,
             skipping(loaded.model, found, target_skip_ratio=target_skip_ratio, engine=engine or "auto"),

@@ -16,6 +16,8 @@ from skipcal.commands import completion
 from skipcal.commands.help import GENERAL, MODEL, OUTPUT, TEXT
 from skipcal.configs.names import DTYPES, ENGINES, QUANTIZATIONS
 
+MODEL_FORMS = "Hub id, folder, FILE.gguf or HUB-ID:FILE.gguf."
+EMBEDDED = "the embedded SmolLM2-135M-Instruct"
 PROFILE_FORMS = "file, folder, shipped name or hub id org/name[@revision]"
 
 
@@ -64,7 +66,7 @@ Model = Annotated[
         "--model",
         metavar="NAME",
         section=MODEL,
-        help="Hub id, folder, FILE.gguf or HUB-ID:FILE.gguf. Default: the embedded SmolLM2-135M-Instruct.",
+        help=f"{MODEL_FORMS} Default: the profile's model, without a profile {EMBEDDED}.",
     ),
 ]
 Revision = Annotated[

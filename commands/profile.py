@@ -23,6 +23,7 @@ UNFINISHED = ".unfinished"  # after the output's name: the folder beside it that
 @opt.takes(opt.loading)
 def profile(
     ctx: typer.Context,
+    model: own.Model = None,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
     text_column: opt.TextColumn = None,

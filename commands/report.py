@@ -10,6 +10,9 @@ import typer
 from skipcal.commands import options as opt
 from skipcal.commands.console import Console, check_typed, command, given
 from skipcal.commands.help import MODEL, OUTPUT
+from skipcal.configs import options as opt
+from skipcal.configs.help import OUTPUT
+from skipcal.console import Console, check_typed, command, given
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -28,15 +31,6 @@ MOST_TOKENS = 512  # of a text whose cells can still be told apart
 Page = Annotated[
     Path, opt.option("--output", "-o", metavar="FILE", section=OUTPUT, help="Page to write: .html.")
 ]
-ReportModel = Annotated[
-    str | None,
-    opt.option(
-        "--model",
-        metavar="NAME",
-        section=MODEL,
-        help="The profile's model, for the tokens. Default: the one the profile names.",
-    ),
-]
 Text = Annotated[
     str | None,
     opt.option("--text", metavar="TEXT", help="Text to show token by token. Default: a few sentences."),
@@ -51,7 +45,6 @@ def report(
     output: Page,
     text: Text = None,
     no_tokens: NoTokens = False,
-    model: ReportModel = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -87,13 +80,11 @@ def report(
 def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text: str) -> TokenMap:
     """The token map of `text` by the profile's model."""
     policy = profile.policy_for()  # its tensors may be missing, which is said before a model is loaded
-    options = _with_own_model(profile, asked)
     try:
-        loaded = console.load(options)
+        loaded = console.load(console.with_own_model(profile, asked))
     except Unavailable as error:
         raise Unavailable(
-            f"the tokens need the profile's model: {error}; give it with --model, or leave them out with "
-            "--no-tokens"
+            f"the tokens need the profile's model: {error}; or leave them out with --no-tokens"
         ) from error
     from skipcal.evaluation.token_map import token_map
     from skipcal.text.opening import row_ids
@@ -104,22 +95,3 @@ def _tokens(console: Console, profile: SkipProfile, asked: dict[str, Any], text:
     if count > MOST_TOKENS:
         raise ConfigError(f"--text has {count} tokens; expected at most {MOST_TOKENS}, to be told apart")
     return token_map(loaded.model, tokenizer, policy, text)
-
-
-def _with_own_model(profile: SkipProfile, asked: dict[str, Any]) -> dict[str, Any]:
-    """The loading options, with what the profile was made on where no model is named."""
-    from skipcal.profiles.card import of_embedded_model
-
-    if "model" in asked or of_embedded_model(profile):
-        return asked
-    made_on = profile.model
-    plain = made_on.dtype in ("bfloat16", "float16", "float32") and made_on.quantization is None
-    quantization = profile.config.get("quantization")  # if it was asked for; else the checkpoint has it
-    own = {
-        "model": made_on.name,
-        "revision": made_on.revision,
-        "adapter": made_on.adapter,
-        "dtype": made_on.dtype if plain else None,
-        "quantization": quantization if isinstance(quantization, str) else None,
-    }
-    return {**{name: value for name, value in own.items() if value is not None}, **asked}

@@ -16,7 +16,8 @@ _LEAST_NEW_TOKENS = 3  # the first comes from the prefill; of one step alone the
 class BenchConfig(BaseModel):
     """Everything that decides a measurement of speed.
 
-    model, shape:   one of them; neither is the embedded model. A shape has random weights.
+    model, shape:   one of them; neither is the model of the profile, or else the embedded one. A shape has
+                    random weights.
     dtype:          "auto" is a model's own; for a shape bfloat16 on a GPU, else float32.
     rule:           "cosine", or "gate": the profile's with its surrogates, for a shape random ones. By
                     default "gate" with a profile, else "cosine".

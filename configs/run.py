@@ -32,7 +32,8 @@ EngineName = Annotated[str, AfterValidator(_known_engine)]
 class ModelSettings(BaseModel):
     """Which model, and how it is loaded: the arguments of `load_model`.
 
-    model:      hub id, local folder or GGUF file; None is the embedded model.
+    model:      hub id, local folder or GGUF file; None is the model of the profile that a command takes,
+                where it takes none the embedded one.
     max_memory: entries such as 0=20GiB and cpu=48GiB.
     """
 

@@ -8,7 +8,7 @@ twin (the same session and engine, asked about no layer), which tells what skipp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from skipcal.arch.blocks import context_tokens
-from skipcal.arch.loading import load_model
+from skipcal.arch.loading import LoadedModel, load_model
 from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.arch.placement import pick_device
 from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import SURROGATE_BUDGET
 from skipcal.core.surrogates import rank_for
+from skipcal.configs.run import ModelSettings
 from skipcal.errors import ConfigError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.arms import FULL, Bench, Run, endless_greedy, random_prompt
@@ -48,9 +49,12 @@ class Subject:
     quantization: str | None = None
 
 
-def load_subject(config: BenchConfig) -> Subject:
+def load_subject(
+    config: BenchConfig, load: Callable[[Mapping[str, Any]], LoadedModel] | None = None
+) -> Subject:
     """The model of the configuration, or its shape filled with random weights.
 
+    load: how a command loads the model by its settings; by default `load_model` does.
     Raises ConfigError for a profile without a gate, before a model is loaded.
     """
     profile = None
@@ -58,16 +62,9 @@ def load_subject(config: BenchConfig) -> Subject:
         profile = SkipProfile.load(config.profile)
         profile.gate_policy(0.0)
     if config.shape is None:
-        loaded = load_model(
-            config.model,
-            revision=config.revision,
-            adapter=config.adapter,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            device=config.device,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        names = BenchConfig.model_fields.keys() & ModelSettings.model_fields
+        settings = {name: getattr(config, name) for name in names}
+        loaded = load(settings) if load else load_model(settings.pop("model"), **settings)
         found = loaded.described()
         return Subject(
             loaded.model,

@@ -74,6 +74,7 @@ def build(folder: Path) -> None:
     for name in MODELS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(model)
+        (folder / Path(name).name).symlink_to(model)  # a profile keeps of a folder its name alone
     loaded = load_model(str(model), device="cpu")
     text = str(folder / "wikitext2_raw_valid.txt")
     with torch.no_grad():
@@ -268,7 +269,7 @@ def enter(monkeypatch: pytest.MonkeyPatch, built: Path, folder: Path, page: str)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(built / "paper.json")
     for entry in built.iterdir():
-        if entry.name not in ("paper.json", "tiny"):
+        if entry.name != "paper.json":
             (folder / entry.name).symlink_to(entry)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("skipcal.arch.source.embedded_model_folder", lambda: built / "tiny")

@@ -76,7 +76,7 @@ def test_bench_hands_over_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(options)
         raise Unavailable("that is enough")
 
-    monkeypatch.setattr("skipcal.speed.bench.load_model", load)
+    monkeypatch.setattr("skipcal.arch.loading.load_model", load)
     refused("bench", "--model", "m", "--adapter", "some/adapter", "--quantization", "torchao:int8", code=4)
     assert seen[0]["adapter"] == "some/adapter" and seen[0]["quantization"] == "torchao:int8"
     assert "adapter 'a' has no effect on a shape" in refused(

@@ -110,21 +110,3 @@ def test_overwrite_replaces_the_page(here: Path) -> None:
     shutil.copy(here / "p.json", here / "page.html")
     run("report", "p.json", "-o", "page.html", "--no-tokens", "--overwrite")
     assert (here / "page.html").read_text().startswith("<!doctype html>")
-
-
-def test_a_profile_names_all_that_its_model_was_loaded_with() -> None:
-    made = document()
-    model = {**made["model"], "revision": "abc", "dtype": "bfloat16", "adapter": "org/lora"}
-    found = SkipProfile.model_validate_json(json.dumps({**made, "model": model}))
-    assert command._with_own_model(found, {}) == {
-        "model": "org/tiny", "revision": "abc", "dtype": "bfloat16", "adapter": "org/lora",
-    }  # fmt: skip
-    assert command._with_own_model(found, {"dtype": "float32"})["dtype"] == "float32"
-    other = {"model": "org/other"}
-    assert command._with_own_model(found, other) == other  # another model has another revision
-    quantized = {**model, "quantization": "bitsandbytes:nf4"}
-    packed = {**made, "model": quantized, "config": {"quantization": "bitsandbytes:nf4"}}
-    asked = command._with_own_model(SkipProfile.model_validate_json(json.dumps(packed)), {})
-    assert asked["quantization"] == "bitsandbytes:nf4" and "dtype" not in asked
-    shipped = SkipProfile.load("smollm2-135m-instruct")
-    assert command._with_own_model(shipped, {}) == {}  # the embedded one
