@@ -46,7 +46,6 @@ def bench(
     with command(as_json, debug) as console:
         from skipcal.configs.bench import load_bench
         from skipcal.files.writing import dump_json, write_text_atomic
-        from skipcal.profiles.files import dump_json, write_text_atomic
         from skipcal.profiles.schema import SkipProfile
 
         options = given(ctx, "ratios", "output", "overwrite")

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from skipcal.commands import completion
-from skipcal.commands.help import OUTPUT, TEXT
-from skipcal.commands.options import option
-from skipcal.configs import completion
-from skipcal.configs.help import MODEL, OUTPUT, TEXT
-from skipcal.configs.options import EMBEDDED, MODEL_FORMS, option
+from skipcal.commands.help import MODEL, OUTPUT, TEXT
+from skipcal.commands.options import EMBEDDED, MODEL_FORMS, option
 
 # profile
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from skipcal.commands import calibrate_options as own
 from skipcal.commands import options as opt
 from skipcal.commands.console import command, given
 from skipcal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from skipcal.arch.loading import LoadedModel
 
 
 @opt.takes(opt.loading)
@@ -51,13 +54,18 @@ def compare(
 
         console.importing()
         from skipcal.compare.comparison import CompareConfig, check_folder, run_compare
+        from skipcal.profiles.schema import SkipProfile
 
         held = None
         if output:
             main = check_folder(output, with_text=bool(corpus or data_files), overwrite=overwrite)
             held = console.output(main, overwrite=overwrite)
 
-        result = run_compare(sources, CompareConfig(**asked), lambda: console.load(loading))
+        def loaded() -> LoadedModel:
+            first = SkipProfile.load(sources[0])  # the others are of the same model
+            return console.load(console.with_own_model(first, loading))
+
+        result = run_compare(sources, CompareConfig(**asked), loaded)
         written = []
         if held:
             place = held.write(lambda path: result.save(path.parent, overwrite=overwrite))

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from skipcal.arch.loading import LoadedModel
     from skipcal.files.output import Output
-    from skipcal.profiles.output import Output
     from skipcal.profiles.schema import SkipProfile
 
 Settings = TypeVar("Settings", bound="BaseModel")
@@ -112,7 +111,7 @@ class Console:
 
         from skipcal.arch.loading import load_model
         from skipcal.arch.placement import memory_limits
-        from skipcal.profiles.reading import printable
+        from skipcal.files.reading import printable
 
         name, limits = settings.pop("model"), memory_limits(settings.pop("max_memory"))
         self.doing(f"loading {name or EMBEDDED_MODEL}")

@@ -51,6 +51,7 @@ def fit(
 
         settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or own_profile(settings.model))
+        settings = console.settled(found, settings)
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
         output_file = console.output(target, overwrite=settings.overwrite, alone=False)
         console.output(beside(target), overwrite=settings.overwrite)

@@ -11,13 +11,8 @@ import typer
 from skipcal.commands import options as opt
 from skipcal.commands.console import check_typed, command, given
 from skipcal.configs.names import check_engine
-from skipcal.errors import ConfigError, Unavailable
-from skipcal.text.local_files import open_text
-from skipcal.calibrate.local_files import read_text
-from skipcal.configs import options as opt
-from skipcal.console import check_typed, command, given
 from skipcal.errors import ConfigError
-from skipcal.runtime.engines.choice import check_engine
+from skipcal.text.local_files import read_text
 
 if TYPE_CHECKING:
     from skipcal.runtime.generation import Generation
@@ -72,12 +67,7 @@ def generate(
         from skipcal.runtime.generation import generate_text
         from skipcal.runtime.session import skipping
 
-<<<<<<< HEAD:commands/generate.py
-        loaded = console.load(given(ctx))
-=======
         loaded = console.load(console.with_own_model(found, given(ctx)))
-        found.check_fits(loaded.model)
->>>>>>> 088402281f7cc00ca4ff2ffcce63b5fc820626f0:runtime/command.py
         done = generate_text(
             loaded,
             skipping(loaded.model, found, target_skip_ratio=target_skip_ratio, engine=engine or "auto"),

@@ -9,10 +9,7 @@ import typer
 
 from skipcal.commands import options as opt
 from skipcal.commands.console import Console, check_typed, command, given
-from skipcal.commands.help import MODEL, OUTPUT
-from skipcal.configs import options as opt
-from skipcal.configs.help import OUTPUT
-from skipcal.console import Console, check_typed, command, given
+from skipcal.commands.help import OUTPUT
 from skipcal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:

@@ -51,6 +51,7 @@ def sweep_into(console: Console, settings: SweepConfig, folder: Path | None, ove
     from skipcal.profiles.schema import SkipProfile
 
     found = SkipProfile.load(settings.profile)
+    settings = console.settled(found, settings)
 
     console.importing()
     from skipcal.evaluation.records import digest
@@ -73,9 +74,12 @@ def sweep_into(console: Console, settings: SweepConfig, folder: Path | None, ove
     check_folder(place, recorded, overwrite=overwrite)
     loaded = console.load(settings.model_dump())
     found.check_fits(loaded.model)
-    begin_folder(place, recorded, overwrite=overwrite)
-    console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
-    result = run_sweep(loaded, found, settings, place)
+
+    def begin() -> None:
+        begin_folder(place, recorded, overwrite=overwrite)
+        console.on_interrupt = f"finished items are kept in {place}; give the same command again to go on"
+
+    result = run_sweep(loaded, found, settings, place, begin=begin)
     written = write_results(result, loaded, recorded, command=command_line())
     console.result(as_rows(result.frame), tables(result.frame))
     for path in written:

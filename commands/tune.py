@@ -51,6 +51,7 @@ def tune(
 
         settings = load_tune(config, {**given(ctx, "rules"), "rules": listed("--rules", rules)})
         found = SkipProfile.load(settings.profile or own_profile(settings.model))
+        settings = console.settled(found, settings)
         target = Path(settings.output or f"profiles/{model_slug(settings.model)}-tuned.json")
         alone = found.gate is None
         profile_file = console.output(target, overwrite=settings.overwrite, alone=alone)

@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from skipcal.arch.embedded import EMBEDDED_MODEL
 from skipcal.files.markdown import escaped, fenced
 from skipcal.files.reading import printable
-from skipcal.profiles.markdown import escaped, fenced, table
 from skipcal.profiles.own_model import of_embedded_model
-from skipcal.profiles.parts import CorpusInfo, GateSettings, StaticSettings
-from skipcal.profiles.reading import printable
 from skipcal.profiles.summary import is_policy, ranges, ratio
 
 if TYPE_CHECKING:
@@ -87,18 +83,3 @@ def _loading(profile: ProfileData) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-<<<<<<< HEAD
-def of_embedded_model(profile: ProfileData) -> bool:
-    """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
-    return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None
-=======
-def _citation(profile: SkipProfile) -> str:
-    version = re.sub(r"[^\w.+-]", "", profile.environment.skipcal)
-    own = (
-        f"@software{{skipcal,\n  title   = {{skipcal}},\n  author  = {{The skipcal authors}},\n"
-        f"  version = {{{version}}},\n  year    = {{2026}}\n}}"
-    )
-    return f"```bibtex\n{CITATION}\n\n{own}\n```"
->>>>>>> 088402281f7cc00ca4ff2ffcce63b5fc820626f0

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from skipcal.arch.embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
-    from skipcal.profiles.schema import SkipProfile
+    from skipcal.profiles.data import ProfileData
 
 
-def of_embedded_model(profile: SkipProfile) -> bool:
+def of_embedded_model(profile: ProfileData) -> bool:
     """Whether the model was the one that skipcal brings along: other weights than the hub's of that name."""
     return profile.model.name == EMBEDDED_MODEL and profile.config.get("model", "") is None
 
 
-def own_model(profile: SkipProfile) -> dict[str, str]:
+def own_model(profile: ProfileData) -> dict[str, str]:
     """Arguments of `load_model` for the model of the profile; none for the embedded one.
 
     Of a model from a folder a profile knows the folder's name alone. Whether code of the model's own may run

@@ -21,8 +21,8 @@ from skipcal.arch.locate import Architecture, input_device, locate
 from skipcal.arch.placement import pick_device
 from skipcal.configs.bench import BenchConfig
 from skipcal.configs.fit import SURROGATE_BUDGET
-from skipcal.core.surrogates import rank_for
 from skipcal.configs.run import ModelSettings
+from skipcal.core.surrogates import rank_for
 from skipcal.errors import ConfigError
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.arms import FULL, Bench, Run, endless_greedy, random_prompt

@@ -13,8 +13,8 @@ from documents import document
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.processes import Processes
+from skipcal.commands.console import Console
 from skipcal.configs.fit import FitConfig
-from skipcal.console import Console
 from skipcal.errors import Unavailable
 from skipcal.profiles.schema import SkipProfile
 

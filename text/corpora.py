@@ -19,14 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipcal.calibrate.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
-from skipcal.calibrate.known import KNOWN_CORPORA, Corpus, likely, resolve_corpora
-from skipcal.calibrate.local_files import read_records, read_text, whole_characters
-from skipcal.calibrate.retry import retried
 from skipcal.errors import ConfigError, Unavailable, first_words
 from skipcal.text.formats import JOINED_FORMATS, QUESTION_SETS, SEPARATOR
 from skipcal.text.known import KNOWN_CORPORA, Corpus, likely, resolve_corpora
-from skipcal.text.local_files import open_text, read_records, unreadable, whole_characters
+from skipcal.text.local_files import read_records, read_text, whole_characters
 from skipcal.text.opening import opening, opening_names, text_ids, window
 from skipcal.text.retry import retried
 

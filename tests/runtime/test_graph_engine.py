@@ -21,7 +21,6 @@ from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
-from skipcal.runtime.gate import GatePolicy, Gates
 from skipcal.runtime.ops import decode_attention as attention
 from skipcal.runtime.ops import ffn, project
 from skipcal.runtime.ops.decode_attention import decode_attention

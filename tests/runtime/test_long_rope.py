@@ -11,13 +11,11 @@ from sessions import Heard
 from transformers import DynamicCache, StoppingCriteria
 
 from skipcal.arch.blocks import parallel_limit
-from skipcal.core.policy import SkipPolicy
-from skipcal.errors import SessionError
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.pipeline import calibrate_model
 from skipcal.configs.run import ProfileConfig
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, SessionError
-from skipcal.runtime.policy import SkipPolicy
 from skipcal.runtime.session import skipping
 
 SWITCH = 16  # tokens up to which the short factors hold
