@@ -54,7 +54,7 @@ class Judging:
             requests = {k: self._mtbench(task, k, r) for k, r in result.records.items()}
         elif isinstance(task, Summarization):
             requests = {
-                k: rating_requests_summary(k, task.stories[k].article, r["text"], self._prompts)
+                k: rating_requests_summary(k, task.items[k].article, r["text"], self._prompts)
                 for k, r in result.records.items()
             }
         else:
@@ -76,7 +76,7 @@ class Judging:
         return shares
 
     def _mtbench(self, task: MTBench, key: str, record: Record) -> list[JudgeRequest]:
-        question = task.questions[key]
+        question = task.items[key]
         references = list(question.references) if question.references else None
         return rating_requests_mtbench(
             key, question.category, list(question.turns), record["answers"], references, self._prompts
@@ -88,7 +88,7 @@ class Judging:
             return {}
         found = {}
         for key, record in result.records.items():
-            question = task.questions[key]
+            question = task.items[key]
             found[key] = pair_requests(
                 key,
                 question.turns[0],

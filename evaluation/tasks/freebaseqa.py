@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from skipcal.configs.sweep import QuestionSettings
-from skipcal.core.policy import Policy
-from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
-from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
-from skipcal.evaluation.tasks.task import Metrics, Record, answered, drawn, in_subsets, text_quality
+from skipcal.evaluation.tasks.answers import Subject
+from skipcal.evaluation.tasks.task import AnsweredTask, Metrics, Record, drawn, in_subsets, text_quality
 from skipcal.evaluation.tasks.text_metrics import contains_answer, exact_match
 from skipcal.text.corpora import file_sha256
 from skipcal.text.local_files import ending, open_text
@@ -32,47 +29,19 @@ class Question:
     aliases: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class FreebaseQA:
+class FreebaseQA(AnsweredTask[Question]):
     """Factoid questions by id."""
 
-    questions: dict[str, Question]
-    new_tokens: int
-    warm_up_tokens: int
-    source: dict[str, Any]
-    name: str = "freebaseqa"
+    name = "freebaseqa"
+    asked: ClassVar[Mapping[str, str]] = {"prompt": PROMPT}
 
-    @property
-    def scales(self) -> Mapping[str, Scale]:
-        """All metrics are means."""
-        return {}
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Ids of the questions."""
-        return list(self.questions)
-
-    def subset(self, key: str) -> str | None:
-        """There are none."""
-        return None
-
-    def header(self) -> dict[str, Any]:
-        """The file, the prompt and the length."""
-        return {**self.source, "prompt": PROMPT, "new_tokens": self.new_tokens}
-
-    def run(
-        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
-    ) -> Iterator[tuple[list[Record], SkipReport]]:
-        """One record a question."""
-        prompts = {key: _prompt(self.questions[key], subject) for key in ids}
-        for group, report in answers(
-            subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
-        ):
-            yield [answered(answer) for answer in group], report
+    def prompt(self, item: Question, subject: Subject) -> list[int]:
+        """The question, as a user asks it."""
+        return subject.encode([{"role": "user", "content": PROMPT.format(question=item.text)}])
 
     def metrics(self, record: Record, full: Record) -> Metrics:
         """Exact match over the aliases; beside it whether an alias stands anywhere in the answer."""
-        aliases = self.questions[record["id"]].aliases
+        aliases = self.items[record["id"]].aliases
         right = {
             "exact_match": float(exact_match(record["text"], aliases)),
             "contains_answer": float(contains_answer(record["text"], aliases)),
@@ -92,18 +61,14 @@ def load_freebaseqa(settings: QuestionSettings, subject: Subject, seed: int) -> 
         )
     path = Path(settings.data_file)
     questions = drawn(read_questions(path), settings.items, seed, str(path))
-    prompts = {key: _prompt(question, subject) for key, question in questions.items()}
-    check_prompts(subject, prompts, settings.new_tokens)
-    return FreebaseQA(
-        questions=questions,
+    task = FreebaseQA(
+        items=questions,
         new_tokens=settings.new_tokens,
         warm_up_tokens=settings.warm_up,
         source={"file": path.name, "sha256": file_sha256(path), "items": settings.items, "seed": seed},
     )
-
-
-def _prompt(question: Question, subject: Subject) -> list[int]:
-    return subject.encode([{"role": "user", "content": PROMPT.format(question=question.text)}])
+    task.check_prompts(subject)
+    return task
 
 
 def read_questions(path: Path) -> dict[str, Question]:

@@ -5,7 +5,7 @@ Decoding is greedy for all categories, as everywhere in skipcal; MT-Bench's own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from skipcal.configs.sweep import BenchSettings
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
-from skipcal.evaluation.statistics import Scale
 from skipcal.evaluation.tasks.answers import Subject, answers
-from skipcal.evaluation.tasks.task import Metrics, Record, drawn, in_subsets, text_quality
+from skipcal.evaluation.tasks.task import AnsweredTask, Record, drawn
 from skipcal.text.batching import batches
 from skipcal.text.corpora import file_sha256
 from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
@@ -34,41 +33,26 @@ class BenchQuestion:
     references: tuple[str, str] | None
 
 
-@dataclass(frozen=True)
-class MTBench:
+class MTBench(AnsweredTask[BenchQuestion]):
     """Questions by id."""
 
-    questions: dict[str, BenchQuestion]
-    new_tokens: int
-    warm_up_tokens: int
-    source: dict[str, Any]
-    name: str = "mtbench"
+    name = "mtbench"
 
-    @property
-    def scales(self) -> Mapping[str, Scale]:
-        """All metrics are means."""
-        return {}
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Ids of the questions."""
-        return list(self.questions)
+    def prompt(self, item: BenchQuestion, subject: Subject) -> list[int]:
+        """The first turn; what the second goes on from is known only when the first is answered."""
+        return subject.encode([{"role": "user", "content": item.turns[0]}])
 
     def subset(self, key: str) -> str | None:
         """The category."""
-        return self.questions[key].category
-
-    def header(self) -> dict[str, Any]:
-        """The file and the length."""
-        return {**self.source, "new_tokens": self.new_tokens}
+        return self.items[key].category
 
     def run(
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record a question; the second turn follows the method's own first answer."""
-        ordered = sorted(ids, key=lambda key: (-len(self.questions[key].turns[0]), key))
+        ordered = sorted(ids, key=lambda key: (-len(self.items[key].turns[0]), key))
         for keys in batches(ordered, batch_size):
-            talks = {key: [{"role": "user", "content": self.questions[key].turns[0]}] for key in keys}
+            talks = {key: [{"role": "user", "content": self.items[key].turns[0]}] for key in keys}
             said: dict[str, list[Any]] = {key: [] for key in keys}
             reports = []
             for turn in range(2):
@@ -82,7 +66,7 @@ class MTBench:
                         talks[answer.id].append({"role": "assistant", "content": answer.text})
                 if turn == 0:
                     for key, talk in talks.items():
-                        talk.append({"role": "user", "content": self.questions[key].turns[1]})
+                        talk.append({"role": "user", "content": self.items[key].turns[1]})
             records = [
                 {
                     "id": key,
@@ -92,10 +76,6 @@ class MTBench:
                 for key, turns in said.items()
             ]
             yield records, SkipReport.merged(reports)
-
-    def metrics(self, record: Record, full: Record) -> Metrics:
-        """What can be said without a judge: repetition, and likeness to the full model's answers."""
-        return in_subsets(text_quality(record, full), self.subset(record["id"]))
 
 
 def load_mtbench(settings: BenchSettings, subject: Subject, seed: int) -> MTBench:
@@ -127,7 +107,7 @@ def load_mtbench(settings: BenchSettings, subject: Subject, seed: int) -> MTBenc
     chosen = drawn(questions, settings.items, seed, str(source["file"]))
     _check_context(chosen, settings.new_tokens, subject)
     return MTBench(
-        questions=chosen,
+        items=chosen,
         new_tokens=settings.new_tokens,
         warm_up_tokens=settings.warm_up,
         source={**source, "items": settings.items, "seed": seed},

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from skipcal.configs.sweep import SummarySettings
-from skipcal.core.policy import Policy
-from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
-from skipcal.evaluation.statistics import Scale
-from skipcal.evaluation.tasks.answers import Subject, answers, check_prompts
-from skipcal.evaluation.tasks.task import Metrics, Record, answered, in_subsets, text_quality
+from skipcal.evaluation.tasks.answers import Answer, Subject
+from skipcal.evaluation.tasks.task import AnsweredTask, Metrics, Record, in_subsets, text_quality
 from skipcal.evaluation.tasks.text_metrics import copy_rate, rouge
 from skipcal.text.corpora import file_sha256
 from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
@@ -39,47 +36,25 @@ class Story:
         return next(name for name, lengths in BUCKETS.items() if words in lengths)
 
 
-@dataclass(frozen=True)
-class Summarization:
+class Summarization(AnsweredTask[Story]):
     """Articles by id."""
 
-    stories: dict[str, Story]
-    new_tokens: int
-    warm_up_tokens: int
-    source: dict[str, Any]
-    name: str = "summarization"
+    name = "summarization"
+    asked: ClassVar[Mapping[str, str]] = {"prompt": PROMPT}
 
-    @property
-    def scales(self) -> Mapping[str, Scale]:
-        """All metrics are means."""
-        return {}
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Ids of the articles."""
-        return list(self.stories)
+    def prompt(self, item: Story, subject: Subject) -> list[int]:
+        """The article, and what to do with it."""
+        return subject.encode([{"role": "user", "content": PROMPT.replace("{article}", item.article)}])
 
     def subset(self, key: str) -> str | None:
         """The bucket."""
-        return self.stories[key].bucket
+        return self.items[key].bucket
 
-    def header(self) -> dict[str, Any]:
-        """The file, the prompt and the length."""
-        return {**self.source, "prompt": PROMPT, "new_tokens": self.new_tokens}
-
-    def run(
-        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
-    ) -> Iterator[tuple[list[Record], SkipReport]]:
-        """One record an article."""
-        prompts = {key: _prompt(self.stories[key], subject) for key in ids}
-        for group, report in answers(
-            subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
-        ):
-            yield [answered(answer, **self._scores(answer.id, answer.text)) for answer in group], report
-
-    def _scores(self, key: str, summary: str) -> dict[str, float]:
-        story = self.stories[key]
-        return {**rouge(summary, story.highlights), "copy_rate": copy_rate(summary, story.article)}
+    def record(self, answer: Answer) -> Record:
+        """The summary with its scores."""
+        story = self.items[answer.id]
+        scores = {**rouge(answer.text, story.highlights), "copy_rate": copy_rate(answer.text, story.article)}
+        return {**super().record(answer), **scores}
 
     def metrics(self, record: Record, full: Record) -> Metrics:
         """ROUGE F1, and how much is copied: judges like copied text, so it belongs beside every score."""
@@ -116,15 +91,11 @@ def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -
             )
         chosen |= set(random.Random(seed).sample(keys, settings.items))
     stories = {key: story for key, story in stories.items() if key in chosen}
-    prompts = {key: _prompt(story, subject) for key, story in stories.items()}
-    check_prompts(subject, prompts, settings.new_tokens)
-    return Summarization(
-        stories=stories,
+    task = Summarization(
+        items=stories,
         new_tokens=settings.new_tokens,
         warm_up_tokens=settings.warm_up,
         source={**source, "items": settings.items, "seed": seed},
     )
-
-
-def _prompt(story: Story, subject: Subject) -> list[int]:
-    return subject.encode([{"role": "user", "content": PROMPT.replace("{article}", story.article)}])
+    task.check_prompts(subject)
+    return task

@@ -7,14 +7,16 @@ into shares of metrics. Everything else (files, resuming, intervals, pairing) is
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.statistics import Scale, Share
-from skipcal.evaluation.tasks.answers import Answer, Subject
+from skipcal.evaluation.tasks.answers import Answer, Subject, answers, check_prompts
 from skipcal.evaluation.tasks.text_metrics import COLLAPSED, agreement, common_prefix, repetition
 
 Record = dict[str, Any]
@@ -62,6 +64,66 @@ class Task(Protocol):
         """What a record contributes; `full` is the full model's record of the same item."""
 
 
+@dataclass(frozen=True)
+class AnsweredTask(ABC, Generic[Item]):
+    """A task whose items are prompts, each answered once by decoding.
+
+    items: by id. source: where they come from, as the header tells it.
+    """
+
+    items: dict[str, Item]
+    new_tokens: int
+    warm_up_tokens: int
+    source: dict[str, Any]
+    name: ClassVar[str]
+    asked: ClassVar[Mapping[str, str]] = {}  # words of the prompt that are the same for all items
+
+    @abstractmethod
+    def prompt(self, item: Item, subject: Subject) -> list[int]:
+        """The token ids that the model goes on from."""
+
+    @property
+    def scales(self) -> Mapping[str, Scale]:
+        """All metrics are means."""
+        return {}
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Of all items."""
+        return list(self.items)
+
+    def subset(self, key: str) -> str | None:
+        """There are none."""
+        return None
+
+    def header(self) -> dict[str, Any]:
+        """Where the items come from, the prompt and the length."""
+        return {**self.source, **self.asked, "new_tokens": self.new_tokens}
+
+    def check_prompts(self, subject: Subject) -> None:
+        """Raise ConfigError for items that do not fit the model, before any work."""
+        prompts = {key: self.prompt(item, subject) for key, item in self.items.items()}
+        check_prompts(subject, prompts, self.new_tokens)
+
+    def run(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[list[Record], SkipReport]]:
+        """One record an item."""
+        prompts = {key: self.prompt(self.items[key], subject) for key in ids}
+        for group, report in answers(
+            subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
+        ):
+            yield [self.record(answer) for answer in group], report
+
+    def record(self, answer: Answer) -> Record:
+        """The record of one answer."""
+        return {"id": answer.id, "tokens": answer.tokens, "text": answer.text}
+
+    def metrics(self, record: Record, full: Record) -> Metrics:
+        """Repetition, and likeness to the full model's text."""
+        return in_subsets(text_quality(record, full), self.subset(record["id"]))
+
+
 def text_quality(record: Record, full: Record) -> dict[str, float]:
     """Metrics of any generated text: collapse, and likeness to what the full model writes."""
     mine, theirs = record["tokens"], full["tokens"]
@@ -78,11 +140,6 @@ def in_subsets(values: Mapping[str, float], subset: str | None = None) -> Metric
     """The same values for all items together and for the subset the item belongs to."""
     places = (ALL,) if subset is None else (ALL, subset)
     return {(place, name): Share(value) for place in places for name, value in values.items()}
-
-
-def answered(answer: Answer, **values: Any) -> Record:
-    """The record of one answer."""
-    return {"id": answer.id, "tokens": answer.tokens, "text": answer.text, **values}
 
 
 def drawn(items: dict[str, Item], count: int | None, seed: int, what: str) -> dict[str, Item]:

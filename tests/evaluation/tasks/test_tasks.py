@@ -207,7 +207,7 @@ def test_items_are_drawn_from_each_bucket(tmp_path: Path, long_context: Subject)
     path = stories(tmp_path / "s.jsonl", {100: 4, 500: 3, 900: 5})
     task = load_summarization(SummarySettings(data_file=str(path), items=2, warm_up_tokens=2), subject, 0)
     assert (
-        sorted(story.bucket for story in task.stories.values())
+        sorted(story.bucket for story in task.items.values())
         == ["large"] * 2 + ["medium"] * 2 + ["small"] * 2
     )
     with pytest.raises(Unavailable, match="3 articles in bucket 'medium', 4 are wanted"):
@@ -277,8 +277,8 @@ def test_references_go_with_their_questions(tmp_path: Path, subject: Subject) ->
         warm_up_tokens=2,
     )
     task = load_mtbench(settings, subject, 0)
-    assert task.questions["82"].references == ("one", "two")
-    assert task.questions["81"].references is None
+    assert task.items["82"].references == ("one", "two")
+    assert task.items["81"].references is None
 
 
 @pytest.mark.parametrize(
