@@ -26,7 +26,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
         monkeypatch.setenv(name, "127.0.0.1")
     folder = tmp_path / "judge" / "one"
     folder.mkdir(parents=True)
-    script = Path(__file__).parents[1] / "judge_server.py"
+    script = Path(__file__).parents[2] / "judge_server.py"
     command = [sys.executable, str(script), str(folder.parent)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
