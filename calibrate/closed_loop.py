@@ -1,8 +1,9 @@
 """Find thresholds by the skip ratio they *realise*, measuring as seldom as possible.
 
 Skipping perturbs the stream, so a threshold realises another ratio than scores of an earlier pass
-predict. The drift is smooth: as a function of the predicted ratio, the realised one runs from (0, 0) to
-(largest, largest). Every measurement adds a point to that curve, for this target and for the next ones.
+predict, and another on every kind of text. The drift is smooth: as a function of the predicted ratio, the
+realised one runs from (0, 0) to (largest, largest). Every measurement adds a point to that curve, for this
+target and for the next ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
-CLOSED_LOOP_PASSES = 6  # per operating point, at most; two or three are usual
+CLOSED_LOOP_PASSES = 8  # per target, at most; two or three are usual
 
 
 @dataclass
@@ -37,8 +38,9 @@ class RealisedCurve:
         """The threshold whose realised skip ratio comes closest to `target`, and that ratio."""
         target = min(target, self.largest)
         tried: list[tuple[float, float]] = []
+        run = 0  # measurements in a row that realised too much; below zero: too little
         for _ in range(CLOSED_LOOP_PASSES):
-            threshold = self.threshold_at(self._predicted_for(target))
+            threshold = self.threshold_at(self._predicted_for(target, run))
             if threshold in dict(tried):
                 break  # there is no value in between
             realised = self.measure(threshold)
@@ -46,12 +48,21 @@ class RealisedCurve:
             tried.append((threshold, realised))
             if abs(realised - target) <= CLOSED_LOOP_TOLERANCE:
                 break
+            run = max(run, 0) + 1 if realised > target else min(run, 0) - 1
         return min(tried, key=lambda pair: abs(pair[1] - target))
 
-    def _predicted_for(self, target: float) -> float:
-        """The predicted ratio at which the points known so far put `target`."""
+    def _predicted_for(self, target: float, run: int) -> float:
+        """The predicted ratio at which the points known so far put `target`: false position.
+
+        It creeps towards one end of a bent curve. So, from the second measurement in a `run` on one side of
+        the target, the miss at the other side is halved: the Illinois algorithm (Dowell and Jarratt, 1971).
+        """
         below = max(point for point in self.points if point[1] <= target)
         above = min(point for point in self.points if point[1] >= target)
         if above[1] <= below[1] or above[0] <= below[0]:
             return (below[0] + above[0]) / 2
-        return below[0] + (above[0] - below[0]) * (target - below[1]) / (above[1] - below[1])
+        lacking, span = target - below[1], above[1] - below[1]
+        if abs(run) > 1:
+            lacking *= 0.5 ** max(run - 1, 0)
+            span = lacking + (above[1] - target) * 0.5 ** max(-run - 1, 0)
+        return below[0] + (above[0] - below[0]) * lacking / span

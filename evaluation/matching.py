@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from skipcal.calibrate.closed_loop import RealisedCurve
 from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
 
-TOLERANCE = 0.005
-PASSES = 8  # per target, at most
 BEYOND = 10.0  # log damages so far outside a gate's operating points that nothing or all skips
 
 
@@ -50,6 +51,11 @@ class ThresholdScale:
         below = min(int(place), len(self.thresholds) - 2)
         weight = place - below
         return (1 - weight) * self.thresholds[below] + weight * self.thresholds[below + 1]
+
+    def place(self, threshold: float) -> float:
+        """The place of a threshold."""
+        sign = 1 if self.thresholds[0] < self.thresholds[-1] else -1
+        return float(np.interp(sign * threshold, sign * np.array(self.thresholds), np.arange(self.end + 1)))
 
 
 def threshold_scale(policy: Policy, profile: SkipProfile) -> ThresholdScale:
@@ -85,27 +91,17 @@ def with_threshold(policy: Policy, threshold: float) -> Policy:
 def match_threshold(scale: ThresholdScale, target: float, measure: Callable[[float], float]) -> Match:
     """The threshold whose realised ratio comes closest to `target`.
 
-    The search runs along the scale. Raises TargetOutOfReach for a ratio beyond it.
+    Places of the scale are what is predicted. Raises TargetOutOfReach for a ratio beyond it.
     """
     if target > scale.reachable + 1e-9:
         raise TargetOutOfReach(
             f"target skip ratio {target:g} is out of reach: {scale.reachable:.3f} is the largest there is; "
             "lower --target-skip-ratio, or use a profile with a wider region"
         )
-    low, high = (0.0, 0.0), (scale.end, scale.reachable)
-    tried: list[Match] = []
-    for attempt in range(PASSES):
-        share = (target - low[1]) / (high[1] - low[1]) if high[1] > low[1] else 0.5
-        # Kept off the ends, and a bisection every third time: interpolation alone can creep.
-        share = 0.5 if attempt % 3 == 2 else min(max(share, 0.1), 0.9)
-        place = low[0] + (high[0] - low[0]) * share
-        threshold = scale.threshold(place)
-        realised = measure(threshold)
-        tried.append(Match(threshold, realised))
-        if abs(realised - target) <= TOLERANCE:
-            break
-        if realised < target:
-            low = (place, realised)
-        else:
-            high = (place, realised)
-    return min(tried, key=lambda match: abs(match.realised_skip_ratio - target))
+    curve = RealisedCurve(
+        largest=scale.reachable,
+        threshold_at=lambda ratio: scale.threshold(scale.end * ratio / scale.reachable),
+        predicted_at=lambda threshold: scale.reachable * scale.place(threshold) / scale.end,
+        measure=measure,
+    )
+    return Match(*curve.threshold(target))

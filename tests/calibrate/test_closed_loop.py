@@ -34,6 +34,14 @@ def test_a_smooth_drift_is_met_within_the_tolerance(power: float) -> None:
         assert len(measured) - begin <= CLOSED_LOOP_PASSES
 
 
+@pytest.mark.parametrize("power", [0.2, 0.3, 5.0, 8.0])
+def test_a_sharp_bend_is_met_too_though_false_position_alone_creeps(power: float) -> None:
+    for target in (0.1, 0.25, 0.5, 0.8):
+        found, measured = curve(lambda ratio: LARGEST * (ratio / LARGEST) ** power)
+        assert found.threshold(target)[1] == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
+        assert len(measured) <= CLOSED_LOOP_PASSES
+
+
 def test_what_was_measured_for_one_target_helps_the_next() -> None:
     found, measured = curve(lambda ratio: LARGEST * (ratio / LARGEST) ** 1.7)
     found.threshold(0.4)

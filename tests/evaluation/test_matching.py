@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from gated import with_gate
 
+from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
-from skipcal.evaluation.matching import PASSES, TOLERANCE, match_threshold, threshold_scale, with_threshold
+from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
 from skipcal.profiles.schema import SkipProfile
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
@@ -39,15 +40,53 @@ def measured(shift: float, noise: float = 0.0) -> tuple[list[float], Callable[[f
 def test_the_target_is_met_within_few_passes(shift: float, target: float) -> None:
     tried, measure = measured(shift)
     found = match_threshold(SCALE, target, measure)
-    assert found.realised_skip_ratio == pytest.approx(target, abs=TOLERANCE)
+    assert found.realised_skip_ratio == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
     assert found.threshold in tried
-    assert len(tried) <= PASSES
+    assert len(tried) <= CLOSED_LOOP_PASSES
+
+
+@pytest.mark.parametrize("policy", ["cosine", "gate"])
+def test_the_place_of_a_threshold_leads_back_to_it(policy: str) -> None:
+    scale = SCALE if policy == "cosine" else threshold_scale(GATED.gate_policy(), GATED)
+    for place in np.linspace(0, scale.end, 41).tolist():
+        assert scale.place(scale.threshold(place)) == pytest.approx(place, abs=1e-9)
+
+
+# Passes over all TARGETS of the search that was here before: false position, every third step a bisection.
+TARGETS = (0.05, 0.1, 0.15, 0.25, 0.35, 0.45)
+BEFORE = {
+    "shift": {-0.01: 35, -0.006: 28, -0.004: 23, -0.002: 23, 0.0: 11, 0.002: 23, 0.005: 25, 0.01: 24},
+    "power": {0.2: 43, 0.3: 36, 0.5: 23, 0.7: 23, 1.0: 6, 1.5: 21, 2.0: 25, 3.0: 28, 5.0: 27, 8.0: 39},
+}
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_bent_curves_take_fewer_passes_than_bisection_now_and_then(kind: str) -> None:
+    """Cosines that lie higher or lower, or ratios that are a power of the place on the scale."""
+    passes = 0
+    for number in BEFORE[kind]:
+        tried, measure = measured(number) if kind == "shift" else bent(number)
+        for target in TARGETS:
+            found = match_threshold(SCALE, target, measure)
+            assert found.realised_skip_ratio == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
+        passes += len(tried)
+    assert passes < sum(BEFORE[kind].values())
+
+
+def bent(power: float) -> tuple[list[float], Callable[[float], float]]:
+    tried: list[float] = []
+
+    def measure(threshold: float) -> float:
+        tried.append(threshold)
+        return float(SCALE.reachable * (SCALE.place(threshold) / SCALE.end) ** power)
+
+    return tried, measure
 
 
 def test_noise_gives_the_closest_that_was_seen() -> None:
     tried, measure = measured(0.0, noise=0.05)
     found = match_threshold(SCALE, 0.2, measure)
-    assert found.threshold in tried and len(tried) <= PASSES
+    assert found.threshold in tried and len(tried) <= CLOSED_LOOP_PASSES
 
 
 GATED = with_gate(SHIPPED, layers=tuple(range(1, 29)))
@@ -65,7 +104,7 @@ def test_a_gates_scale_runs_from_nothing_to_all_candidates(target: float) -> Non
         return float(np.interp(threshold, thresholds, realised))
 
     found = match_threshold(scale, target, measure)
-    assert found.realised_skip_ratio == pytest.approx(target, abs=TOLERANCE)
+    assert found.realised_skip_ratio == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
     assert measure(found.threshold) == found.realised_skip_ratio
 
 

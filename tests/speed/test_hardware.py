@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import skipcal
 from skipcal.speed import hardware
 
 
@@ -21,9 +20,10 @@ def test_the_commit_is_called_dirty_where_files_differ_from_it(
         )
         return done.stdout.strip()
 
-    code = tmp_path / "__init__.py"
+    code = tmp_path / "speed" / "hardware.py"
+    code.parent.mkdir()
     code.write_text("")
-    monkeypatch.setattr(skipcal, "__file__", str(code))
+    monkeypatch.setattr(hardware, "__file__", str(code))
     assert hardware._commit() is None  # installed, not a checkout
     git("init", "-q")
     git("add", ".")
