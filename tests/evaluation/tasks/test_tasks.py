@@ -217,11 +217,15 @@ def test_items_are_drawn_from_each_bucket(tmp_path: Path, long_context: Subject)
 def test_an_item_that_does_not_fit_is_refused_before_any_answer(tmp_path: Path, subject: Subject) -> None:
     path = stories(tmp_path / "s.jsonl", {100: 1, 500: 1, 900: 1})
     with pytest.raises(ConfigError, match=r"item '500-0' has \d+ tokens, and 40 more do not fit the model's"):
-        load_summarization(SummarySettings(data_file=str(path), items=1, new_tokens=40), subject, 0)
+        load_summarization(
+            SummarySettings(data_file=str(path), items=1, new_tokens=40, warm_up_tokens=2), subject, 0
+        )
     question = write(tmp_path / "q.jsonl", {"id": "a", "question": "w3 " * 300, "answers": ["w4"]})
     with pytest.raises(ConfigError, match=r"item 'a' has \d+ tokens, and 8 more do not fit the model's"):
-        load_freebaseqa(QuestionSettings(data_file=str(question), new_tokens=8), subject, 0)
-    prompts = ContinuationSettings(prompts=2, prompt_tokens=200, new_tokens=57, data_files=[str(path)])
+        load_freebaseqa(QuestionSettings(data_file=str(question), new_tokens=8, warm_up_tokens=2), subject, 0)
+    prompts = ContinuationSettings(
+        prompts=2, prompt_tokens=200, new_tokens=57, warm_up_tokens=2, data_files=[str(path)]
+    )
     with pytest.raises(
         ConfigError, match="has 200 tokens, and 57 more do not fit the model's context of 256"
     ):
