@@ -129,9 +129,9 @@ def test_a_run_is_repeatable(loaded: LoadedModel, texts: list[str]) -> None:
 def test_realised_ratios_are_what_a_session_reports(
     loaded: LoadedModel, texts: list[str], closed_loop: str
 ) -> None:
-    result = calibrate(loaded, texts, closed_loop=closed_loop, cold_s=1, cold_e=7, closed_loop_prompts=6)
+    result = calibrate(loaded, texts, closed_loop=closed_loop, cold_s=1, cold_e=7, closed_loop_prompts=3)
     model: Any = loaded.model
-    rows = [torch.tensor([prompt]) for corpus in prompts_of(texts, result) for prompt in corpus]
+    rows = [torch.tensor([prompt]) for corpus in prompts_of(texts, result) for prompt in corpus[:3]]
 
     def continued(ids: torch.Tensor) -> Any:
         mask = torch.ones_like(ids)
