@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import runpy
 
-from skipcal.profiles.gallery import GALLERY_FILE, gallery
+from conftest import ROOT
+
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
 
-FOLDER = Path(__file__).resolve().parents[2] / "profiles"
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "gallery.py"))
+gallery, PAGE = SCRIPT["gallery"], SCRIPT["PAGE"]
 
 
 def test_the_gallery_is_up_to_date() -> None:
-    """If not: python -m skipcal.profiles.gallery"""
-    assert (FOLDER / GALLERY_FILE).read_text(encoding="utf-8") == gallery()
+    """If not: python scripts/gallery.py"""
+    assert PAGE.read_text(encoding="utf-8") == gallery()
 
 
 def test_every_shipped_profile_has_its_row() -> None:

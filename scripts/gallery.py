@@ -1,11 +1,10 @@
 """The gallery: profiles/README.md, a table of the profiles that are shipped.
 
-After a profile is added or made again: python -m skipcal.profiles.gallery
+After a profile is added or made again: python scripts/gallery.py
 """
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from skipcal.files.markdown import escaped, table
@@ -14,7 +13,7 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
 from skipcal.profiles.summary import ranges
 
-GALLERY_FILE = "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "profiles" / "README.md"
 _HEAD = """\
 # Shipped profiles
 
@@ -24,7 +23,7 @@ share one of your own is told in [docs/sharing.md](../docs/sharing.md).
 _TAIL = """\
 Region: layers whose FFNs the rule `cosine` may skip. Ratios: skip ratios of the first and the last operating
 point, as fractions of all FFN blocks; realised, or predicted where none was measured. This page is made by
-`python -m skipcal.profiles.gallery`; changes by hand are lost.
+`python scripts/gallery.py`; changes by hand are lost.
 """
 
 
@@ -61,5 +60,4 @@ def _range(ratios: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    page = Path(str(resources.files("skipcal.profiles"))) / GALLERY_FILE
-    write_text_atomic(page, gallery(), overwrite=True)
+    write_text_atomic(PAGE, gallery(), overwrite=True)
