@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.core.host import Block, PassTokens
+    from skipcal.core.host import BlockWeights, PassTokens
 
 _MASK = 0xFFFFFFFF
 Mixed = TypeVar("Mixed", int, "Tensor")
@@ -49,7 +49,7 @@ class ChosenFFNs:
         """All that decides what is skipped, as plain values."""
         return asdict(self)
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the FFN block."""
         return block.weight_bytes
 

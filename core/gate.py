@@ -23,7 +23,7 @@ from skipcal.core.surrogates import Surrogates, length_of_one, tensors_digest
 from skipcal.errors import ConfigError, ProfileMismatch
 
 if TYPE_CHECKING:
-    from skipcal.core.host import Block, PassTokens
+    from skipcal.core.host import BlockWeights, PassTokens
 
 _TINY = torch.finfo(torch.float32).tiny
 NEVER = -math.inf  # no score lies below it
@@ -88,7 +88,7 @@ class GatePolicy:
             "surrogates": self.surrogates.digest(),
         }
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the FFN block, less the surrogate's."""
         return block.weight_bytes - self.surrogates.bytes_at(block)
 

@@ -46,7 +46,7 @@ class PassTokens:
 FULL_PASS = PassTokens()
 
 
-class Block(Protocol):
+class BlockWeights(Protocol):
     """The FFN block of one layer, as far as it matters what a skip of it saves.
 
     weight_bytes: bytes of weights that a token does not read when the FFN is skipped; layer_bytes: the
@@ -70,9 +70,9 @@ class Block(Protocol):
         """Device and precision."""
 
 
-class Blocks(Protocol):
+class ModelWeights(Protocol):
     """A model, as its blocks."""
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> Sequence[BlockWeights]:
         """One a layer, in order."""

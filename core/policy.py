@@ -10,7 +10,7 @@ from skipcal.errors import ConfigError, ProfileMismatch
 
 if TYPE_CHECKING:
     from skipcal.core.cosine import CosineRule
-    from skipcal.core.host import Block
+    from skipcal.core.host import BlockWeights
     from skipcal.core.rule import Rule
 
 DEFAULT_WARM_UP_TOKENS = 25  # the paper's ablation saturates at 25-30 (arXiv 2404.03865, 2nd version)
@@ -43,7 +43,7 @@ class Policy(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """All that decides what is skipped, as plain values."""
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Bytes of weights that one skip of `block` leaves unread."""
 
     def make_rule(self) -> Rule:
@@ -105,7 +105,7 @@ class SkipPolicy:
         """All that decides what is skipped, as plain values."""
         return asdict(self)
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the FFN block."""
         return block.weight_bytes
 

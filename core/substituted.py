@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from skipcal.core.surrogates import Surrogates
 
 if TYPE_CHECKING:
-    from skipcal.core.host import Block
+    from skipcal.core.host import BlockWeights
     from skipcal.core.policy import Policy
     from skipcal.core.rule import Rule
 
@@ -40,7 +40,7 @@ class Substituted:
         """As the policy does."""
         self.policy.check_layers(num_layers)
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the FFN block, less the surrogate's."""
         return self.policy.saved_bytes(block) - self.surrogates.bytes_at(block)
 

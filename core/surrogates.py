@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from skipcal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from skipcal.core.host import Block, Blocks
+    from skipcal.core.host import BlockWeights, ModelWeights
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -91,7 +91,7 @@ class Surrogates:
         found = self.maps.get(layer)
         return 0 if found is None else found.weight_bytes
 
-    def bytes_at(self, block: Block) -> int:
+    def bytes_at(self, block: BlockWeights) -> int:
         """`weight_bytes` of the block's map in the precision in which its layer computes."""
         found = self.maps.get(block.index)
         return 0 if found is None else found.elements * block.place[1].itemsize
@@ -102,7 +102,7 @@ class Surrogates:
             t for layer in sorted(self.maps) for t in (torch.tensor(layer), *vars(self.maps[layer]).values())
         )
 
-    def for_model(self, model: Blocks) -> Surrogates:
+    def for_model(self, model: ModelWeights) -> Surrogates:
         """The maps in the precision and on the device of their layers."""
         return Surrogates(
             {

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from skipcal.core.host import Block, PassTokens
+    from skipcal.core.host import BlockWeights, PassTokens
     from skipcal.core.rule import Rule
 
 
@@ -41,7 +41,7 @@ class ShortGPT:
         """All that decides what is skipped, as plain values."""
         return asdict(self)
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the whole layer."""
         return block.layer_bytes
 
@@ -100,7 +100,7 @@ class SkipDecode:
         """All that decides what is skipped, as plain values."""
         return asdict(self)
 
-    def saved_bytes(self, block: Block) -> int:
+    def saved_bytes(self, block: BlockWeights) -> int:
         """Those of the whole layer."""
         return block.layer_bytes
 

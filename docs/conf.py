@@ -49,7 +49,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(Any|Axes|Callable|Figure|Iterable|Iterator|Literal|Mapping|Path|Self|Sequence|Tensor)"),
     ("py:.*", r"(PreTrainedModel|PreTrainedTokenizerBase|TracebackType)"),
     # Parts of an engine or a file that nobody but skipcal makes or reads.
-    ("py:.*", r"(skipcal\.[\w.]+\.)?(ChoiceRule|GateRule|Checkpoint|trace_store\.Part)"),
+    ("py:.*", r"(skipcal\.[\w.]+\.)?(ChoiceRule|GateRule|ScheduleRule|Checkpoint|trace_store\.Part)"),
 ]
 
 _PART = re.compile(r"^(?P<names>`?\w+`?(, `?\w+`?)*): +(?P<text>\S.*)$")

@@ -77,7 +77,7 @@ with style():
 # %%
 print("the profile: cold_s", profile.regions.cold_s_interval, "cold_e", profile.regions.cold_e_interval)
 loaded = skipcal.load_model(device="cpu")
-text = resources.files("skipcal.calibrate") / "text"
+text = resources.files("skipcal.text") / "embedded"
 files = [f"{name}={text / name}.txt" for name in ("encyclopedic", "web")]
 small = ProfileConfig(mode="prefill", data_files=files, prompts=6, prompt_tokens=40, closed_loop_prompts=0)
 traces = skipcal.calibrate_model(loaded, small).traces

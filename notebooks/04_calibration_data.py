@@ -42,7 +42,7 @@ loaded = skipcal.load_model(device="cpu")
 
 # %%
 folder = tempfile.TemporaryDirectory()
-texts = resources.files("skipcal.calibrate") / "text"
+texts = resources.files("skipcal.text") / "embedded"
 code = Path(folder.name) / "code.txt"
 code.write_text(inspect.getsource(argparse), encoding="utf-8")
 files = {"encyclopedic": texts / "encyclopedic.txt", "web": texts / "web.txt", "code": code}

@@ -55,7 +55,7 @@ WORDS = re.findall(
     r"[\w']+|[^\w\s]",
     " ".join(
         file.read_text(encoding="utf-8")
-        for file in sorted((resources.files("skipcal.calibrate") / "text").iterdir(), key=str)
+        for file in sorted((resources.files("skipcal.text") / "embedded").iterdir(), key=str)
         if file.name.endswith(".txt")
     ).lower(),
 )
