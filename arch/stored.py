@@ -8,12 +8,14 @@ for each pass. Nothing of skipcal computes with weights; what it does ask of the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _COMPUTES_BITS = 16  # no layer computes in less; floating point of 8 bits only stores
 

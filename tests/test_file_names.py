@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from command_line import run
 from conftest import saved
 from corpus_files import Words, words
+from documents import document
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -50,12 +50,7 @@ def any_name(test: Any) -> Any:
     return settings(max_examples=40, deadline=None)(test)
 
 
-@cache
-def shipped() -> SkipProfile:
-    """Without its gate, whose tensors lie beside a profile under a plain name."""
-    found = SkipProfile.load("smollm2-135m-instruct")
-    update = {"policy": found.cosine_policy, "gate": None, "tuning": None, "paper_policy": None}
-    return found.model_copy(update=update)
+SMALL = SkipProfile.model_validate_json(json.dumps(document(layers=2)))
 
 
 @any_name
@@ -83,8 +78,8 @@ def test_text_is_read_from_a_file_of_any_name(name: str) -> None:
 def test_profiles_settings_and_prompts_are_read_from_a_file_of_any_name(name: str) -> None:
     with folder() as place:
         path = place / f"{name}.json"
-        path.write_text(shipped().to_json())
-        assert SkipProfile.load(str(path)).to_json() == shipped().to_json()
+        path.write_text(SMALL.to_json())
+        assert SkipProfile.load(str(path)).to_json() == SMALL.to_json()
         assert list(load_profiles([str(path)])) == [path.stem]
         path.write_text("prompts: 3\n")
         assert load_config(path, {}).prompts == 3
@@ -97,9 +92,9 @@ def test_outputs_are_written_to_a_file_of_any_name(name: str) -> None:
     with folder() as place:
         path = place / f"{name}.json"
         output = Output(path, overwrite=False)
-        assert output.write(shipped().save) == path
+        assert output.write(SMALL.save) == path
         output.release()
-        shipped().save(path, overwrite=True)
+        SMALL.save(path, overwrite=True)
         path.unlink()
 
 

@@ -28,8 +28,8 @@ from skipcal.runtime.session import skipping
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
 
 
-def asked(method: str, ratio: float | None = 0.25, **values: Any) -> Any:
-    return make_policy(method, SHIPPED, Ask(target_skip_ratio=ratio, new_tokens=64, **values))
+def asked(method: str, ratio: float | None = 0.25, new_tokens: int = 64, **values: Any) -> Any:
+    return make_policy(method, SHIPPED, Ask(target_skip_ratio=ratio, new_tokens=new_tokens, **values))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_a_gates_ratio_out_of_reach_is_refused(gated: SkipProfile) -> None:
 @pytest.mark.parametrize("method", WITHOUT_GATE)
 def test_every_baseline_skips_what_it_was_asked_for(smollm: LoadedModel, method: str) -> None:
     model: Any = smollm.model
-    ids = torch.tensor([smollm.tokenizer("The harbour of the old town lies")["input_ids"]] * 2)
-    policy = asked(method, 0.2, warm_up_tokens=3)
+    ids = torch.tensor([smollm.tokenizer("The harbour of the old town lies")["input_ids"]])
+    policy = asked(method, 0.2, new_tokens=48, warm_up_tokens=3)
     with skipping(model, policy=policy) as run:
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, min_new_tokens=48,
             do_sample=False,
         )  # fmt: skip
     report = run.report

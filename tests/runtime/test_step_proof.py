@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOME = SkipPolicy(cold_s=1, cold_e=4, threshold=0.55, warm_up_tokens=1)
 
 
+@cache
 def deep(dtype: torch.dtype, layers: int, *, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return attentive(lively("llama", num_hidden_layers=layers)).to(dtype)
@@ -55,8 +57,13 @@ def test_a_fault_of_a_recorded_step_is_found(
     assert_found(deep(dtype, 24), "recorded", rows, plant, monkeypatch)
 
 
+@cache
+def eagerly(model: Any, rows: int) -> Any:
+    return generated(model, SOME, "eager", ROWS[:rows], max_new_tokens=5)
+
+
 def assert_found(model: Any, engine: str, rows: int, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, eager = generated(model, SOME, "eager", ROWS[:rows], max_new_tokens=5)
+    expected, eager = eagerly(model, rows)
     plant(monkeypatch)
     output, report = generated(model, SOME, engine, ROWS[:rows], max_new_tokens=5)
     assert report.engine == "eager", report.engine_reason
