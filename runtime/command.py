@@ -64,10 +64,12 @@ def generate(
         console.importing()
         policy = found.policy_for(target_skip_ratio)
 
+        from skipcal.profiles.fits import warn_of_other_opening
         from skipcal.runtime.generation import generate_text
 
         loaded = console.load(given(ctx))
         found.check_fits(loaded.model)
+        warn_of_other_opening(found, loaded.tokenizer)
         done = generate_text(
             loaded,
             policy,
