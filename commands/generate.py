@@ -64,13 +64,16 @@ def generate(
         console.importing()
         found.policy_for(target_skip_ratio)  # what it refuses is refused before the model is loaded
 
+        from skipcal.profiles.fits import warn_of_other_opening
         from skipcal.runtime.generation import generate_text
         from skipcal.runtime.session import skipping
 
         loaded = console.load(console.with_own_model(found, given(ctx)))
+        session = skipping(loaded.model, found, target_skip_ratio=target_skip_ratio, engine=engine or "auto")
+        warn_of_other_opening(found, loaded.tokenizer)
         done = generate_text(
             loaded,
-            skipping(loaded.model, found, target_skip_ratio=target_skip_ratio, engine=engine or "auto"),
+            session,
             text,
             new_tokens=limit,
             chat_template=chat_template,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from conftest import lively
 from corpus_files import jsonl, local, prose
 from special_tokens import around, ids_of, naive_rows
@@ -262,6 +263,20 @@ def test_other_openings_than_the_profiles_are_warned_of(
         (folder := tmp_path / reader.__name__).mkdir()
         reader(closed, old, text, folder)
         assert "windows of running text lacked the <s>" in caplog.text
+
+
+def test_the_command_generate_warns_of_other_openings_too(
+    profile: SkipProfile, closed: LoadedModel, tmp_path: Path
+) -> None:
+    folder: Any = tmp_path / "model"
+    model: Any = closed.model
+    model.save_pretrained(folder)
+    closed.tokenizer.save_pretrained(folder)
+    for name, about, warned in (("new.json", profile, 0), ("old.json", of_before(profile), 1)):
+        about.save(tmp_path / name)
+        words = ("--model", folder, "--device", "cpu", "--prompt", "w5 w6", "--new-tokens", "4")
+        done = run("generate", "--profile", tmp_path / name, *words)
+        assert done.stderr.count("warning: the profile does not say how its texts began") == warned
 
 
 def test_the_texts_of_an_old_profile_are_drawn_again_as_they_were(
