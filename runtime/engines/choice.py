@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from skipcal.arch.locate import Architecture
+from skipcal.arch.stored import compute_place
 from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.core.whole_layers import ShortGPT
-
-if TYPE_CHECKING:
-    from skipcal.arch.locate import Architecture
-    from skipcal.core.rule import Rule
-    from skipcal.core.surrogates import Surrogates
-    from skipcal.runtime.engines.base import Engine
+from skipcal.runtime.engines import graph, recorded
+from skipcal.runtime.engines.base import Engine
+from skipcal.runtime.engines.eager import EagerEngine
+from skipcal.runtime.engines.whole_layers import RemovedLayers, SkippedLayers
 
 
 def engine_for(
@@ -22,8 +22,6 @@ def engine_for(
     asked: one of configs.names.ENGINES; methods that skip whole layers have engines of their own.
     batch_rule: as `skipping` takes it.
     """
-    from skipcal.runtime.engines.whole_layers import RemovedLayers, SkippedLayers
-
     if isinstance(policy, ShortGPT):
         return RemovedLayers(architecture, policy.removed)
     rule: Rule = (
@@ -31,21 +29,8 @@ def engine_for(
     )
     if policy.unit == "layer":
         return SkippedLayers(architecture, rule)
-    surrogates: Surrogates | None = getattr(policy, "surrogates", None)
-    if surrogates is not None:
-        surrogates = surrogates.for_model(architecture)
-    return _ffn_engine(architecture, rule, asked, surrogates)
-
-
-def fastest(device: str) -> str:
-    """The engine that "auto" takes for a long run on a type of device, where it supports the model."""
-    return {"cuda": "graph", "cpu": "recorded"}.get(device, "eager")
-
-
-def _ffn_engine(architecture: Architecture, rule: Rule, asked: str, surrogates: Surrogates | None) -> Engine:
-    from skipcal.arch.stored import compute_place
-    from skipcal.runtime.engines import graph, recorded
-    from skipcal.runtime.engines.eager import EagerEngine
+    given: Surrogates | None = getattr(policy, "surrogates", None)
+    surrogates = None if given is None else given.for_model(architecture)
 
     def eager(reason: str) -> EagerEngine:
         return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)
@@ -63,3 +48,8 @@ def _ffn_engine(architecture: Architecture, rule: Rule, asked: str, surrogates: 
     if reason := refusal(architecture):
         return eager(f"{wanted} is not possible: {reason}")
     return kind(architecture, rule, surrogates=surrogates, asked=asked == wanted)
+
+
+def fastest(device: str) -> str:
+    """The engine that "auto" takes for a long run on a type of device, where it supports the model."""
+    return {"cuda": "graph", "cpu": "recorded"}.get(device, "eager")
