@@ -24,7 +24,8 @@ class Command(TyperCommand):
         typed, _, order = self.make_parser(ctx).parse_args(list(args))
         for parameter in order:
             words = typed.get(str(parameter.name))
-            if "" in (words if isinstance(words, list | tuple) else [words]):
+            empty = "" in (words if isinstance(words, list | tuple) else [words])
+            if empty and parameter.param_type_name == "option":  # an argument's reader says what it wants
                 raise typer.BadParameter("it is empty; give a value", ctx, cast(Any, parameter))
         rest: list[str] = super().parse_args(ctx, args)
         ctx.params = at_home("", ctx.params)
