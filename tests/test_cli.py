@@ -283,7 +283,6 @@ def test_faulty_options_exit_with_2_before_anything_is_written(
 @pytest.mark.parametrize(
     "args",
     [
-        ("show", ""),
         ("generate", "--profile="),
         ("plot", SHIPPED, "-o", ""),
         ("sweep", "-o", ""),
