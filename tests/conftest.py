@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,24 @@ DENSE = (
 
 
 APART = ("test_notebooks.py",)  # files whose tests share nothing and take long
+# Files that take the longest, longest first: what is begun last should be short, for the ends to be even.
+LONG = (
+    "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "speed/test_gpu_visit.py",
+    "runtime/test_graph_engine.py", "calibrate/test_large_runs.py", "profiles/test_mutations.py",
+    "evaluation/test_sweep.py", "calibrate/test_pipeline.py", "runtime/test_step_proof.py",
+    "runtime/test_skip_rule.py", "runtime/test_recorded.py", "calibrate/test_fit.py",
+    "arch/test_architectures.py", "runtime/ops/test_compiled.py", "test_cli_terminal.py", "test_cli.py",
+    "docs/test_build.py", "runtime/test_session_intruders.py", "baselines/test_methods.py",
+    "runtime/test_tensor_parallel.py", "test_file_names.py", "runtime/test_session.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadfile` a file's tests stay in one process, so that its fixtures are made once.
 
-    xdist hands out large groups first and single tests last, which evens out the ends. (Its
-    `loadgroup`, which would do this by a mark, groups nothing with xdist 3.8 under pytest 9.2.)
+    Files are handed out in the order of `pytest_collection_modifyitems`. (xdist's `loadgroup`, which
+    would group by a mark, groups nothing with xdist 3.8 under pytest 9.2.)
     """
     if config.getoption("dist") != "loadfile":
         return None
@@ -78,9 +89,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         file = nodeid.split("::", 1)[0]
         return nodeid if Path(file).name in APART else file
 
+    config.option.loadscopereorder = False  # by the number of tests, which tells little
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = group
     return scheduler
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes: what takes long first, then files of many tests."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    counts = Counter(item.path for item in items)
+    rank = {ROOT / "tests" / file: number for number, file in enumerate(LONG)}
+    items.sort(key=lambda item: (rank.get(item.path, len(LONG)), -counts[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

@@ -107,8 +107,8 @@ def test_a_profile_is_made_from_to_and_shown_by_files_of_odd_names(
     text = Path(f"{name}.txt")
     text.write_text(" ".join(f"w{n % 90 + 3}" for n in range(400)))
     run(
-        "profile", "--model", Path(model).name, "--data-files", text, "--prompts", "4", "--prompt-tokens",
-        "8", "--new-tokens", "8", "--warm-up-tokens", "2", "--cold-s", "1", "--cold-e", "7", "-o",
+        "profile", "--model", Path(model).name, "--data-files", text, "--prompts", "2", "--prompt-tokens",
+        "8", "--new-tokens", "6", "--warm-up-tokens", "2", "--cold-s", "1", "--cold-e", "7", "-o",
         f"{name}.json", "--trace", f"{name}.parquet",
     )  # fmt: skip
     run("plot", "-o", f"{name}.svg", "--", f"{name}.json")

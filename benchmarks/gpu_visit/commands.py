@@ -50,7 +50,7 @@ def model_folder(visit: Visit) -> Iterator[dict[str, Any]]:
 
 def profile(visit: Visit) -> Iterator[dict[str, Any]]:
     """`skipcal profile --verify`, in decoding."""
-    prompts, new_tokens = ("16", "64") if visit.on_gpu else ("4", "12")
+    prompts, new_tokens = ("16", "64") if visit.on_gpu else ("4", "9")
     document = _skipcal(
         visit, "profile", *_model(visit), "--data-files", "words.txt", "--prompts", prompts,
         "--prompt-tokens", "16", "--new-tokens", new_tokens, "--warm-up-tokens", "2", "--cold-s", "1",

@@ -14,7 +14,7 @@ def check(visit: Visit) -> list[Step]:
     context, processes = (512, 8) if gpu else (16, 0)
     decoded = {"context_tokens": [context], "new_tokens": 16 if gpu else 5, "ratios": [0.25], "rounds": 1}
     traced = {"context": context, "tokens": 8 if gpu else 2, "skips": 8 if gpu else 2}
-    matrix = {"hidden": 4096, "width": 11008} if gpu else {"hidden": 64, "width": 96}
+    matrix = {"hidden": 4096, "width": 11008} if gpu else {"hidden": 32, "width": 48}
     heads, kv_heads, head_dim = (32, 32, 128) if gpu else (4, 2, 16)
     attended = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     contexts = [512, 2048] if gpu else [24]

@@ -22,7 +22,7 @@ TYPED = [page for page in PAGES if any(s.language in RUN for s in snippets(page)
 
 # What is added to a command so that it takes a second: the first expression that matches, the words, and why.
 # The rest of the command stands as it is; of an option that is given twice the last one counts.
-SMALL = "--prompts 4 --prompt-tokens 8 --new-tokens 14 --warm-up-tokens 2 --cold-s 1 --cold-e 7"
+SMALL = "--prompts 3 --prompt-tokens 8 --new-tokens 10 --warm-up-tokens 2 --cold-s 1 --cold-e 7"
 SHORTER = (
     (r"profile .*--closed-loop|profile .*--config llama-2-7b", f"{SMALL} --closed-loop teacher-forced",
      "decoding in the closed loop takes a minute"),
@@ -30,22 +30,22 @@ SHORTER = (
     (r"fit", "--prompts 12 --prompt-tokens 24 --damage-prompts 4 --closed-loop-prompts 6 --rank 3",
      "56 windows of 512 tokens"),
     (r"tune", "--prompts 2 --prompt-tokens 32", "windows of 512 tokens, for a dozen policies"),
-    (r"sweep .*table-2", "--items 1 --new-tokens 6 --warm-up-tokens 2 --match-items 1", "hours on a GPU"),
+    (r"sweep .*table-2", "--items 1 --new-tokens 4 --warm-up-tokens 1 --match-items 1", "hours on a GPU"),
     (r"sweep .*(table-3|figure-)",
-     "--items 1 --new-tokens 6 --warm-up-tokens 2 --match-items 1 --ratios 0.25", "hours on a GPU"),
+     "--items 1 --new-tokens 4 --warm-up-tokens 1 --match-items 1 --ratios 0.25", "hours on a GPU"),
     (r"sweep .*comparison",
-     "--items 1 --window-tokens 24 --new-tokens 6 --warm-up-tokens 2 --match-items 1 --ratios 0.25 "
+     "--items 1 --window-tokens 24 --new-tokens 4 --warm-up-tokens 1 --match-items 1 --ratios 0.25 "
      "--methods ffn-skip,shortgpt", "two hours"),
     (r"sweep .*embedded-sweep",
-     "--items 1 --window-tokens 24 --new-tokens 6 --warm-up-tokens 2 --ratios 0.25", "minutes"),
+     "--items 1 --window-tokens 24 --new-tokens 4 --warm-up-tokens 1 --ratios 0.25", "minutes"),
     (r"sweep", "--items 1 --window-tokens 24 --warm-up-tokens 2", "windows of 512 tokens, half an hour"),
     (r"evaluate .*--lm-eval-tasks", "--limit 2", "2,376 questions"),
     (r"evaluate .*perplexity", "--items 1 --window-tokens 40 --warm-up-tokens 2", "windows of 512 tokens"),
-    (r"evaluate", "--items 2 --new-tokens 6 --warm-up-tokens 2", "hundreds of items"),
+    (r"evaluate", "--items 1 --new-tokens 4 --warm-up-tokens 1", "hundreds of items"),
     (r"generate", "--new-tokens 30", "a sentence is enough"),
     (r"compare .*--(data-files|corpus)", "--prompts 2 --prompt-tokens 8 --text-tokens 40",
      "texts of 256 tokens"),
-    (r"bench", "--new-tokens 3 --rounds 2 --ratios 0.25", "rounds of 32 tokens for each ratio"),
+    (r"bench", "--new-tokens 3 --rounds 1 --ratios 0.25", "rounds of 32 tokens for each ratio"),
 )  # fmt: skip
 # Commands that cannot run here, and why. That their options exist is checked all the same.
 UNDERSTOOD_ONLY = {
