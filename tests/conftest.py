@@ -67,9 +67,9 @@ LONG = (
     "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "speed/test_gpu_visit.py",
     "runtime/test_graph_engine.py", "calibrate/test_large_runs.py", "profiles/test_mutations.py",
     "evaluation/test_sweep.py", "calibrate/test_pipeline.py", "runtime/test_step_proof.py",
-    "runtime/test_skip_rule.py", "runtime/test_recorded.py", "calibrate/test_fit.py",
+    "runtime/test_skip_rule.py", "runtime/test_recorded.py", "fit/test_pipeline.py",
     "arch/test_architectures.py", "runtime/ops/test_compiled.py", "test_cli_terminal.py", "test_cli.py",
-    "docs/test_build.py", "runtime/test_session_intruders.py", "baselines/test_methods.py",
+    "docs/test_build.py", "runtime/test_session_intruders.py", "core/test_methods.py",
     "runtime/test_tensor_parallel.py", "test_file_names.py", "runtime/test_session.py",
 )  # fmt: skip
 
