@@ -42,7 +42,7 @@ def patch_language_once() -> None:
         interpreter._patch_lang, interpreter._patch_builtin, interpreter._LangPatchScope
     )  # fmt: skip
     replacements: dict[Any, list[tuple[str, Any]]] = {}
-    launched = []
+    launched: list[Any] = []
 
     class Launch(scope_class):  # type: ignore[misc, valid-type]
         def restore(self) -> None:
