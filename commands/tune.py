@@ -58,9 +58,9 @@ def tune(
 
         console.importing()
         from skipcal.evaluation.tune import tune_profile
-        from skipcal.files.figures import check_figure
         from skipcal.plots.pareto import save_pareto
         from skipcal.profiles.summary import tuning_table
+        from skipcal.style import check_figure
 
         figures = []
         if settings.figure:

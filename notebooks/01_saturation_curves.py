@@ -27,11 +27,11 @@ import pandas as pd
 
 import skipcal
 from skipcal.configs.run import ProfileConfig
-from skipcal.files.figures import style
 from skipcal.plots.distribution import plot_cosine_distribution
 from skipcal.plots.regions import plot_region_bootstrap
 from skipcal.plots.tokens import plot_tokens
 from skipcal.profiles.curve import saturation_figure
+from skipcal.style import style
 
 profile = skipcal.SkipProfile.load("smollm2-135m-instruct")  # or the path of your own
 print(f"{profile.model.name}, {profile.model.num_layers} layers, {profile.model.dtype}")

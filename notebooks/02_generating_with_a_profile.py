@@ -27,10 +27,10 @@ from transformers import TextStreamer
 
 import skipcal
 from skipcal.configs.bench import BenchConfig
-from skipcal.files.figures import style
 from skipcal.plots.tokens import plot_tokens, tokens_html
 from skipcal.speed.bench import Subject, run_bench
 from skipcal.speed.table import to_frame
+from skipcal.style import style
 
 loaded = skipcal.load_model(device="cpu")  # without a name: the embedded model
 model, tokenizer = loaded.model, loaded.tokenizer

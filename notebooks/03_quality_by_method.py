@@ -26,8 +26,8 @@ import pandas as pd
 
 import skipcal
 from skipcal.configs.sweep import PerplexitySettings, TaskSettings
-from skipcal.files.figures import style
 from skipcal.profiles.methods import METHODS
+from skipcal.style import style
 
 loaded = skipcal.load_model(device="cpu")  # the embedded model, SmolLM2-135M-Instruct
 profile = skipcal.SkipProfile.load("smollm2-135m-instruct")

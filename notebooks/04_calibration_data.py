@@ -29,8 +29,8 @@ import matplotlib.pyplot as plt
 import skipcal
 from skipcal.compare.comparison import CompareConfig, run_compare
 from skipcal.configs.run import ProfileConfig
-from skipcal.files.figures import style
 from skipcal.plots.compare import curves_figure, plot_transfer
+from skipcal.style import style
 
 loaded = skipcal.load_model(device="cpu")
 

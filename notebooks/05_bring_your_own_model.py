@@ -31,7 +31,7 @@ import skipcal
 from skipcal.arch.embedded import embedded_model_folder
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.run import ProfileConfig
-from skipcal.files.figures import style
+from skipcal.style import style
 
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())  # any tokenizer will do here

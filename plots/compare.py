@@ -11,8 +11,8 @@ import seaborn as sns
 
 from skipcal.errors import ConfigError
 from skipcal.evaluation.transfer import FULL_MODEL, transfer_matrix
-from skipcal.files.figures import PALETTE, THRESHOLD, as_text, style, write_figure
 from skipcal.profiles.schema import SkipProfile
+from skipcal.style import PALETTE, THRESHOLD, as_text, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

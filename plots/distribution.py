@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skipcal.errors import ConfigError, suggestion
-from skipcal.files.figures import THRESHOLD
 from skipcal.profiles.parts import HISTOGRAM_BINS
 from skipcal.profiles.schema import SkipProfile
+from skipcal.style import THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.files.figures import MARKERS, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.profiles.schema import SkipProfile
+from skipcal.style import MARKERS, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

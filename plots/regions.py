@@ -10,7 +10,7 @@ import seaborn as sns
 
 from skipcal.calibrate.regions import BOOTSTRAP_RESAMPLES, bootstrap_regions, region_intervals
 from skipcal.errors import ConfigError
-from skipcal.files.figures import PALETTE
+from skipcal.style import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

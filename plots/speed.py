@@ -9,8 +9,8 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.files.figures import BAND_ALPHA, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 from skipcal.speed.table import machine, to_frame
+from skipcal.style import BAND_ALPHA, PALETTE, THRESHOLD, as_text, check_figure, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from skipcal.errors import ConfigError
-from skipcal.files.figures import MARKERS, PALETTE, THRESHOLD, as_text, style, write_figure
+from skipcal.style import MARKERS, PALETTE, THRESHOLD, as_text, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

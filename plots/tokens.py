@@ -10,8 +10,8 @@ import numpy as np
 
 from skipcal.errors import ConfigError
 from skipcal.evaluation.token_map import TokenMap
-from skipcal.files.figures import THRESHOLD
 from skipcal.profiles.summary import ranges
+from skipcal.style import THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

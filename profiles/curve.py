@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import seaborn as sns
 
-from skipcal.files.figures import (
+from skipcal.profiles.data import ProfileData
+from skipcal.style import (
     BAND_ALPHA,
     COLD,
     PALETTE,
@@ -20,7 +21,6 @@ from skipcal.files.figures import (
     style,
     write_figure,
 )
-from skipcal.profiles.data import ProfileData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

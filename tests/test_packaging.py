@@ -27,7 +27,7 @@ def test_every_package_is_listed() -> None:
 
 
 def test_no_other_module_lies_in_the_root() -> None:  # it would ship as skipcal.<name>
-    own = {"__init__.py", "cli.py", "errors.py", "quiet.py", "version.py"}
+    own = {"__init__.py", "cli.py", "errors.py", "quiet.py", "style.py", "version.py"}
     assert {p.name for p in ROOT.glob("*.py")} == own
 
 

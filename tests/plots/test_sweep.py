@@ -12,7 +12,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from skipcal.errors import ConfigError
-from skipcal.files.figures import MARKERS
 from skipcal.plots.sweep import (
     METHOD_ORDER,
     main_metrics,
@@ -23,6 +22,7 @@ from skipcal.plots.sweep import (
     sweep_figures,
 )
 from skipcal.profiles.methods import METHODS
+from skipcal.style import MARKERS
 
 
 def frame(task: str = "perplexity", metric: str = "perplexity", **changes: Any) -> pd.DataFrame:

@@ -13,10 +13,10 @@ import pytest
 from matplotlib.colors import to_hex
 
 from skipcal.errors import ConfigError, OutputExists
-from skipcal.files.figures import COLD, SKIPPABLE
 from skipcal.profiles.curve import plot_saturation, save_figure
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
+from skipcal.style import COLD, SKIPPABLE
 
 
 @pytest.fixture

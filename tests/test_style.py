@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from skipcal.files.figures import as_text, style, write_figure
+from skipcal.style import as_text, style, write_figure
 
 
 @pytest.mark.parametrize("fails", [False, True])
