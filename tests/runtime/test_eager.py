@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from architectures import CASES
 from conftest import lively
 
+from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate, observe
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import SkipPolicy
@@ -283,3 +285,93 @@ def test_skips_of_all_passes_add_up(tiny: Any) -> None:
         engine.detach()
     assert engine.skipped_per_layer == [3, 6, 0, 9]
     assert engine.weight_bytes_saved == 3 * locate(tiny).blocks[3].weight_bytes
+
+
+@pytest.mark.parametrize("live", [None, True, False])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_whole_block_of_one_token_does_what_the_rule_says_by_hand(
+    tiny: Any, learns: bool, live: bool | None
+) -> None:
+    """Four blocks, of which the second and the last are skipped; a surrogate stands for the second."""
+    hidden = tiny.config.hidden_size
+    blocks, chosen = locate(tiny).blocks, surrogates(hidden)
+    told: list[tuple[int, list[bool]]] = []
+    rule = Alternate(as_tensor=False)
+    rule.learns = learns
+    engine = EagerEngine(locate(tiny), rule, surrogates=chosen)
+    weights = torch.randn(4, hidden, hidden)
+    leave = [
+        engine.whole_block(block, partial(torch.matmul, other=weight))
+        for block, weight in zip(blocks, weights, strict=True)
+    ]
+    h = expected = torch.randn(1, 1, hidden)
+    for block in leave:  # nothing is announced: a prefill
+        h = block(h)
+    for weight in weights:
+        expected = expected + expected @ weight
+    assert torch.equal(h, expected) and rule.seen == [] and engine.skipped_per_layer == [0] * 4
+
+    counted = None if live is None else torch.tensor([live])
+    active = torch.ones(1, dtype=torch.bool)
+    engine.begin(PassTokens(active, counted, step=0, watcher=lambda i, skip: told.append((i, skip.tolist()))))
+    h = expected = torch.randn(1, 1, hidden)
+    for block in leave:
+        h = block(h)
+    for i, weight in enumerate(weights):
+        if i % 2 == 0:
+            expected = expected + expected @ weight
+        elif i == 1:
+            expected = expected + chosen(1, expected[0])[None]  # type: ignore[index]
+    assert torch.equal(h, expected)
+    assert rule.seen == ([0, 2] if learns else [])
+    once = 0 if live is False else 1
+    assert engine.skipped_per_layer == [0, once, 0, once]
+    assert told == [(1, [True]), (3, [True])]
+    unread = blocks[1].weight_bytes + blocks[3].weight_bytes - chosen.weight_bytes(1)
+    assert engine.weight_bytes_saved == unread
+
+
+def test_whole_blocks_hand_the_state_on_and_begin_anew_with_each_token(tiny: Any) -> None:
+    """The rule `cosine` skips only what follows the block that armed: never the first, for each token."""
+    engine = EagerEngine(locate(tiny), ALWAYS.make_rule())
+    leave = [engine.whole_block(block, torch.neg) for block in locate(tiny).blocks]
+    for _ in range(2):
+        engine.begin(PassTokens(active=torch.ones(1, dtype=torch.bool), step=0))
+        h = torch.ones(1, 1, tiny.config.hidden_size)
+        for block in leave:
+            h = block(h)
+    assert engine.skipped_per_layer == [0, 2, 2, 0]  # at most two of them
+
+
+def test_a_forward_that_somebody_set_is_told_from_the_classs(tiny: Any) -> None:
+    engine = EagerEngine(locate(tiny), ALWAYS.make_rule())
+    module = locate(tiny).blocks[1].chain[-1]
+    assert not engine.has_another_forward(module)
+    engine.attach()
+    try:
+        assert not engine.has_another_forward(module)  # the engine's own
+        asking = module.forward
+        module.forward = lambda *args: asking(*args)
+        assert engine.has_another_forward(module)
+        module.forward = asking
+    finally:
+        engine.detach()
+    own = module.forward
+    module.forward = lambda *args: own(*args)
+    assert engine.has_another_forward(module)
+    engine.attach()
+    try:
+        assert engine.has_another_forward(module)  # set before the session, it lies below the engine's
+    finally:
+        engine.detach()
+        del module.forward
+
+
+def test_outputs_besides_f_are_those_of_the_layer_that_is_asked_about() -> None:
+    model: Any = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    dense = EagerEngine(locate(lively()), ALWAYS.make_rule())
+    engine = EagerEngine(locate(model), ALWAYS.make_rule())
+    assert [engine.extras(layer) for layer in range(5)] == [0] * 5
+    engine._extras = {engine.blocks[2].chain[-1]: 1}
+    assert [engine.extras(layer) for layer in range(5)] == [0, 0, 1, 0, 0]
+    assert dense.extras(2) == 0
