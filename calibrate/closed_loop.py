@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
-CLOSED_LOOP_PASSES = 8  # per target, at most; two or three are usual
+CLOSED_LOOP_PASSES = 6  # per target, at most, of a smooth curve; two or three are usual
+BENT_PASSES = 8  # of one that may bend
 
 
 @dataclass
@@ -22,12 +23,14 @@ class RealisedCurve:
     largest:      the largest ratio there is, predicted and realised.
     threshold_at: the threshold for a predicted ratio, predicted_at: the way back.
     measure:      the ratio that a threshold realises.
+    bends:        the curve may bend sharply, as it does on other text than the predictions are of.
     """
 
     largest: float
     threshold_at: Callable[[float], float]
     predicted_at: Callable[[float], float]
     measure: Callable[[float], float]
+    bends: bool = False
     points: list[tuple[float, float]] = field(default_factory=list)  # predicted, realised
 
     def __post_init__(self) -> None:
@@ -39,7 +42,7 @@ class RealisedCurve:
         target = min(target, self.largest)
         tried: list[tuple[float, float]] = []
         run = 0  # measurements in a row that realised too much; below zero: too little
-        for _ in range(CLOSED_LOOP_PASSES):
+        for _ in range(BENT_PASSES if self.bends else CLOSED_LOOP_PASSES):
             threshold = self.threshold_at(self._predicted_for(target, run))
             if threshold in dict(tried):
                 break  # there is no value in between
@@ -54,15 +57,15 @@ class RealisedCurve:
     def _predicted_for(self, target: float, run: int) -> float:
         """The predicted ratio at which the points known so far put `target`: false position.
 
-        It creeps towards one end of a bent curve. So, from the second measurement in a `run` on one side of
-        the target, the miss at the other side is halved: the Illinois algorithm (Dowell and Jarratt, 1971).
+        It creeps towards one end of a bent curve. There, from the second measurement in a `run` on one
+        side of the target, the other side's miss is halved: the Illinois algorithm (Dowell, Jarratt 1971).
         """
         below = max(point for point in self.points if point[1] <= target)
         above = min(point for point in self.points if point[1] >= target)
         if above[1] <= below[1] or above[0] <= below[0]:
             return (below[0] + above[0]) / 2
         lacking, span = target - below[1], above[1] - below[1]
-        if abs(run) > 1:
+        if self.bends and abs(run) > 1:
             lacking *= 0.5 ** max(run - 1, 0)
             span = lacking + (above[1] - target) * 0.5 ** max(-run - 1, 0)
         return below[0] + (above[0] - below[0]) * lacking / span

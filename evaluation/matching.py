@@ -103,5 +103,6 @@ def match_threshold(scale: ThresholdScale, target: float, measure: Callable[[flo
         threshold_at=lambda ratio: scale.threshold(scale.end * ratio / scale.reachable),
         predicted_at=lambda threshold: scale.reachable * scale.place(threshold) / scale.end,
         measure=measure,
+        bends=True,
     )
     return Match(*curve.threshold(target))

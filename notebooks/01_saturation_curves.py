@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import skipcal
+from skipcal import load_model
 from skipcal.configs.run import ProfileConfig
 from skipcal.plots.distribution import plot_cosine_distribution
 from skipcal.plots.regions import plot_region_bootstrap
@@ -76,7 +77,7 @@ with style():
 
 # %%
 print("the profile: cold_s", profile.regions.cold_s_interval, "cold_e", profile.regions.cold_e_interval)
-loaded = skipcal.load_model(device="cpu")
+loaded = load_model(device="cpu")
 text = resources.files("skipcal.text") / "embedded"
 files = [f"{name}={text / name}.txt" for name in ("encyclopedic", "web")]
 small = ProfileConfig(mode="prefill", data_files=files, prompts=6, prompt_tokens=40, closed_loop_prompts=0)

@@ -26,13 +26,14 @@ from IPython.display import HTML
 from transformers import TextStreamer
 
 import skipcal
+from skipcal import load_model
 from skipcal.configs.bench import BenchConfig
 from skipcal.plots.tokens import plot_tokens, tokens_html
 from skipcal.speed.bench import Subject, run_bench
 from skipcal.speed.table import to_frame
 from skipcal.style import style
 
-loaded = skipcal.load_model(device="cpu")  # without a name: the embedded model
+loaded = load_model(device="cpu")  # without a name: the embedded model
 model, tokenizer = loaded.model, loaded.tokenizer
 profile = skipcal.SkipProfile.load("smollm2-135m-instruct")  # a shipped profile, by its name
 

@@ -25,11 +25,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import skipcal
+from skipcal import load_model
 from skipcal.configs.sweep import PerplexitySettings, TaskSettings
 from skipcal.profiles.methods import METHODS
 from skipcal.style import style
 
-loaded = skipcal.load_model(device="cpu")  # the embedded model, SmolLM2-135M-Instruct
+loaded = load_model(device="cpu")  # the embedded model, SmolLM2-135M-Instruct
 profile = skipcal.SkipProfile.load("smollm2-135m-instruct")
 print("methods:", *METHODS)
 

@@ -27,12 +27,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import skipcal
+from skipcal import load_model
 from skipcal.compare.comparison import CompareConfig, run_compare
 from skipcal.configs.run import ProfileConfig
 from skipcal.plots.compare import curves_figure, plot_transfer
 from skipcal.style import style
 
-loaded = skipcal.load_model(device="cpu")
+loaded = load_model(device="cpu")
 
 # %% [markdown]
 # ## Three texts

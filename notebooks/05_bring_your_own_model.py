@@ -28,6 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import skipcal
+from skipcal import calibrate_model
 from skipcal.arch.embedded import embedded_model_folder
 from skipcal.arch.loading import LoadedModel
 from skipcal.configs.run import ProfileConfig
@@ -102,7 +103,7 @@ settings = ProfileConfig(
     warm_up_tokens=4,
     closed_loop_prompts=2,
 )
-profile = skipcal.calibrate_model(loaded, settings).profile
+profile = calibrate_model(loaded, settings).profile
 with style():
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained", dpi=90)
     skipcal.plot_saturation(profile, ax=ax)

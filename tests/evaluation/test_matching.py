@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gated import with_gate
 
-from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE
+from skipcal.calibrate.closed_loop import BENT_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
@@ -42,7 +42,7 @@ def test_the_target_is_met_within_few_passes(shift: float, target: float) -> Non
     found = match_threshold(SCALE, target, measure)
     assert found.realised_skip_ratio == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
     assert found.threshold in tried
-    assert len(tried) <= CLOSED_LOOP_PASSES
+    assert len(tried) <= BENT_PASSES
 
 
 @pytest.mark.parametrize("policy", ["cosine", "gate"])
@@ -86,7 +86,7 @@ def bent(power: float) -> tuple[list[float], Callable[[float], float]]:
 def test_noise_gives_the_closest_that_was_seen() -> None:
     tried, measure = measured(0.0, noise=0.05)
     found = match_threshold(SCALE, 0.2, measure)
-    assert found.threshold in tried and len(tried) <= CLOSED_LOOP_PASSES
+    assert found.threshold in tried and len(tried) <= BENT_PASSES
 
 
 GATED = with_gate(SHIPPED, layers=tuple(range(1, 29)))
