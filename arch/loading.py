@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -137,21 +137,29 @@ def fingerprint(model: nn.Module) -> str:
     It tells a fine-tune or an adapted model from its base; it is no proof that two files are equal.
     Comparable between models of one dtype and quantization, wherever their weights are.
     """
-    digest = hashlib.sha256()
-    for name, weight in named_weights(unwrap(model)):
-        shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
-        digest.update(f"{name}{tuple(shape)}".encode())
-        if getattr(weight, "quant_state", None) is not None and weight.device.type == "cpu":
-            continue  # bitsandbytes packs 4 bits in another order on their first pass through a CPU
-        for part in stored(weight):
-            if part.is_meta:
-                continue
-            flat = part.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)][:_VALUES_PER_TENSOR].cpu()
-            if picked.is_floating_point():
-                picked = picked.to(torch.bfloat16).float()
-            digest.update(picked.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return fingerprint_of({name: weight_mark(name, weight) for name, weight in named_weights(unwrap(model))})
+
+
+def fingerprint_of(marks: Mapping[str, bytes]) -> str:
+    """The fingerprint of a model whose weights have these marks, by name."""
+    return hashlib.sha256(b"".join(marks[name] for name in sorted(marks))).hexdigest()
+
+
+def weight_mark(name: str, weight: Tensor) -> bytes:
+    """What the fingerprint holds of one weight."""
+    shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
+    mark = f"{name}{tuple(shape)}".encode()
+    if getattr(weight, "quant_state", None) is not None and weight.device.type == "cpu":
+        return mark  # bitsandbytes packs 4 bits in another order on their first pass through a CPU
+    for part in stored(weight):
+        if part.is_meta:
+            continue
+        flat = part.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)][:_VALUES_PER_TENSOR].cpu()
+        if picked.is_floating_point():
+            picked = picked.to(torch.bfloat16).float()
+        mark += picked.contiguous().numpy().tobytes()
+    return mark
 
 
 def has_adapter(model: PreTrainedModel) -> bool:

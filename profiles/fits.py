@@ -26,7 +26,24 @@ def check_fits(profile: ProfileData, model: PreTrainedModel, *, same_weights: bo
     from skipcal.arch.locate import unwrap
     from skipcal.arch.quantization import quantization_name
 
-    made_on, config = profile.model, model.config.get_text_config()
+    made_on = profile.model
+    check_shape(profile, model.config.get_text_config())
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype != made_on.dtype:
+        logger.warning("the profile was made in %s, the model runs in %s", made_on.dtype, dtype)
+    _warn_of_other_form(made_on, quantization_name(unwrap(model)), bool(getattr(model, "peft_config", None)))
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision and made_on.revision and revision != made_on.revision:
+        logger.warning("the profile was made on revision %s, this is %s", made_on.revision, revision)
+    if dtype == made_on.dtype:
+        check_weights(
+            profile, fingerprint(model), _holds_tensors(profile) if same_weights is None else same_weights
+        )
+
+
+def check_shape(profile: ProfileData, config: Any) -> None:
+    """Raise ProfileMismatch for a model of another shape; config: that of its text."""
+    made_on = profile.model
     asked = {
         "model type": (made_on.model_type, config.model_type),
         "number of layers": (made_on.num_layers, config.num_hidden_layers),
@@ -40,23 +57,24 @@ def check_fits(profile: ProfileData, model: PreTrainedModel, *, same_weights: bo
             f"the profile was made for {made_on.name}: {'; '.join(different)}; "
             f"give that model with --model {made_on.name}, or make one for this: skipcal profile"
         )
-    dtype = str(model.dtype).removeprefix("torch.")
-    if dtype != made_on.dtype:
-        logger.warning("the profile was made in %s, the model runs in %s", made_on.dtype, dtype)
-    _warn_of_other_form(made_on, quantization_name(unwrap(model)), bool(getattr(model, "peft_config", None)))
-    revision = getattr(model.config, "_commit_hash", None)
-    if revision and made_on.revision and revision != made_on.revision:
-        logger.warning("the profile was made on revision %s, this is %s", made_on.revision, revision)
-    if dtype == made_on.dtype and fingerprint(model) != made_on.fingerprint:
-        if _holds_tensors(profile) if same_weights is None else same_weights:
-            raise ProfileMismatch(
-                f"the profile was made on other weights of {made_on.name}, and a gate holds for the "
-                "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
-            )
-        logger.warning(
-            "the profile was made on other weights of %s: thresholds may not hold",
-            made_on.name,
+
+
+def check_weights(profile: ProfileData, found: str, same_weights: bool) -> None:
+    """Warn of other weights than the profile's, which have the fingerprint `found`, or raise ProfileMismatch.
+
+    same_weights: raise.
+    """
+    if found == profile.model.fingerprint:
+        return
+    if same_weights:
+        raise ProfileMismatch(
+            f"the profile was made on other weights of {profile.model.name}, and a gate holds for the "
+            "weights it was fitted to; profile these with: skipcal profile, then: skipcal fit"
         )
+    logger.warning(
+        "the profile was made on other weights of %s: thresholds may not hold",
+        profile.model.name,
+    )
 
 
 def warn_of_other_opening(profile: ProfileData, tokenizer: Any) -> None:
