@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup profile test check docs clean
+VLLM := .venv-vllm
+
+.PHONY: setup profile test check docs vllm test-vllm clean
 
 setup: $(READY)
 
@@ -25,9 +27,18 @@ check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/check
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/typecheck
 
+vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml constraints.txt scripts/vllm
+	PYTHON="$(PYTHON)" sh scripts/vllm $(VLLM)
+	touch $@
+
+test-vllm: vllm
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/serving
+
 docs: setup
 	$(BIN)/sphinx-build -q -W --keep-going -n docs build/docs
 	@echo "wrote build/docs/index.html"
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) runs build dist *.egg-info

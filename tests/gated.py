@@ -81,8 +81,13 @@ def generated(model: Any, policy: Policy | None, new: int = NEW) -> tuple[Any, S
         return model.generate(**options), run.report
 
 
-def with_gate(profile: SkipProfile, *, layers: tuple[int, ...] = LAYERS, name: str = "made") -> SkipProfile:
-    """The profile with a gate that nobody fitted, and tensors for its model."""
+def with_gate(
+    profile: SkipProfile, *, layers: tuple[int, ...] = LAYERS, name: str = "made", model: Any = None
+) -> SkipProfile:
+    """The profile with a gate that nobody fitted, and tensors for its model.
+
+    model: the model itself, for gates and surrogates as `gates_for` and `surrogates_for` make them.
+    """
     hidden = profile.model.hidden_size
     random = torch.Generator().manual_seed(5)
     maps = {
@@ -93,7 +98,10 @@ def with_gate(profile: SkipProfile, *, layers: tuple[int, ...] = LAYERS, name: s
         )
         for layer in layers
     }
-    tensors = GateTensors.pack(random_gates(layers, hidden), Surrogates(maps), profile.model.fingerprint)
+    gates, surrogates = random_gates(layers, hidden), Surrogates(maps)
+    if model is not None:
+        gates, surrogates = gates_for(model, layers), surrogates_for(model, layers, rank=2)
+    tensors = GateTensors.pack(gates, surrogates, profile.model.fingerprint)
     file = f"{name}.surrogates.safetensors"
     points = [
         GatePoint(

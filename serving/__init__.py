@@ -1,0 +1,1 @@
+"""The host for vLLM: FFNs are skipped where many requests run in one batch."""

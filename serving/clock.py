@@ -1,0 +1,74 @@
+"""Which tokens of a flattened batch are decode steps, at which step of their request, seen how often.
+
+A token at position p of a request with P prompt tokens is decode step p - P; of the prompt's own tokens that
+is negative. It is a property of the token, not of the pass in which it is computed. So a prompt may come in
+chunks, and what a preempted request has written may be computed again in one pass: it takes the decisions
+that it took before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.integer]
+Bools: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class BatchTokens:
+    """The tokens of one pass, those of a request side by side: [tokens].
+
+    steps:   decode step; negative: prompt.
+    skips:   whether the request wants skipping.
+    counted: decode steps that no earlier pass has computed.
+    """
+
+    steps: Ints
+    skips: Bools
+    counted: Bools
+
+
+class Clock:
+    """Tells the tokens of each pass, and remembers of each request how far it has been counted."""
+
+    def __init__(self) -> None:
+        """No request has been seen."""
+        self._ends: dict[str, int] = {}  # by request: the first decode step that is not counted yet
+
+    def tokens(
+        self,
+        requests: Sequence[str],
+        *,
+        computed: Ints,
+        prompt: Ints,
+        starts: Ints,
+        wanting: Sequence[bool],
+        alive: Collection[str],
+    ) -> BatchTokens:
+        """The tokens of a pass.
+
+        computed: tokens of each request that earlier passes have computed, [requests]; prompt: tokens of its
+        prompt; starts: where its tokens begin in the batch, and the end of all, [requests + 1]; wanting:
+        whether it wants skipping; alive: the requests that have not finished, preempted ones too.
+        """
+        if any(name not in alive for name in self._ends):
+            self._ends = {name: end for name, end in self._ends.items() if name in alive}
+        steps = decode_steps(computed, prompt, starts)
+        lengths = np.diff(starts)
+        ends = np.array([self._ends.get(name, 0) for name in requests], dtype=np.int64)
+        counted = steps >= np.repeat(ends, lengths)
+        after = np.maximum(ends, computed - prompt + lengths)
+        self._ends.update(zip(requests, after.tolist(), strict=True))
+        return BatchTokens(steps, np.repeat(np.asarray(wanting, dtype=bool), lengths), counted)
+
+
+def decode_steps(computed: Ints, prompt: Ints, starts: Ints) -> Ints:
+    """Decode step of each token, [tokens]; the arguments are those of `Clock.tokens`."""
+    first = computed - prompt
+    steps: Ints = np.repeat(first - starts[:-1], np.diff(starts)) + np.arange(starts[-1])
+    return steps

@@ -1,0 +1,191 @@
+"""The host: before each FFN of a pass it asks the rule which tokens skip, and counts.
+
+The passes are vLLM's own. What stands on its modules is `forward` on the instance: of the norm before
+each FFN, to see the stream, and of the FFN. Names and weights stay where vLLM looks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipcal.arch.patch import InstancePatches
+from skipcal.core.host import PassTokens
+from skipcal.core.policy import Policy
+from skipcal.core.surrogates import Surrogates
+from skipcal.errors import SessionError
+from skipcal.serving.blocks import ServedBlock
+from skipcal.serving.clock import BatchTokens
+from skipcal.serving.counts import ServingReport
+from skipcal.serving.proof import SumProof
+
+
+class ServingHost:
+    """Runs the passes it is told of under a policy, and counts what is skipped.
+
+    report: the counts so far.
+    """
+
+    def __init__(self, blocks: Sequence[ServedBlock], policy: Policy) -> None:
+        """Prepare for the blocks of a loaded model; nothing is set on it."""
+        policy.check_layers(len(blocks))
+        self.report = ServingReport.empty(policy.method, len(blocks))
+        self._warm_up = policy.warm_up_tokens
+        self._rule = policy.make_rule()
+        self._blocks = [block for block in blocks if block.index in self._rule.layers]
+        maps = getattr(policy, "surrogates", Surrogates({})).maps
+        self._surrogates = Surrogates(
+            {b.index: maps[b.index].to(*b.place) for b in blocks if b.index in maps}
+        )
+        self._proof: SumProof | None = SumProof(blocks)
+        self._patches = InstancePatches()
+        self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
+        self._counted: Tensor | None = None  # those of them that are counted; None: all
+        self._state: Any = None  # the rule's, of these tokens
+        self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
+        self._asked = 0  # FFNs of this pass
+
+    def attach(self) -> None:
+        """Set `forward` on the modules of the blocks in which the rule has a say."""
+        for block in self._blocks:
+            self._patches.set(block.norm, "forward", self._norm(block))
+            self._patches.set(block.ffn, "forward", self._ffn(block))
+
+    def detach(self) -> None:
+        """Put back what `attach` found. A second call does nothing."""
+        self._patches.restore()
+
+    def run(self, tokens: BatchTokens, ids: Tensor | None, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns, a pass over `tokens`. Whatever calls the model outside is the full model.
+
+        Raises UnsupportedModel where the first pass shows that h + f is not what the model adds up.
+        """
+        ruled = tokens.skips & (tokens.steps >= self._warm_up)
+        self._count_tokens(tokens, ruled)
+        if not ruled.any():
+            return forward() if self._proof is None else self._proven(forward)
+        if self._proof is not None:
+            raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
+        self._begin_pass(tokens, ruled, ids)
+        try:
+            output = forward()
+            if self._asked != len(self._blocks):
+                raise SessionError(
+                    f"{self._asked} of {len(self._blocks)} FFNs asked whether to skip: something else has "
+                    "replaced the forward of vLLM's modules"
+                )
+            return output
+        finally:
+            self._end_pass()
+
+    def _proven(self, forward: Callable[[], Any]) -> Any:
+        assert self._proof is not None
+        with self._proof:
+            output = forward()
+        self._proof.check()
+        self._proof = None
+        return output
+
+    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None) -> None:
+        device = self._device
+        chosen = np.flatnonzero(ruled)
+        everyone = len(chosen) == len(ruled)
+        self._rows = slice(0, len(chosen)) if everyone else torch.from_numpy(chosen).to(device)
+        counted = tokens.counted[chosen]
+        self._counted = None if counted.all() else torch.from_numpy(counted).to(device)
+        self._tokens = PassTokens(
+            active=torch.ones(len(chosen), dtype=torch.bool, device=device),
+            counted=self._counted,
+            step=torch.from_numpy(tokens.steps[chosen].astype(np.int64)).to(device),
+            ids=None if ids is None else ids[self._rows],
+        )
+        self._state = self._rule.start(self._tokens, device)
+        self.report.passes += 1
+
+    def _end_pass(self) -> None:
+        self._rows = self._counted = self._state = self._h = None
+        self._asked = 0
+
+    @property
+    def _device(self) -> torch.device:
+        return self._blocks[0].place[0] if self._blocks else torch.device("cpu")
+
+    # What stands on the modules
+
+    def _norm(self, block: ServedBlock) -> Callable[..., Any]:
+        own = block.norm.forward
+
+        def forward(*given: Any) -> Any:
+            output = own(*given)
+            if self._rows is not None:
+                self._h = output[1]
+            return output
+
+        return forward
+
+    def _ffn(self, block: ServedBlock) -> Callable[[Tensor], Tensor]:
+        own = block.ffn.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if self._rows is None:
+                f: Tensor = own(x)
+                return f
+            assert self._h is not None
+            h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
+            self._asked += 1
+            skip, self._state = self._rule.before(block.index, self._state, h)
+            if len(x) == 1:
+                return self._one(block.index, own, x, h, bool(skip))
+            mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
+            return self._many(block.index, own, x, h, mask)
+
+        return forward
+
+    def _one(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: bool) -> Tensor:
+        """What the FFN adds in a pass of a single token."""
+        if skip:
+            self.report.skipped_per_layer[layer] += 1 if self._counted is None else int(self._counted)
+            self.report.unread_per_layer[layer] += 1
+            return self._in_place_of(layer, h)
+        f: Tensor = own(x)
+        if self._rule.learns:
+            self._state = self._rule.after(layer, self._state, h, f, True)
+        return f
+
+    def _many(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
+        """What the FFN adds in a pass of several tokens, [tokens, hidden]; those that run are gathered."""
+        assert self._rows is not None
+        skipping = int(skip.sum())
+        if skipping == 0:
+            f: Tensor = own(x)
+        elif skipping == len(x):
+            self.report.unread_per_layer[layer] += 1
+            f = self._in_place_of(layer, h)
+        else:
+            running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            running[self._rows] = ~skip
+            rows = running.nonzero().squeeze(-1)
+            f = torch.zeros_like(x)
+            f[self._rows] = self._in_place_of(layer, h)
+            f.index_copy_(0, rows, own(x[rows]))
+        if skipping:
+            counted = skip if self._counted is None else skip & self._counted
+            self.report.skipped_per_layer[layer] += int(counted.sum())
+        if self._rule.learns:
+            ran: Tensor | bool = ~skip if len(h) > 1 else not skipping
+            self._state = self._rule.after(layer, self._state, h, f[self._rows], ran)
+        return f
+
+    def _in_place_of(self, layer: int, h: Tensor) -> Tensor:
+        """What tokens that skip add: their surrogate, or zeros that nothing else holds."""
+        s = self._surrogates(layer, h)
+        return torch.zeros_like(h) if s is None else s
+
+    def _count_tokens(self, tokens: BatchTokens, ruled: Any) -> None:
+        self.report.decode_steps += int((tokens.counted & tokens.skips).sum())
+        self.report.opted_out_steps += int((tokens.counted & ~tokens.skips).sum())
+        self.report.decode_steps_after_warm_up += int((tokens.counted & ruled).sum())

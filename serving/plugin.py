@@ -1,0 +1,141 @@
+"""The plug-in of vLLM: what is set on its classes, in each of its processes.
+
+Settings are read and checked where the engine's configuration is made, so that a mistake ends the start and
+not a worker. The worker attaches the host once the weights are there. Without settings nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from skipcal.errors import ConfigError, SkipcalError
+from skipcal.serving.plan import check_same_weights, plan_for
+from skipcal.serving.refusals import check_version
+from skipcal.serving.requests import check_no_beams, wants_skipping
+from skipcal.serving.settings import settings_of
+
+
+def register() -> None:
+    """Prepare vLLM's classes; the entry point, which vLLM may call more than once."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if hasattr(EngineArgs, "skipcal"):
+        return
+    EngineArgs.skipcal = True
+    _wrap(EngineArgs, "create_engine_config", _checking)
+    if not _known_version():
+        return  # the check refuses, where skipping is asked for
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_worker import Worker  # those of other platforms inherit from it
+
+    _wrap(Worker, "load_model", _attaching)
+    _wrap(Worker, "shutdown", _telling)
+    _wrap(InputProcessor, "_validate_params", _validating)
+    _wrap(InputProcessor, "resolve_watermarking", _refusing_beams)
+    Worker.skipcal_report = _report
+
+
+def start_skipping(worker: Any) -> None:
+    """Have a worker that has loaded its model skip what its configuration asks for, if it asks for anything.
+
+    Raises as `plan_for` and `check_same_weights` do.
+    """
+    plan = plan_for(worker.vllm_config)
+    if plan is None:
+        return
+    check_same_weights(plan, worker)
+    from skipcal.serving.blocks import blocks_of
+    from skipcal.serving.host import ServingHost
+    from skipcal.serving.runner import WatchedRunner
+
+    runner = worker.model_runner
+    blocks = blocks_of(runner.get_model(), worker.model_config.hf_text_config.model_type)
+    watched = WatchedRunner(runner, ServingHost(blocks, plan.policy))
+    watched.attach()
+    worker.skipcal = watched
+    if worker.device.type != "cpu":
+        _logger().warning(
+            "skipcal has served on CPUs only so far; nothing is known of %s", worker.device.type
+        )
+
+
+def _wrap(kind: type, name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
+    own = getattr(kind, name)
+    setattr(kind, name, functools.wraps(own)(wrapper(own)))
+
+
+def _known_version() -> bool:
+    from vllm.version import __version__
+
+    try:
+        check_version(__version__)
+    except ConfigError:
+        return False
+    return True
+
+
+def _checking(own: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.version import __version__
+
+        if settings_of(self.additional_config) is not None:
+            check_version(__version__)
+        config = own(self, *args, **kwargs)
+        plan_for(config)
+        return config
+
+    return create_engine_config
+
+
+def _attaching(own: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, **kwargs: Any) -> None:
+        own(self, **kwargs)
+        try:
+            start_skipping(self)
+        except SkipcalError as error:
+            _logger().error("%s", error)  # else it is the last line of a traceback of another process
+            raise
+
+    return load_model
+
+
+def _telling(own: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any) -> None:
+        watched = self.__dict__.pop("skipcal", None)
+        if watched is not None:
+            _logger().info("skipcal, %s", watched.host.report.line())
+            watched.detach()
+        own(self)
+
+    return shutdown
+
+
+def _validating(own: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if settings_of(self.vllm_config.additional_config) is not None:
+            wants_skipping(params)
+        return own(self, params, *args, **kwargs)
+
+    return validate_params
+
+
+def _refusing_beams(own: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve_watermarking(self: Any, params: Any) -> Any:  # what both of vLLM's beam searches ask first
+        if settings_of(self.vllm_config.additional_config) is not None:
+            check_no_beams(params)
+        return own(self, params)
+
+    return resolve_watermarking
+
+
+def _report(worker: Any) -> dict[str, Any] | None:
+    watched = getattr(worker, "skipcal", None)
+    return None if watched is None else watched.host.report.to_dict()
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.skipcal")  # a name of vLLM's, so that its lines are shown as vLLM's are

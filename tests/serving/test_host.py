@@ -1,0 +1,242 @@
+"""The host, on modules laid out as vLLM's: a token in a batch gets what it gets alone; counts are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gated import random_gates
+from torch import Tensor, nn
+
+from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.core.gate import GatePolicy
+from skipcal.core.policy import Policy, SkipPolicy
+from skipcal.core.substituted import Substituted
+from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.errors import ProfileMismatch, SessionError, UnsupportedModel
+from skipcal.serving.blocks import ServedBlock
+from skipcal.serving.clock import BatchTokens
+from skipcal.serving.host import ServingHost
+
+HIDDEN, LAYERS = 32, 6
+
+
+class Norm(nn.Module):
+    """Adds what it is given to the stream, in place as kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(HIDDEN) + 0.5)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual.add_(x)
+        return residual / residual.norm(dim=-1, keepdim=True) * HIDDEN**0.5 * self.weight, residual
+
+
+class FFN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN)
+        self.calls: list[int] = []  # tokens of each
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        f: Tensor = self.down(torch.tanh(self.up(x)))
+        return f * 2
+
+
+class Stack(nn.Module):
+    """Layers without attention: no token depends on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Norm() for _ in range(LAYERS))
+        self.norms = nn.ModuleList(Norm() for _ in range(LAYERS))
+        self.ffns: Any = nn.ModuleList(FFN() for _ in range(LAYERS))
+        self.last = Norm()
+        self.blocks: list[ServedBlock] = [
+            ServedBlock(n, self.norms[n], self.ffns[n], (*self.first, self.last)[n + 1])
+            for n in range(LAYERS)
+        ]
+
+    def forward(self, stream: Tensor) -> Tensor:
+        x, residual = torch.zeros_like(stream), stream.clone()
+        for first, norm, ffn in zip(self.first, self.norms, self.ffns, strict=True):
+            x, residual = first(x, residual)
+            x, residual = norm(x * 0.2, residual)
+            x = ffn(x)
+        _, out = self.last(x, residual)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@pytest.fixture
+def stack() -> Stack:
+    return Stack()
+
+
+def surrogates(layers: Sequence[int] = (1, 2, 4)) -> Surrogates:
+    random = torch.Generator().manual_seed(4)
+    return Surrogates(
+        {
+            n: LowRank(
+                *(torch.randn(shape, generator=random) for shape in ((3, HIDDEN), (HIDDEN, 3), (HIDDEN,)))
+            )
+            for n in layers
+        }
+    )
+
+
+STATIC = ChosenFFNs(method="static", layers=(1, 3, 4), probability=1.0, warm_up_tokens=2)
+POLICIES: dict[str, Policy] = {
+    "cosine": SkipPolicy(cold_s=0, cold_e=6, threshold=0.9, warm_up_tokens=2),
+    "cosine, two at most": SkipPolicy(cold_s=1, cold_e=6, threshold=0.85, warm_up_tokens=2, max_skips=2),
+    "gate": GatePolicy(
+        gates=random_gates((1, 2, 4)), surrogates=surrogates(), threshold=0.5, warm_up_tokens=2
+    ),
+    "static": STATIC,
+    "static+surrogates": Substituted(STATIC, surrogates()),
+}
+
+
+def batch(steps: Sequence[int], *, out: Sequence[int] = (), again: Sequence[int] = ()) -> BatchTokens:
+    """out: places of tokens of requests that do not want skipping; again: of those computed before."""
+    places = np.arange(len(steps))
+    return BatchTokens(
+        np.array(steps), ~np.isin(places, out), (np.array(steps) >= 0) & ~np.isin(places, again)
+    )
+
+
+def hosted(stack: Stack, policy: Policy) -> ServingHost:
+    host = ServingHost(stack.blocks, policy)
+    host.attach()
+    host.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))  # a prompt, on which all is proven
+    for ffn in stack.ffns:
+        ffn.calls.clear()
+    return host
+
+
+def alone(stack: Stack, policy: Policy, stream: Tensor, steps: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Each token in a pass of its own, and what all of them skipped by layer."""
+    host = hosted(stack, policy)
+    rows = [
+        host.run(batch([step]), None, partial(stack, h[None])) for h, step in zip(stream, steps, strict=True)
+    ]
+    host.detach()
+    return torch.cat(rows), host.report.skipped_per_layer
+
+
+STEPS = [5, -1, 0, 1, 2, 3, 30, 2, 9, 4]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_token_in_a_batch_gets_what_it_gets_alone(name: str, stack: Stack) -> None:
+    policy, stream = POLICIES[name], torch.randn(len(STEPS), HIDDEN)
+    expected, skipped = alone(stack, policy, stream, STEPS)
+    host = hosted(stack, policy)
+    got = host.run(batch(STEPS), None, lambda: stack(stream))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert host.report.skipped_per_layer == skipped
+    assert 0 < sum(skipped) < 7 * LAYERS
+    assert host.report.decode_steps == 9 and host.report.decode_steps_after_warm_up == 7
+    gathered = [len(STEPS) - n for n in skipped]
+    assert [ffn.calls for ffn in stack.ffns] == [[n] for n in gathered]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_before_the_warm_up_get_the_full_model(name: str, stack: Stack) -> None:
+    stream = torch.randn(4, HIDDEN)
+    full = stack(stream)
+    host = hosted(stack, POLICIES[name])
+    assert torch.equal(host.run(batch([-1, 0, 1, 1]), None, lambda: stack(stream)), full)
+    mixed = host.run(batch([1, 7, -3, 7], out=[3]), None, lambda: stack(stream))
+    torch.testing.assert_close(mixed[[0, 2, 3]], full[[0, 2, 3]], rtol=1e-5, atol=1e-5)
+    assert host.report.opted_out_steps == 1
+    assert host.report.passes == 1
+
+
+def test_weights_are_unread_where_no_token_of_a_pass_needs_them(stack: Stack) -> None:
+    host = hosted(stack, STATIC)
+    for steps in ([4, 5, 6], [4, 1, 6], [9], [4, -1]):
+        host.run(batch(steps), None, partial(stack, torch.randn(len(steps), HIDDEN)))
+    report = host.report
+    assert report.unread_per_layer == [0, 2, 0, 2, 2, 0]
+    assert report.skipped_per_layer == [0, 7, 0, 7, 7, 0]
+    assert report.passes == 4
+    assert report.unread_ratio == 6 / (LAYERS * 4)
+    assert report.skip_ratio == 21 / (LAYERS * 7)
+    assert report.skip_ratio_all == 21 / (LAYERS * 8)
+    assert [len(ffn.calls) for ffn in stack.ffns] == [4, 2, 4, 2, 2, 4]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_that_are_computed_again_skip_and_are_not_counted(name: str, stack: Stack) -> None:
+    stream = torch.randn(4, HIDDEN)
+    host = hosted(stack, POLICIES[name])
+    once = host.run(batch([3, 4, 5, 6]), None, lambda: stack(stream))
+    counts = host.report.skipped_per_layer.copy()
+    again = host.run(batch([3, 4, 5, 6], again=range(4)), None, lambda: stack(stream))
+    single = host.run(batch([6], again=[0]), None, lambda: stack(stream[3:]))
+    assert torch.equal(once, again)
+    torch.testing.assert_close(single, once[3:], rtol=1e-5, atol=1e-5)
+    assert host.report.skipped_per_layer == counts
+    assert host.report.decode_steps == host.report.decode_steps_after_warm_up == 4
+
+
+def test_the_model_outside_of_passes_is_the_full_one_and_nothing_stays(stack: Stack) -> None:
+    stream = torch.randn(3, HIDDEN)
+    full = stack(stream)
+    host = hosted(stack, STATIC)
+    assert torch.equal(stack(stream), full)
+    with pytest.raises(RuntimeError, match="broken"):
+        host.run(batch([5, 6, 7]), None, _broken)
+    assert torch.equal(stack(stream), full)
+    host.detach()
+    assert torch.equal(host.run(batch([-1, -1, -1]), None, lambda: stack(stream)), full)
+    assert all("forward" not in module.__dict__ for module in stack.modules())
+
+
+def _broken() -> Any:
+    raise RuntimeError("broken")
+
+
+def test_an_ffn_that_is_not_asked_is_an_error(stack: Stack) -> None:
+    host = hosted(stack, STATIC)
+    stack.ffns[3].forward = lambda x: x
+    with pytest.raises(SessionError, match="2 of 3 FFNs asked whether to skip"):
+        host.run(batch([5]), None, lambda: stack(torch.randn(1, HIDDEN)))
+
+
+def test_a_policy_for_more_layers_is_refused(stack: Stack) -> None:
+    with pytest.raises(ProfileMismatch, match="layer 7 lies beyond the model's 6 layers"):
+        ServingHost(stack.blocks, ChosenFFNs(method="static", layers=(7,), probability=1, warm_up_tokens=0))
+
+
+@pytest.mark.parametrize("layer", [0, 3, LAYERS - 1])
+def test_a_stream_that_is_not_h_and_f_is_refused_on_the_first_pass(layer: int, stack: Stack) -> None:
+    after = stack.blocks[layer].after
+    own = after.forward
+    after.forward = lambda x, residual: own(x * 1.01, residual)
+    host = ServingHost(stack.blocks, STATIC)
+    host.attach()
+    with pytest.raises(UnsupportedModel, match=rf"layer {layer}: h \+ f is not the stream"):
+        host.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))
+
+
+def test_layers_that_are_not_called_are_refused_on_the_first_pass(stack: Stack) -> None:
+    host = ServingHost(stack.blocks, STATIC)
+    host.attach()
+    with pytest.raises(UnsupportedModel, match="layer 0: norm, FFN and next norm were not called in turn"):
+        host.run(batch([-1]), None, lambda: None)
+
+
+def test_no_token_skips_before_anything_is_proven(stack: Stack) -> None:
+    host = ServingHost(stack.blocks, STATIC)
+    host.attach()
+    with pytest.raises(SessionError, match="nothing is proven yet"):
+        host.run(batch([5]), None, lambda: stack(torch.randn(1, HIDDEN)))

@@ -1,0 +1,109 @@
+"""vLLM with many requests at once, against transformers with one: tokens and counts are equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import METHODS, NEW, PROMPTS, Served
+from vllm_process import in_vllm
+
+from skipcal.serving.blocks import LAID_OUT
+
+TOGETHER: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64}
+CHUNKED = {
+    "max_num_seqs": 4,
+    "max_model_len": 64,
+    "max_num_batched_tokens": 4,
+    "enable_chunked_prefill": True,
+}
+# 32 tokens a block, one of the blocks is vLLM's own: four requests begin, and cannot all go on to a second.
+SHORT_OF_MEMORY = {"max_num_seqs": 4, "max_model_len": 64, "block_size": 32, "num_gpu_blocks_override": 6}
+LONG = [40, 46, 34, 50, 42, 37]  # tokens that need one
+
+
+@pytest.fixture(scope="module", params=sorted(LAID_OUT))
+def family(
+    vllm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worded_text: Path
+) -> Served:
+    return Served(request.param, tmp_path_factory.mktemp(request.param), worded_text)
+
+
+def summed(skipped: list[list[int]]) -> list[int]:
+    return [sum(layer) for layer in zip(*skipped, strict=True)]
+
+
+def assert_equal(
+    got: dict[str, Any], expected: tuple[list[list[int]], list[list[int]]], warm_up: int
+) -> None:
+    texts, skipped = expected
+    report = got["report"]
+    assert got["tokens"] == texts
+    assert report["skipped_per_layer"] == summed(skipped)
+    assert report["decode_steps"] == sum(len(text) - 1 for text in texts)
+    assert report["decode_steps_after_warm_up"] == sum(len(text) - 1 - warm_up for text in texts)
+
+
+def test_every_family_and_method_decodes_and_skips_as_alone_in_transformers(
+    family: Served, tmp_path: Path
+) -> None:
+    runs = [family.run(method) for method in METHODS]
+    job = {"engines": [{"model": family.folder, "options": TOGETHER, "runs": runs}]}
+    [answers] = in_vllm(job, tmp_path)
+    for method, got in zip(METHODS, answers, strict=True):
+        expected = family.alone(method)
+        assert_equal(got, expected, warm_up=3)
+        assert (sum(summed(expected[1])) > 0) == (method != "full")
+
+
+PER_TOKEN = ("ffn-skip", "gate")  # methods by which a token's own stream decides
+
+
+@pytest.fixture(scope="module")
+def pressed(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By name of the engine and method: prompts in chunks, and too little memory for all that run."""
+    engines = {"chunked": (CHUNKED, NEW), "preempted": (SHORT_OF_MEMORY, LONG)}
+    job = [
+        {"model": llama.folder, "options": options, "runs": [llama.run(m, new=new) for m in PER_TOKEN]}
+        for options, new in engines.values()
+    ]
+    answers = in_vllm({"engines": job}, tmp_path_factory.mktemp("pressed"))
+    return {
+        name: dict(zip(PER_TOKEN, found, strict=True)) for name, found in zip(engines, answers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("method", PER_TOKEN)
+def test_prompts_in_chunks_change_nothing(method: str, llama: Served, pressed: dict[str, Any]) -> None:
+    assert_equal(pressed["chunked"][method], llama.alone(method), warm_up=3)
+
+
+@pytest.mark.parametrize("method", PER_TOKEN)
+def test_preempted_requests_decide_as_they_did_and_count_once(
+    method: str, llama: Served, pressed: dict[str, Any]
+) -> None:
+    assert pressed["preempted"][method]["preemptions"] > 0
+    assert_equal(pressed["preempted"][method], llama.alone(method, new=LONG), warm_up=3)
+
+
+def test_a_request_that_opts_out_gets_the_full_model_beside_others_that_skip(
+    llama: Served, tmp_path: Path
+) -> None:
+    out = (1, 3)
+    extra = [{"skipcal": 0} if n in out else None for n in range(len(PROMPTS))]
+    runs = [llama.run("gate", extra=extra), {**llama.run("gate", warm_up_tokens=0), "refused": True}]
+    [[some, early]] = in_vllm(
+        {"engines": [{"model": llama.folder, "options": TOGETHER, "runs": runs}]}, tmp_path
+    )
+    full, _ = llama.alone("full")
+    texts, skipped = llama.alone("gate")
+    assert [texts[n] for n in out] != [full[n] for n in out]
+    assert some["tokens"] == [full[n] if n in out else texts[n] for n in range(len(PROMPTS))]
+    assert some["report"]["skipped_per_layer"] == summed([s for n, s in enumerate(skipped) if n not in out])
+    assert some["report"]["opted_out_steps"] == sum(NEW[n] - 1 for n in out)
+    assert some["report"]["decode_steps"] == sum(new - 1 for n, new in enumerate(NEW) if n not in out)
+    assert_equal(early, llama.alone("gate", warm_up=0), warm_up=0)  # other settings than the profile's
+    wrong, beams = early["refused"]  # and the engine goes on
+    assert wrong == "ConfigError: skipcal of a request is 'off'; expected 0 for the full model, or 1"
+    assert beams.startswith("ConfigError: skipcal does not go with beam search")
