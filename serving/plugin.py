@@ -114,8 +114,13 @@ def _telling(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _validating(own: Callable[..., Any]) -> Callable[..., Any]:
     def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
         if settings_of(self.vllm_config.additional_config) is not None:
-            wants_skipping(params)
+            try:
+                wants_skipping(params)
+            except ConfigError as error:  # the one that a server answers as the client's mistake
+                raise VLLMValidationError(str(error), parameter="extra_args") from error
         return own(self, params, *args, **kwargs)
 
     return validate_params

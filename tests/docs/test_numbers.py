@@ -161,3 +161,22 @@ def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
     for name, found in groups.items():
         assert f"| {name} | {found['mutants']} | {found['killed']} | {found['score']:.3f} |" in told
         assert found["score"] == round(found["killed"] / found["mutants"], 3) >= 0.85
+
+
+def test_the_serving_page_tells_what_was_counted() -> None:
+    result = json.loads((RESULTS / "serving.json").read_text())
+    shares = {(each["method"], each["requests"]): each for each in result["batches"]}
+    rows = list(rows_of("docs/serving.md", "method | skips"))
+    assert len(rows) == len({method for method, _ in shares})
+    for method, skips, *cells in rows:
+        name = method.strip("`")
+        assert all(rounds_to(skips, shares[name, n]["skip_ratio"]) for n in (1, 2, 4, 8)), name
+        for requests, said in zip((1, 2, 4, 8), cells, strict=True):
+            assert rounds_to(said, shares[name, requests]["unread_ratio"]), (name, requests)
+    rows = list(rows_of("docs/serving.md", "method | texts equal"))
+    assert {row[0].strip("`") for row in rows} == set(result["compared"])
+    for method, texts, skips, off in rows:
+        found = result["compared"][method.strip("`")]
+        assert texts == f"{found['texts_equal']} of {found['texts']}"
+        assert skips == f"{found['skips']:,} / {found['skips_alone']:,}"
+        assert off == str(found["largest_difference_of_a_layer"])
