@@ -6,7 +6,7 @@ of them it hands a rule the residual stream before the FFN and the FFN's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,16 +46,24 @@ class PassTokens:
 FULL_PASS = PassTokens()
 
 
-class BlockWeights(Protocol):
-    """The FFN block of one layer, as far as it matters what a skip of it saves.
-
-    weight_bytes: bytes of weights that a token does not read when the FFN is skipped; layer_bytes: the
-    same for the whole layer, attention included. place: where and in which precision the layer computes.
-    """
+class PlacedBlock(Protocol):
+    """The FFN block of one layer: which, and where and in which precision the layer computes."""
 
     @property
     def index(self) -> int:
         """Of the layer, 0-based."""
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and precision."""
+
+
+class BlockWeights(PlacedBlock, Protocol):
+    """The same block, with what a skip of it saves.
+
+    weight_bytes: bytes of weights that a token does not read when the FFN is skipped; layer_bytes: the
+    same for the whole layer, attention included.
+    """
 
     @property
     def weight_bytes(self) -> int:
@@ -64,15 +72,3 @@ class BlockWeights(Protocol):
     @property
     def layer_bytes(self) -> int:
         """Of the layer."""
-
-    @property
-    def place(self) -> tuple[torch.device, torch.dtype]:
-        """Device and precision."""
-
-
-class ModelWeights(Protocol):
-    """A model, as its blocks."""
-
-    @property
-    def blocks(self) -> Sequence[BlockWeights]:
-        """One a layer, in order."""

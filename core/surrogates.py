@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from skipcal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from skipcal.core.host import BlockWeights, ModelWeights
+    from skipcal.core.host import BlockWeights, PlacedBlock
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -102,12 +102,12 @@ class Surrogates:
             t for layer in sorted(self.maps) for t in (torch.tensor(layer), *vars(self.maps[layer]).values())
         )
 
-    def for_model(self, model: ModelWeights) -> Surrogates:
+    def for_blocks(self, blocks: Iterable[PlacedBlock]) -> Surrogates:
         """The maps in the precision and on the device of their layers."""
         return Surrogates(
             {
                 block.index: self.maps[block.index].to(*block.place)
-                for block in model.blocks
+                for block in blocks
                 if block.index in self.maps
             }
         )

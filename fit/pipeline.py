@@ -228,7 +228,7 @@ class _Fitter:
         self, fitted: Fitted, tensors: GateTensors, ratios: list[float], seconds: float
     ) -> GateFit:
         config = self._config
-        placed = tensors.surrogates.for_model(self._architecture)
+        placed = tensors.surrogates.for_blocks(self._architecture.blocks)
         shares = [
             placed.weight_bytes(layer) / self._architecture.blocks[layer].weight_bytes
             for layer in self._layers

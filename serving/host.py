@@ -37,10 +37,8 @@ class ServingHost:
         self._warm_up = policy.warm_up_tokens
         self._rule = policy.make_rule()
         self._blocks = [block for block in blocks if block.index in self._rule.layers]
-        maps = getattr(policy, "surrogates", Surrogates({})).maps
-        self._surrogates = Surrogates(
-            {b.index: maps[b.index].to(*b.place) for b in blocks if b.index in maps}
-        )
+        given: Surrogates = getattr(policy, "surrogates", Surrogates({}))
+        self._surrogates = given.for_blocks(blocks)
         self._proof: SumProof | None = SumProof(blocks)
         self._patches = InstancePatches()
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs

@@ -30,7 +30,7 @@ def engine_for(
     if policy.unit == "layer":
         return SkippedLayers(architecture, rule)
     given: Surrogates | None = getattr(policy, "surrogates", None)
-    surrogates = None if given is None else given.for_model(architecture)
+    surrogates = None if given is None else given.for_blocks(architecture.blocks)
 
     def eager(reason: str) -> EagerEngine:
         return EagerEngine(architecture, rule, surrogates=surrogates, reason=reason)

@@ -106,7 +106,7 @@ def test_skipping_is_the_rule_and_leaves_nothing(loaded: LoadedModel) -> None:
 def test_surrogates_lie_in_the_precision_that_layers_compute_in(folder: str) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     model = load_model(folder, quantization="torchao:int8", device="cpu", dtype="bfloat16").model
-    placed = surrogates_for(model).for_model(locate(model))
+    placed = surrogates_for(model).for_blocks(locate(model).blocks)
     assert {t.dtype for m in placed.maps.values() for t in vars(m).values()} == {torch.bfloat16}
 
 
