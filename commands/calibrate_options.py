@@ -91,6 +91,15 @@ Sweeps = Annotated[
     int | None,
     option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 1."),
 ]
+FitMethod = Annotated[
+    str | None,
+    option(
+        "--method",
+        metavar="METHOD",
+        help="gate (default; decides for each token) or static (fixed sets, all tokens skip the same).",
+        complete=completion.one_of("gate", "static"),
+    ),
+]
 DamageKind = Annotated[
     str | None,
     option(
@@ -120,7 +129,7 @@ LoopWindows = Annotated[
 ]
 GateOutput = Annotated[
     str | None,
-    option("--output", "-o", metavar="FILE", section=OUTPUT, help="Default: profiles/<model>-gate.json."),
+    option("--output", "-o", metavar="FILE", section=OUTPUT, help="Default: profiles/<model>-<method>.json."),
 ]
 
 # tune
@@ -146,7 +155,7 @@ Rules = Annotated[
     option(
         "--rules",
         metavar="RULE,...",
-        help="Of gate, cosine, static, static+surrogates. Default: all there are.",
+        help="Of gate, cosine, static, static+surrogates, static+fitted. Default: all there are.",
         complete=completion.listed(completion.rules),
     ),
 ]

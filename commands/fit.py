@@ -15,6 +15,7 @@ from skipcal.commands.console import command, given
 @opt.takes(opt.loading)
 def fit(
     ctx: typer.Context,
+    method: own.FitMethod = None,
     profile: opt.OptionalProfile = None,
     corpus: opt.Corpus = None,
     data_files: opt.DataFiles = None,
@@ -37,37 +38,42 @@ def fit(
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Fit a gate that decides before each FFN, and surrogates.
+    """Fit a gate that decides before each FFN, or fixed sets, and surrogates.
 
-    Surrogates stand in for what the gate skips. The result is the profile with the gate as its policy, and
-    a file of tensors beside it. A profile of the same model comes first: skipcal profile.
+    Surrogates stand in for what is skipped. The result is the profile with the gate as its policy, or the
+    largest set, and a file of tensors beside it. A gate is for few requests at a time, sets for batches. A
+    profile of the same model comes first: skipcal profile.
 
     Example: skipcal fit --profile smollm2-135m-instruct -o gated.json
     """
     with command(as_json, debug) as console:
         from skipcal.configs.fit import load_fit
+        from skipcal.configs.names import FITTED
         from skipcal.profiles.schema import SkipProfile
         from skipcal.profiles.sources import model_slug
 
         settings = load_fit(config, given(ctx))
         found = SkipProfile.load(settings.profile or own_profile(settings.model))
         settings = console.settled(found, settings)
-        target = Path(settings.output or f"profiles/{model_slug(settings.model)}-gate.json")
+        target = Path(settings.output or f"profiles/{model_slug(settings.model)}-{settings.method}.json")
         output_file = console.output(target, overwrite=settings.overwrite, alone=False)
-        console.output(beside(target), overwrite=settings.overwrite)
+        console.output(beside(target, settings.method), overwrite=settings.overwrite)
 
         console.importing()
+        from skipcal.fit.fixed_sets import fit_fixed_sets
         from skipcal.fit.pipeline import fit_gate_profile
         from skipcal.profiles.summary import summarize
 
-        fitted = fit_gate_profile(
+        fit_profile = {"gate": fit_gate_profile, "static": fit_fixed_sets}[settings.method]
+        fitted = fit_profile(
             console.load(settings.model_dump()), found, settings.model_copy(update={"output": str(target)})
         )
         target = output_file.write(lambda path: fitted.save(path, overwrite=settings.overwrite))
         console.document(fitted.to_json(), summarize(fitted))
+        name = {"gate": "gate", "static": FITTED}[settings.method]
         console.say(
-            f"\nwrote {target} and {beside(target)}; "
-            f"next: skipcal evaluate --profile {target} --method gate --task perplexity"
+            f"\nwrote {target} and {beside(target, settings.method)}; "
+            f"next: skipcal evaluate --profile {target} --method {name} --task perplexity"
         )
 
 
@@ -79,8 +85,9 @@ def own_profile(model: str | None) -> str | Path:
     return own if own.is_file() else model_slug(model)
 
 
-def beside(target: Path) -> Path:
-    """Where the tensors of a profile at `target` go."""
-    from skipcal.profiles.parts import tensors_file
+def beside(target: Path, method: str) -> Path:
+    """Where the tensors that a fit adds to a profile at `target` go."""
+    from skipcal.profiles.fixed_sets import SETS_SUFFIX
+    from skipcal.profiles.parts import TENSORS_SUFFIX, tensors_file
 
-    return target.with_name(tensors_file(target))
+    return target.with_name(tensors_file(target, {"gate": TENSORS_SUFFIX, "static": SETS_SUFFIX}[method]))

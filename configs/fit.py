@@ -17,20 +17,24 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class FitConfig(CalibrationSettings):
     """Everything that decides the result of `skipcal fit`.
 
+    method:           "gate": a gate that decides for each token, and surrogates of what it skips; "static":
+                      fixed sets that every token skips, with surrogates of their own.
     profile:          file, folder, shipped name or hub id; its model and warm-up are taken. None: the
                       embedded model's.
     prompts:          windows of text per corpus; None: 28, or 12 of the short embedded text.
     prompt_tokens:    tokens of a window.
-    target_skip_ratio: share of all FFNs skipped in the sweep on policy. Serves smaller ratios well,
-                      larger ones less so.
+    target_skip_ratio: of a gate, share of all FFNs skipped in the sweep on policy. Serves smaller ratios
+                      well, larger ones less so. Of fixed sets, that of the largest.
     surrogate_budget: bytes of a surrogate over those of its FFN; rank: instead of it.
-    sweeps:           sweeps with skipping on, after one without.
+    sweeps:           of a gate, sweeps with skipping on, after one without.
     damage:           "fisher" needs one backward pass; "relative-error" needs none.
     damage_prompts:   windows per corpus for it.
-    closed_loop_prompts: windows per corpus, not fitted on, over which realised ratios are measured; None:
-                      10, or 4 of the embedded text. Documents of one corpus differ by 0.03 in their ratio.
+    closed_loop_prompts: windows per corpus, not fitted on, over which a gate's realised ratios are measured,
+                      or what fixed sets lose; None: 10, or 4 of the embedded text. Documents of one corpus
+                      differ by 0.03 in their ratio.
     """
 
+    method: Literal["gate", "static"] = "gate"
     profile: str | None = None
     prompts: PositiveInt | None = None
     prompt_tokens: Annotated[int, Field(ge=8)] = 512
@@ -46,6 +50,8 @@ class FitConfig(CalibrationSettings):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Self:
+        if self.method == "static" and "sweeps" in self.model_fields_set:
+            raise ValueError("sweeps is of a gate; fixed sets are swept over once for each FFN: leave it out")
         if self.rank is not None and "surrogate_budget" in self.model_fields_set:
             raise ValueError(
                 f"rank {self.rank} and surrogate_budget {self.surrogate_budget:g} were both given; give one"

@@ -8,6 +8,7 @@ ENGINES = ("auto", "eager", "graph", "recorded")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
+FITTED = "static+fitted"  # a fixed set whose layers and surrogates were fitted together
 METHODS = (
     "full",
     "ffn-skip",
@@ -18,6 +19,7 @@ METHODS = (
     "shortgpt",
     "skipdecode",
     *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
+    FITTED,
 )
 
 

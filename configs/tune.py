@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from skipcal.configs.names import FITTED
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 from skipcal.errors import asking
 
-RULES = ("gate", "cosine", "static", "static+surrogates")
+RULES = ("gate", "cosine", "static", "static+surrogates", FITTED)
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -20,7 +21,7 @@ class TuneConfig(CalibrationSettings):
     max_kl:            KL to the full model, nats per decoded token, its interval's upper end included.
     max_perplexity_increase: perplexity over the full model's, less 1; the same.
     min_speedup:       over the full model if time were bytes read, batch 1.
-    rules:             of gate, cosine, static, static+surrogates; None: all that the profile has.
+    rules:             of RULES; None: all that the profile has.
     max_skips:         bounds k of the rule cosine that are tried besides the profile's own.
     warm_up_tokens:    warm-ups that are tried; None: the profile's.
     prompts:           windows of text per corpus. Not those the gate was fitted on, where they are recorded.

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Substituted:
-    """`policy`, where a skipped FFN adds its surrogate to the stream instead of nothing."""
+    """`policy`, where a skipped FFN adds its surrogate to the stream instead of nothing.
+
+    stand_in: "surrogates" of a gate, or those "fitted" to the policy itself.
+    """
 
     policy: Policy
     surrogates: Surrogates
+    stand_in: Literal["surrogates", "fitted"] = "surrogates"
     unit: Literal["ffn"] = "ffn"
 
     @property
     def method(self) -> str:
         """The policy's, marked."""
-        return self.policy.method if self.policy.method == "full" else f"{self.policy.method}+surrogates"
+        return self.policy.method if self.policy.method == "full" else f"{self.policy.method}+{self.stand_in}"
 
     @property
     def warm_up_tokens(self) -> int:

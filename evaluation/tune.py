@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.recommend import TARGET_STEP
+from skipcal.configs.names import FITTED
 from skipcal.configs.sweep import PerplexitySettings
 from skipcal.configs.tune import RULES, TuneConfig
 from skipcal.core.chosen_ffns import ChosenFFNs
@@ -133,12 +134,17 @@ class _Tuner:
         self._rules = self._chosen_rules()
 
     def _chosen_rules(self) -> list[str]:
-        gated = self._profile.gate is not None
+        lacking: dict[str, str] = {}
+        if self._profile.gate is None:
+            lacking |= dict.fromkeys(("gate", "static+surrogates"), "a gate, which this profile lacks")
+        if self._profile.fixed_sets is None:
+            lacking[FITTED] = "fitted sets, which this profile lacks"
         if self._config.rules is None:
-            return [rule for rule in RULES if gated or rule in ("cosine", "static")]
-        lacking = [rule for rule in self._config.rules if rule not in ("cosine", "static") and not gated]
-        if lacking:
-            raise ConfigError(f"rule {lacking[0]} needs a gate, which this profile lacks; run: skipcal fit")
+            return [rule for rule in RULES if rule not in lacking]
+        for rule in self._config.rules:
+            if rule in lacking:
+                how = " --method static" if rule == FITTED else ""
+                raise ConfigError(f"rule {rule} needs {lacking[rule]}; run: skipcal fit{how}")
         return self._config.rules
 
     def measured(self) -> tuple[list[TunedPoint], list[Settings | None]]:
@@ -173,6 +179,8 @@ class _Tuner:
                 own = self._profile.cosine_policy.max_skips
                 for bound in dict.fromkeys([own, *self._config.max_skips]):
                     yield self._cosine(warm_up, bound)
+            elif rule == FITTED:
+                yield self._fitted(warm_up)
             else:
                 yield self._static(warm_up, surrogates=rule.endswith("+surrogates"))
         yield self._random(warm_up)
@@ -206,6 +214,12 @@ class _Tuner:
             )
             line = "static+surrogates" if surrogates else "static"
             yield Candidate(line, self._profile.static_policy(settings), settings)
+
+    def _fitted(self, warm_up: int) -> Iterator[Candidate]:
+        assert self._profile.fixed_sets is not None
+        for each in self._profile.fixed_sets.sets:
+            settings = StaticSettings(layers=each.layers, surrogates="fitted", warm_up_tokens=warm_up)
+            yield Candidate(FITTED, self._profile.static_policy(settings), settings)
 
     def _random(self, warm_up: int) -> Iterator[Candidate]:
         inner = tuple(range(1, self._profile.model.num_layers - 1))

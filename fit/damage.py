@@ -42,6 +42,9 @@ class Damage(Protocol):
     def sensitivity(self, layer: int) -> Linear | None:
         """Probe of the log sensitivity of a token, from `gate_inputs`; None: tokens are taken as alike."""
 
+    def metric(self, layer: int) -> Tensor | None:
+        """G of a damage deltaT G delta, up to a factor, [hidden, hidden]; None: |delta|^2."""
+
 
 @dataclass(frozen=True)
 class FisherDamage:
@@ -56,6 +59,10 @@ class FisherDamage:
     def sensitivity(self, layer: int) -> Linear | None:
         """The layer's probe."""
         return self.probes.get(layer)
+
+    def metric(self, layer: int) -> Tensor | None:
+        """The Fisher matrix."""
+        return self.fisher[layer]
 
     def __call__(self, layer: int, delta: Tensor, h: Tensor) -> Tensor:
         """Damage of each token."""
@@ -73,6 +80,10 @@ class RelativeDamage:
 
     def sensitivity(self, layer: int) -> Linear | None:
         """Nothing is known of tokens without gradients."""
+        return None
+
+    def metric(self, layer: int) -> Tensor | None:
+        """Nothing is known of directions."""
         return None
 
     def __call__(self, layer: int, delta: Tensor, h: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ one batch, one layer's moments and one layer's weights are in use at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skipcal.arch.blocks import first_input, first_output
-from skipcal.arch.locate import Architecture, Block, observe
+from skipcal.arch.locate import Architecture, Block, input_device, observe
 from skipcal.errors import UnsupportedModel
+from skipcal.text.batching import batches
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with, less the stream
 
@@ -163,5 +165,68 @@ class StreamStore:
             found = load_file(self._file(number))
             yield number, {name: t.to(device) for name, t in found.items()}
 
+    def copied(self, folder: Path) -> StreamStore:
+        """The same batches in another folder, which has to be empty."""
+        shutil.copytree(self._folder, folder, dirs_exist_ok=True)
+        other = StreamStore(folder)
+        other._count = self._count
+        return other
+
     def _file(self, number: int) -> Path:
         return self._folder / f"{number}.safetensors"
+
+
+class RowSweep:
+    """What sweeps over rows of equal length do alike, layer by layer, with the streams on disk.
+
+    first: positions below it run the full model and count nowhere: what is given, and the warm-up.
+    """
+
+    def __init__(
+        self, architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, batch_size: int
+    ) -> None:
+        """Nothing runs yet."""
+        self.architecture = architecture
+        self.rows = rows
+        self.first = first
+        self.device = input_device(architecture.stack)
+        self._batch_size = batch_size
+        self._runner = LayerRunner(architecture)
+
+    @property
+    def tokens(self) -> int:
+        """Those that count."""
+        return len(self.rows) * (len(self.rows[0]) - self.first)
+
+    def embedded(self, folder: Path) -> StreamStore:
+        """The streams that enter the first layer, in `folder`."""
+        store = StreamStore(folder)
+        for number, rows in enumerate(batches(self.rows, self._batch_size)):
+            store.write(number, stream=self._runner.embed(torch.tensor(rows, device=self.device)))
+        return store
+
+    def run(self, block: Block, store: StreamStore) -> None:
+        """A layer as it is: the streams that enter it become those that leave it."""
+        for number, kept in store.read(self.device):
+            store.write(number, stream=self._runner.run(block, kept["stream"])[2])
+
+    def open(self, block: Block, store: StreamStore) -> Iterator[tuple[Tensor, Tensor]]:
+        """h and f of a layer, batch by batch, [batch, seq, hidden]; they are kept until `close`."""
+        for number, kept in store.read(self.device):
+            h, f, _ = self._runner.run(block, kept["stream"])
+            again = {} if block.returns_the_sum else {"stream": kept["stream"]}
+            store.write(number, h=h, f=f, **again)
+            yield h, f
+
+    def close(
+        self, block: Block, store: StreamStore, number: int, kept: dict[str, Tensor], added: Tensor
+    ) -> None:
+        """Let a batch of an opened layer leave it with `added` [batch, seq, hidden] in place of f."""
+        if block.returns_the_sum:
+            store.write(number, stream=kept["h"] + added)
+        else:  # the layer goes on with the sum
+            store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
+
+    def counted(self, x: Tensor) -> Tensor:
+        """Tokens past the warm-up: [batch, seq, hidden] -> [tokens, hidden]."""
+        return x[:, self.first :].flatten(0, 1)

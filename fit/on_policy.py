@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from skipcal.arch.locate import Architecture, Block, input_device
+from skipcal.arch.locate import Architecture, Block
 from skipcal.core.gate import NEVER, GateRule, Gates
 from skipcal.core.surrogates import LowRank, Surrogates, direction
 from skipcal.fit.damage import Damage
 from skipcal.fit.gate import fit_gate, gate_inputs, residual_variance, sharpened
-from skipcal.fit.layer_sweep import LayerRunner, StreamStore
+from skipcal.fit.layer_sweep import RowSweep, StreamStore
 from skipcal.fit.moments import Linear, Moments
 from skipcal.fit.surrogate import fit_low_rank, unexplained
-from skipcal.text.batching import batches
 
 # Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
 RUN_WEIGHT = 0.05
@@ -100,15 +99,10 @@ class Sweep:
         batch_size: int,
     ) -> None:
         """Nothing runs before `fit`."""
-        self._architecture = architecture
-        self._rows = rows
         self._layers = tuple(layers)
         self._damage = damage
         self._rank = rank
-        self._first = first
-        self._batch_size = batch_size
-        self._device = input_device(architecture.stack)
-        self._runner = LayerRunner(architecture)
+        self._sweep = RowSweep(architecture, rows, first=first, batch_size=batch_size)
 
     @torch.no_grad()
     def fit(self, prior: Gates | None = None, threshold: float = NEVER) -> Fitted:
@@ -118,51 +112,36 @@ class Sweep:
         """
         rule = None if prior is None else GateRule(prior, threshold)
         scores, skips, found = ScoreHistogram(), 0, {}
+        blocks = self._sweep.architecture.blocks
         with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
-            store = self._embedded(Path(folder))
+            store = self._sweep.embedded(Path(folder))
             name = "sweep" if prior is None else "sweep on policy"
-            for block in tqdm(self._architecture.blocks, desc=name, unit="layer", leave=False, disable=None):
+            for block in tqdm(blocks, desc=name, unit="layer", leave=False, disable=None):
                 if block.index not in self._layers:
-                    self._pass(block, store)
+                    self._sweep.run(block, store)
                     continue
                 fitted = self._fit_layer(block, store, rule, threshold)
                 skips += self._apply(block, fitted, store, threshold, scores)
                 found[block.index] = fitted
-        tokens = len(self._rows) * (len(self._rows[0]) - self._first)
-        return _collected(found, scores, skips / (tokens * self._architecture.num_layers))
-
-    def _embedded(self, folder: Path) -> StreamStore:
-        store = StreamStore(folder)
-        for number, rows in enumerate(batches(self._rows, self._batch_size)):
-            store.write(number, stream=self._runner.embed(torch.tensor(rows, device=self._device)))
-        return store
-
-    def _pass(self, block: Block, store: StreamStore) -> None:
-        """A layer that always runs."""
-        for number, kept in store.read(self._device):
-            store.write(number, stream=self._runner.run(block, kept["stream"])[2])
+        return _collected(found, scores, skips / (self._sweep.tokens * len(blocks)))
 
     def _fit_layer(
         self, block: Block, store: StreamStore, rule: GateRule | None, threshold: float
     ) -> LayerFit:
-        moments: Moments | None = None
-        for number, kept in store.read(self._device):
-            h, f, _ = self._runner.run(block, kept["stream"])
-            again = {} if block.returns_the_sum else {"stream": kept["stream"]}
-            store.write(number, h=h, f=f, **again)
-            tokens, targets = self._counted(h), self._counted(f)
+        hidden, counted = self._sweep.architecture.hidden_size, self._sweep.counted
+        moments = Moments.empty(hidden, hidden, self._sweep.device)
+        for h, f in self._sweep.open(block, store):
+            tokens, targets = counted(h), counted(f)
             weights = None
             if rule is not None and block.index in rule.layers:
                 below = torch.as_tensor(rule.scores(block.index, tokens)) < threshold
                 weights = torch.where(below, 1.0, RUN_WEIGHT)
-            moments = moments or Moments.empty(h.shape[-1], h.shape[-1], h.device)
             moments.add(direction(tokens), targets, weights)
-        assert moments is not None
         surrogate = fit_low_rank(moments, self._rank)
-        probed = Moments.empty(moments.x.shape[0] + 1, 1, moments.x.device)
-        for _, kept in store.read(moments.x.device):
-            tokens = self._counted(kept["h"])
-            missed = self._counted(kept["f"]).float() - surrogate(direction(tokens))
+        probed = Moments.empty(hidden + 1, 1, self._sweep.device)
+        for _, kept in store.read(self._sweep.device):
+            tokens = counted(kept["h"])
+            missed = counted(kept["f"]).float() - surrogate(direction(tokens))
             damage = self._damage(block.index, missed, tokens)
             probed.add(gate_inputs(tokens), damage.log()[:, None])
         gate = fit_gate(probed)
@@ -174,25 +153,17 @@ class Sweep:
         self, block: Block, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram
     ) -> int:
         """Skip, where the gate says so; count the scores. Returns the number of skips."""
-        skips = 0
-        for number, kept in store.read(fitted.gate.intercept.device):
+        skips, first = 0, self._sweep.first
+        for number, kept in store.read(self._sweep.device):
             h, f = kept["h"], kept["f"]
             found = fitted.gate(gate_inputs(h.flatten(0, 1)))[:, 0].reshape(h.shape[:2])
-            scores.add(found[:, self._first :])
+            scores.add(found[:, first:])
             skip = found < threshold
-            skip[:, : self._first] = False
+            skip[:, :first] = False
             skips += int(skip.sum())
             s = fitted.surrogate(direction(h)).to(h.dtype)
-            added = torch.where(skip[..., None], s, f)
-            if block.returns_the_sum:
-                store.write(number, stream=h + added)
-            else:  # the layer goes on with the sum
-                store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
+            self._sweep.close(block, store, number, kept, torch.where(skip[..., None], s, f))
         return skips
-
-    def _counted(self, x: Tensor) -> Tensor:
-        """Tokens past the warm-up: [batch, seq, hidden] -> [tokens, hidden]."""
-        return x[:, self._first :].flatten(0, 1)
 
 
 def _collected(found: dict[int, LayerFit], scores: ScoreHistogram, skip_ratio: float) -> Fitted:

@@ -30,6 +30,7 @@ METHOD_ORDER = (
     "random+surrogates",
     "no-input-adaptive+surrogates",
     "ffn-skip+surrogates",
+    "static+fitted",
 )
 LABELS = {
     "perplexity": "perplexity",
@@ -48,7 +49,7 @@ LABELS = {
 FIGURES = tuple(
     f"{stem}.png" for stem in ("quality", "warm_up", "figure_3_summarization", "figure_5_mtbench")
 )
-_ONE_MORE = "#332288"  # the palette has ten colours, and would begin again
+_MORE = ("#332288", "#661100")  # the palette has ten colours, and would begin again
 _LOGARITHMIC = ("perplexity", "perplexity_after_warm_up")
 # Methods differ by powers of ten here too, but the full model's own value is 0.
 _LINEAR_BELOW = {"kl": 0.01, "excess_nll": 0.01}
@@ -241,7 +242,7 @@ def _styles(rows: pd.DataFrame) -> list[tuple[str, Any, str]]:
     known = dict(
         zip(
             METHOD_ORDER,
-            zip([*sns.color_palette(PALETTE), _ONE_MORE], MARKERS, strict=True),
+            zip([*sns.color_palette(PALETTE), *_MORE], MARKERS, strict=True),
             strict=True,
         )
     )

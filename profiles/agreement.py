@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def check_agreement(profile: ProfileData) -> None:
     """Raise ValueError, naming the field, when two parts of the profile contradict each other."""
-    checks: tuple[Callable[[ProfileData], None], ...] = (_layers, _regions, _policy, _gate, _points)
+    checks: tuple[Callable[[ProfileData], None], ...] = (
+        _layers, _regions, _policy, _gate, _fixed_sets, _points,
+    )  # fmt: skip
     for check in checks:
         check(profile)
 
@@ -55,7 +57,11 @@ def _policy(profile: ProfileData) -> None:
             raise ValueError("policy: expected the file of tensors that the gate names, got another")
     if isinstance(policy, StaticSettings):
         ascending_within("policy.layers", policy.layers, count)
-        if policy.surrogates and (gate is None or not set(policy.layers) <= set(gate.layers)):
+        fixed = profile.fixed_sets
+        if policy.surrogates == "fitted":
+            if fixed is None or policy.layers not in [each.layers for each in fixed.sets]:
+                raise ValueError("policy.surrogates: expected a set of policy.layers among fixed_sets")
+        elif policy.surrogates and (gate is None or not set(policy.layers) <= set(gate.layers)):
             raise ValueError("policy.surrogates: expected a gate with a surrogate for each of policy.layers")
     if profile.paper_policy is None and not isinstance(policy, SkipPolicy):
         raise ValueError("paper_policy: expected an entry beside a policy of another rule than 'cosine'")
@@ -77,11 +83,27 @@ def _gate(profile: ProfileData) -> None:
         )
 
 
+def _fixed_sets(profile: ProfileData) -> None:
+    fixed, model = profile.fixed_sets, profile.model
+    if fixed is None:
+        return
+    for number, each in enumerate(fixed.sets):
+        ascending_within(f"fixed_sets.sets[{number}].layers", each.layers, model.num_layers)
+    if fixed.fit.rank > model.hidden_size:
+        raise ValueError(
+            f"fixed_sets.fit.rank: expected at most {model.hidden_size} (model.hidden_size), got "
+            f"{fixed.fit.rank}"
+        )
+    if profile.gate is not None and profile.gate.tensors == fixed.tensors:
+        raise ValueError(f"fixed_sets.tensors: expected another file than the gate's, got {fixed.tensors!r}")
+
+
 def _points(profile: ProfileData) -> None:
     gate: GateInfo | None = profile.gate
     for name, points in (
         ("operating_points", profile.operating_points),
         ("gate.operating_points", gate.operating_points if gate else []),
+        ("fixed_sets.sets", profile.fixed_sets.sets if profile.fixed_sets else []),
     ):
         targets = [point.target_skip_ratio for point in points]
         if any(first >= second for first, second in pairwise(targets)):

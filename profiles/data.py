@@ -16,6 +16,7 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.files.reading import check_before_validation, parse_object, shown, validation_message
 from skipcal.files.writing import dump_json
+from skipcal.profiles.fixed_sets import FixedSets
 from skipcal.profiles.parts import (
     CalibrationInfo,
     Environment,
@@ -33,6 +34,7 @@ from skipcal.profiles.parts import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from skipcal.profiles.set_tensors import SetTensors
     from skipcal.profiles.tensors import GateTensors
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class ProfileData(BaseModel):
                       this one.
     tuning:           a search for the policy within a budget, and all it measured.
     paper_policy:     the policy of the rule `cosine`, where `policy` is of another.
+    fixed_sets:       sets of FFNs with surrogates of their own, in a second file beside this one.
     """
 
     # "constants": else NaN would be written as null, which means "not measured"
@@ -81,7 +84,9 @@ class ProfileData(BaseModel):
     gate: GateInfo | None = None
     tuning: Tuning | None = None
     paper_policy: SkipPolicy | None = None
+    fixed_sets: FixedSets | None = None
     _tensors: GateTensors | None = PrivateAttr(default=None)
+    _set_tensors: SetTensors | None = PrivateAttr(default=None)
     _folder: Path | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
@@ -106,13 +111,8 @@ class ProfileData(BaseModel):
             raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
         layers, rank, hidden = self.gate.layers, self.gate.fit.rank, self.model.hidden_size
         if self._tensors is None:
-            if self._folder is None:
-                raise Unavailable(
-                    f"the profile was not read from a file, so {self.gate.tensors} cannot be found; load it "
-                    "with SkipProfile.load(...)"
-                )
             self._tensors = GateTensors.read(
-                self._folder / self.gate.tensors,
+                self._beside(self.gate.tensors),
                 self.gate.sha256,
                 max_bytes=most_bytes(len(layers), rank, hidden),
             )
@@ -123,6 +123,46 @@ class ProfileData(BaseModel):
             fingerprint=self.model.fingerprint,
         )
         return self._tensors
+
+    def set_tensors(self) -> SetTensors:
+        """The surrogates of the fixed sets, read once. Raises as `tensors` does."""
+        from skipcal.profiles.set_tensors import SetTensors, most_bytes
+
+        if self.fixed_sets is None:
+            raise ConfigError(
+                "this profile has no fitted sets; fit some with: skipcal fit --method static --profile FILE"
+            )
+        fixed, hidden = self.fixed_sets, self.model.hidden_size
+        layers = [each.layers for each in fixed.sets]
+        if self._set_tensors is None:
+            self._set_tensors = SetTensors.read(
+                self._beside(fixed.tensors),
+                fixed.sha256,
+                max_bytes=most_bytes(sum(map(len, layers)), fixed.fit.rank, hidden),
+            )
+        self._set_tensors.check_belongs(layers=layers, hidden_size=hidden, fingerprint=self.model.fingerprint)
+        return self._set_tensors
+
+    def files_beside(self) -> list[str]:
+        """Names of the files of tensors that belong to this one."""
+        return [part.tensors for part in (self.gate, self.fixed_sets) if part is not None]
+
+    def tensor_files(self) -> dict[str, bytes]:
+        """What these files hold, by name. Raises as `tensors` does."""
+        files = {}
+        if self.gate is not None:
+            files[self.gate.tensors] = self.tensors().raw
+        if self.fixed_sets is not None:
+            files[self.fixed_sets.tensors] = self.set_tensors().raw
+        return files
+
+    def _beside(self, name: str) -> Path:
+        if self._folder is None:
+            raise Unavailable(
+                f"the profile was not read from a file, so {name} cannot be found; load it "
+                "with SkipProfile.load(...)"
+            )
+        return self._folder / name
 
     def to_frame(self) -> pd.DataFrame:
         """Statistics in long form: corpus, layer, part (generated or prefill), stat, value, n."""
@@ -144,7 +184,7 @@ class ProfileData(BaseModel):
     def to_json(self) -> str:
         """The text of the file."""
         fields = self.model_dump(mode="json")
-        for name in ("gate", "tuning", "paper_policy"):
+        for name in ("gate", "tuning", "paper_policy", "fixed_sets"):
             if fields[name] is None:  # so that profiles from before there were any stay as they are
                 del fields[name]
         return dump_json(fields)

@@ -122,4 +122,4 @@ def _warn_of_other_form(made_on: ModelInfo, quantization: str | None, adapted: b
 
 def _holds_tensors(profile: ProfileData) -> bool:
     """Whether the policy needs tensors that were fitted to the model's weights."""
-    return isinstance(profile.policy, GateSettings) or getattr(profile.policy, "surrogates", False)
+    return isinstance(profile.policy, GateSettings) or bool(getattr(profile.policy, "surrogates", False))

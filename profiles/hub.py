@@ -96,8 +96,7 @@ def figure_bytes(profile: ProfileData) -> bytes:
 def shared_files(profile: ProfileData, *, figure: bool) -> dict[str, bytes]:
     """What is uploaded, but for the model card, by its name in the repository."""
     files = {PROFILE_FILE: profile.checked_json(PROFILE_FILE).encode()}
-    if profile.gate is not None:
-        files[profile.gate.tensors] = profile.tensors().raw
+    files |= profile.tensor_files()
     if figure:
         files[FIGURE_FILE] = figure_bytes(profile)
     return files

@@ -210,10 +210,10 @@ class Environment(Part):
 TENSORS_SUFFIX = ".surrogates.safetensors"  # after the stem of the profile beside it
 
 
-def tensors_file(profile: Path) -> str:
+def tensors_file(profile: Path, suffix: str = TENSORS_SUFFIX) -> str:
     """Name of the tensors of a profile at `profile`: its stem, in the characters that a FileName has."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", profile.stem).lstrip("._-")[:150]
-    return f"{stem or 'gate'}{TENSORS_SUFFIX}"
+    return f"{stem or 'gate'}{suffix}"
 
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$", max_length=200)]
@@ -222,16 +222,17 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True, kw_only=True)
 class StaticSettings:
-    """A fixed set of FFNs that every token past the warm-up skips, as `skipcal tune` may choose it.
+    """A fixed set of FFNs that every token past the warm-up skips.
 
-    surrogates: whether those of the profile's gate stand in for them.
+    surrogates: whether those of the profile's gate stand in for them, as `skipcal tune` may choose, or those
+                that were "fitted" to the set by `skipcal fit --method static`.
     """
 
     __pydantic_config__ = STRICT
 
     layers: List[Count]
     warm_up_tokens: Annotated[int, Field(ge=0)]
-    surrogates: bool = False
+    surrogates: bool | Literal["fitted"] = False
     rule: Literal["static"] = "static"
 
 
@@ -316,7 +317,7 @@ class Budget(Part):
 class TunedPoint(Part):
     """A policy measured teacher-forced over windows of text.
 
-    line:        whose curve it is on. rule: gate, cosine, static, static+surrogates or random.
+    line:        whose curve it is on. rule: gate, cosine, static, static+surrogates, static+fitted or random.
     kl:          to the full model, nats per decoded token, those of the warm-up included.
     excess_nll:  loss over the full model's, the same. `_low`, `_high`: 95 % bootstrap interval over windows.
     ideal_speed_up: over the full model if time were bytes read, batch 1; surrogates are counted.

@@ -28,6 +28,8 @@ class ProfilePolicies(ProfileData):
         if isinstance(self.policy, GateSettings):
             return self.gate_policy(target_skip_ratio)
         if isinstance(self.policy, StaticSettings):
+            if target_skip_ratio is not None and self.policy.surrogates == "fitted":
+                return self.fitted_policy(target_skip_ratio, self.policy.warm_up_tokens)
             if target_skip_ratio is not None:
                 raise TargetOutOfReach(
                     f"target skip ratio {target_skip_ratio:g}: this profile's policy is a fixed set of "
@@ -80,7 +82,39 @@ class ProfilePolicies(ProfileData):
             probability=1.0,
             warm_up_tokens=settings.warm_up_tokens,
         )
-        return Substituted(policy, self.tensors().surrogates) if settings.surrogates else policy
+        if not settings.surrogates:
+            return policy
+        if settings.surrogates == "fitted":
+            assert self.fixed_sets is not None
+            place = [each.layers for each in self.fixed_sets.sets].index(settings.layers)
+            return Substituted(policy, self.set_tensors().sets[place], "fitted")
+        return Substituted(policy, self.tensors().surrogates)
+
+    def fitted_policy(self, target_skip_ratio: float, warm_up_tokens: int) -> Policy:
+        """The fitted set that skips `target_skip_ratio`; between two sets there is none.
+
+        Raises TargetOutOfReach for a ratio at which no set was fitted, ConfigError if there are no sets; for
+        their tensors see `gate_policy`.
+        """
+        from skipcal.core.policy import FULL_MODEL_THRESHOLD
+
+        if target_skip_ratio == 0:
+            return replace(self.cosine_policy, threshold=FULL_MODEL_THRESHOLD, warm_up_tokens=warm_up_tokens)
+        if self.fixed_sets is None:
+            raise ConfigError(
+                "this profile has no fitted sets; fit some with: skipcal fit --method static --profile FILE"
+            )
+        size = target_skip_ratio * self.model.num_layers
+        for each in self.fixed_sets.sets:
+            if abs(each.target_skip_ratio - target_skip_ratio) < 1e-9 or abs(len(each.layers) - size) < 1e-6:
+                return self.static_policy(
+                    StaticSettings(layers=each.layers, warm_up_tokens=warm_up_tokens, surrogates="fitted")
+                )
+        known = ", ".join(f"{each.target_skip_ratio:g}" for each in self.fixed_sets.sets)
+        raise TargetOutOfReach(
+            f"target skip ratio {target_skip_ratio:g}: this profile has sets fitted for {known}; give one of "
+            "these, or fit another with: skipcal fit --method static --target-skip-ratio"
+        )
 
 
 def threshold_for(

@@ -37,6 +37,8 @@ from skipcal.profiles.sources import PROFILE_FILE, HubOptions, commit_of, fetch,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from skipcal.profiles.fixed_sets import FixedSets
+    from skipcal.profiles.set_tensors import SetTensors
     from skipcal.profiles.tensors import GateTensors
 
 logger = logging.getLogger(__name__)
@@ -75,28 +77,30 @@ class SkipProfile(ProfilePolicies):
             ) from error
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the file atomically, after the tensors of a gate, which go beside it under their name.
+        """Write the file atomically, after its tensors, which go beside it under their names.
 
         Raises OutputExists unless `overwrite` (the same tensors may be there), OutputError if it fails;
-        then both files are as they were. Raises ProfileError for a profile that could not be loaded again.
+        then all files are as they were. Raises ProfileError for a profile that could not be loaded again.
         """
         target = Path(path)
         text = self.checked_json(str(target))
-        if self.gate is None:
-            write_text_atomic(target, text, overwrite=overwrite)
-            return
-        raw, beside = self.tensors().raw, target.parent / self.gate.tensors
-        check_output(target, overwrite=overwrite, alone=False)
-        before = beside.read_bytes() if beside.is_file() else None
-        if before != raw:
-            write_bytes_atomic(beside, raw, overwrite=overwrite)
+        tensors = {target.parent / name: raw for name, raw in self.tensor_files().items()}
+        if tensors:
+            check_output(target, overwrite=overwrite, alone=False)
+        replaced: dict[Path, bytes | None] = {}
         try:
+            for beside, raw in tensors.items():
+                before = beside.read_bytes() if beside.is_file() else None
+                if before != raw:
+                    write_bytes_atomic(beside, raw, overwrite=overwrite)
+                    replaced[beside] = before
             write_text_atomic(target, text, overwrite=overwrite)
         except BaseException:
-            if before is None:
-                remove_output(beside)
-            elif before != raw:
-                beside.write_bytes(before)
+            for beside, before in replaced.items():
+                if before is None:
+                    remove_output(beside)
+                else:
+                    beside.write_bytes(before)
             raise
 
     @classmethod
@@ -124,9 +128,9 @@ class SkipProfile(ProfilePolicies):
         }
         file = fetch(str(name), PROFILE_FILE, options, revision=revision)
         found = cls._parse(read_bytes(file), str(file), file.parent.absolute())
-        if found.gate is not None:  # of the same commit, so that the tensors lie beside the profile
+        for beside in found.files_beside():  # of the same commit, so that they lie beside the profile
             commit = None if os.path.isdir(name) else commit_of(file) or revision
-            fetch(str(name), found.gate.tensors, options, revision=commit, why=", which the profile names,")
+            fetch(str(name), beside, options, revision=commit, why=", which the profile names,")
         return found
 
     def save_pretrained(
@@ -205,6 +209,13 @@ class SkipProfile(ProfilePolicies):
         update = {"gate": gate, "policy": policy, "tuning": None, "paper_policy": self.cosine_policy}
         found = self.model_copy(update=update)
         found._tensors = tensors
+        return found
+
+    def with_fixed_sets(self, fixed: FixedSets, policy: StaticSettings, tensors: SetTensors) -> Self:
+        """This profile with fitted sets, one of which is then its policy."""
+        update = {"fixed_sets": fixed, "policy": policy, "tuning": None, "paper_policy": self.cosine_policy}
+        found = self.model_copy(update=update)
+        found._set_tensors = tensors
         return found
 
     def with_tuning(self, tuning: Tuning, policy: SkipPolicy | GateSettings | StaticSettings) -> Self:

@@ -26,6 +26,8 @@ def summarize(profile: ProfileData, *, by_layer: bool = False) -> str:
     parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
     if profile.gate is not None:
         parts += [_gate(profile), _gate_points(profile)]
+    if profile.fixed_sets is not None:
+        parts.append(_fixed_sets(profile))
     if isinstance(profile.policy, StaticSettings):
         parts.append(_static(profile.policy))
     return printable("\n\n".join(parts))
@@ -114,15 +116,46 @@ def tuning_table(profile: ProfileData) -> str:
 
 
 def _static(policy: StaticSettings) -> str:
-    """The fixed set of FFNs that a search chose."""
+    """The fixed set of FFNs that is the policy."""
     layers = f"layers {ranges(policy.layers)}"
-    stead = "surrogates stand in for them" if policy.surrogates else "nothing stands in for them"
+    stead = {
+        False: "nothing stands in for them",
+        True: "surrogates of the gate stand in for them",
+        "fitted": "surrogates that were fitted to the set stand in for them",
+    }[policy.surrogates]
     return textwrap.fill(
         f"{'static':<14}the policy: the FFNs of {layers} are skipped, {stead}; warm-up "
         f"{policy.warm_up_tokens} tokens",
         WIDTH,
         subsequent_indent=" " * 14,
     )
+
+
+def _fixed_sets(profile: ProfileData) -> str:
+    """What each fitted set skips and loses, and how they were made."""
+    fixed = profile.fixed_sets
+    assert fixed is not None
+    fit = fixed.fit
+    texts = ", ".join(c.name for c in fit.corpora)
+    facts = [
+        ("fitted sets", f"on {fit.tokens:,} tokens of {texts}; warm-up {fixed.warm_up_tokens} tokens"),
+        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("tensors", fixed.tensors),
+    ]
+    lines = [
+        textwrap.fill(f"{name:<14}{value}", WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False)
+        for name, value in facts
+    ]
+    lines.append(f"\n{'skip ratio':<12}{'realised':>9}{'loss':>8}  layers")
+    for each in fixed.sets:
+        realised = len(each.layers) / profile.model.num_layers
+        row = (
+            f"{each.target_skip_ratio:<12.2f}{realised:>9.3f}{each.excess_nll:>+8.3f}  {ranges(each.layers)}"
+        )
+        lines.append(textwrap.fill(row, WIDTH, subsequent_indent=" " * 31))
+    note = "loss: nats per token over the full model, on text that was not fitted on, teacher-forced"
+    lines.append(textwrap.fill(note, WIDTH, break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def _gate(profile: ProfileData) -> str:

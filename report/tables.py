@@ -66,8 +66,8 @@ def policy_words(profile: SkipProfile) -> str:
         count = len(gate.layers) if gate is not None else 0
         return f"rule gate in {count} layers, predicted log damage below {policy.threshold:.3f}"
     if isinstance(policy, StaticSettings):
-        stead = "with" if policy.surrogates else "without"
-        return f"fixed set: layers {ranges(policy.layers)}, {stead} surrogates"
+        stead = {False: "without surrogates", True: "with the gate's surrogates", "fitted": "with surrogates"}
+        return f"fixed set: layers {ranges(policy.layers)}, {stead[policy.surrogates]}"
     if policy.method == "full":
         return "the full model: nothing is skipped"
     bound = "" if policy.max_skips is None else f", at most {policy.max_skips} FFNs a token"
@@ -160,6 +160,38 @@ def gate_facts(profile: SkipProfile) -> Facts:
         ("warm-up fitted for", f"{gate.warm_up_tokens} tokens"),
         ("tensors", f"{gate.tensors}, sha256 {gate.sha256}"),
     ]
+
+
+def fixed_sets_facts(profile: SkipProfile) -> Facts:
+    """How the fitted sets and their surrogates were made."""
+    fixed = profile.fixed_sets
+    if fixed is None:
+        return []
+    fit = fixed.fit
+    return [
+        ("fitted on", f"{fit.tokens:,} tokens of {', '.join(c.name for c in fit.corpora)}"),
+        ("surrogates", f"rank {fit.rank}, {fit.surrogate_share:.3f} of their FFN's bytes"),
+        ("warm-up fitted for", f"{fixed.warm_up_tokens} tokens"),
+        ("tensors", f"{fixed.tensors}, sha256 {fixed.sha256}"),
+    ]
+
+
+def fixed_sets_table(profile: SkipProfile) -> Table:
+    """Each fitted set, with what it lost on text that was not fitted on."""
+    fixed = profile.fixed_sets
+    corpora = [] if fixed is None else list(fixed.sets[0].by_corpus)
+    head = ("skip ratio", "realised", "loss", *corpora, "layers")
+    rows = [
+        (
+            f"{each.target_skip_ratio:.2f}",
+            f"{len(each.layers) / profile.model.num_layers:.3f}",
+            f"{each.excess_nll:+.3f}",
+            *(f"{each.by_corpus[name]:+.3f}" for name in corpora),
+            ranges(each.layers),
+        )
+        for each in ([] if fixed is None else fixed.sets)
+    ]
+    return Table("fixed-sets", head, rows)
 
 
 def tuning_table(profile: SkipProfile) -> Table:

@@ -120,6 +120,67 @@ def test_generate_skips_by_the_gate(here: Path) -> None:
     assert (full["method"], full["skipped_blocks"]) == ("full", 0)
 
 
+def test_fixed_sets_are_fitted_shown_run_and_searched(here: Path) -> None:
+    """One fit of sets, and what the other commands make of its profile."""
+    before = names(here)
+    done = run(*QUICK, "--method", "static", "--target-skip-ratio", "0.4", "-o", "sets.json")
+    assert names(here) - before == {"sets.json", "sets.sets.safetensors"}
+    assert (
+        "wrote sets.json and sets.sets.safetensors; next: skipcal evaluate --profile sets.json" in done.stdout
+    )
+    assert done.stderr == ""
+    found = SkipProfile.load("sets.json").fixed_sets
+    assert found is not None and found.fit.config["method"] == "static"
+    shown = run("show", "sets.json").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    for each in found.sets:
+        assert f"{each.target_skip_ratio:<12.2f}{len(each.layers) / 8:>9.3f}{each.excess_nll:>+8.3f}" in shown
+    assert "surrogates that were fitted to the set stand in for them" in " ".join(shown.split())
+
+    rows = json.loads(
+        run(
+            "evaluate", *MODEL, "--profile", "sets.json", "--method", "static+fitted", "--method", "static",
+            "--task", "perplexity", "--data-files", "words.txt", "--items", "8", "--window-tokens", "48",
+            "--target-skip-ratio", "0.3", "--json", "-o", "out",
+        ).stdout
+    )  # fmt: skip
+    rows = rows["results"] if isinstance(rows, dict) else rows
+    perplexity = {row["method"]: row for row in rows if row["metric"] == "perplexity"}
+    assert {row["realised_skip_ratio"] for row in perplexity.values()} == {0.0, 0.25}
+    assert len({row["value"] for row in perplexity.values()}) == 3
+    ask = (
+        "generate",
+        *MODEL,
+        "--profile",
+        "sets.json",
+        "--prompt",
+        "w3 w4 w5",
+        "--new-tokens",
+        "14",
+        "--json",
+    )
+    report = json.loads(run(*ask).stdout)["report"]
+    assert report["method"] == "static+fitted" and report["skip_ratio"] == 3 / 8
+    assert "sets fitted for 0.15, 0.3, 0.4; give one" in refused(*ask, "--target-skip-ratio", "0.2", code=2)
+
+    search = [
+        "tune", *MODEL, "--profile", "sets.json", "--data-files", "words.txt", "--prompts", "4",
+        "--prompt-tokens", "24", "--rules", "static+fitted", "--max-kl", "50", "-o", "tuned.json",
+    ]  # fmt: skip
+    run(*search)
+    tuned = SkipProfile.load("tuned.json")
+    assert tuned.tuning is not None and tuned.tuning.points[tuned.tuning.chosen].rule == "static+fitted"
+    assert tuned.policy_for().to_dict() == SkipProfile.load("sets.json").policy_for().to_dict()
+    run("report", "sets.json", "-o", "sets.html")
+    page = (here / "sets.html").read_text()
+    assert "<h2>Fitted sets</h2>" in page and found.sha256 in page
+    search[search.index("sets.json")] = "p.json"
+    lacking = (
+        "rule static+fitted needs fitted sets, which this profile lacks; run: skipcal fit --method static"
+    )
+    assert lacking in refused(*search, "--overwrite", code=2)
+
+
 METHODS = (
     "gate", "static+surrogates", "random+surrogates", "ffn-skip+surrogates", "no-input-adaptive+surrogates",
     "static",
@@ -164,6 +225,8 @@ def test_evaluate_compares_the_gate_with_what_surrogates_do_for_others(here: Pat
         (["--prompts", "3"], 2, "damage_prompts 4 are more than the 3 windows"),
         (["--sweeps", "-1"], 2, "--sweeps -1 cannot be used"),
         (["--damage", "guess"], 2, "--damage 'guess' cannot be used"),
+        (["--method", "fixed"], 2, "--method 'fixed' cannot be used"),
+        (["--method", "static", "--sweeps", "1"], 2, "sweeps is of a gate"),
         (["--prompts", "500"], 4, "is too short"),
         (["--profile", "none.json"], 4, "is no file and no shipped profile"),
         (["--data-files", "none.txt"], 4, "none.txt"),
@@ -232,7 +295,7 @@ def test_methods_of_a_gate_say_what_a_profile_lacks(here: Path, method: str) -> 
 @pytest.mark.parametrize(
     "where",
     [
-        "skipcal.fit.pipeline._Fitter.sweeps",
+        "skipcal.fit.pipeline._sweeps",
         "skipcal.fit.on_policy.fit_gate",
         "os.fsync",
         "os.fsync 2",

@@ -89,7 +89,8 @@ def test_a_profile_without_block_influence_says_so() -> None:
         )
 
 
-WITHOUT_GATE = [m for m in METHODS if m not in ("full", "ffn-skip", "gate") and SURROGATES not in m]
+FITTED = ("ffn-skip", "gate", "static+fitted")  # what a profile may lack
+WITHOUT_GATE = [m for m in METHODS if m not in ("full", *FITTED) and SURROGATES not in m]
 
 
 WITH_SURROGATES = [m for m in METHODS if SURROGATES in m]

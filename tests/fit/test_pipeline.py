@@ -190,7 +190,7 @@ def test_the_seed_draws_the_labels_of_the_damage_as_well(
         seeds.append(seed)
         return fisher_damage(*args, seed=seed, **kwargs)
 
-    monkeypatch.setattr("skipcal.fit.pipeline.fisher_damage", noted)
+    monkeypatch.setattr("skipcal.fit.prepared.fisher_damage", noted)
     fit_gate_profile(worded, worded_profile, fit_config(text, seed=6, sweeps=0, closed_loop_prompts=1))
     assert seeds == [6]
 

@@ -23,7 +23,8 @@ from skipcal.files.reading import MAX_PROFILE_BYTES, MAX_STRUCTURE
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import PROFILE_FILE
 from skipcal.profiles.summary import summarize
-from skipcal.profiles.tensors import MAX_HEADER_BYTES, TENSORS_FORMAT, GateTensors, most_bytes
+from skipcal.profiles.tensor_file import MAX_HEADER_BYTES
+from skipcal.profiles.tensors import TENSORS_FORMAT, GateTensors, most_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = "made.surrogates.safetensors"

@@ -1,0 +1,114 @@
+"""One sweep in which a fixed set of FFNs is skipped: its surrogates, and what each other FFN would cost.
+
+A surrogate is fitted to bring the stream back to where the full model has it: what it is to add is the full
+model's stream after the layer, less the stream that enters the FFN. So it makes up for a part of what the
+skips before it have left out, which a map that imitates its own FFN does not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from skipcal.arch.locate import Block
+from skipcal.core.surrogates import LowRank, direction
+from skipcal.fit.damage import Damage
+from skipcal.fit.layer_sweep import RowSweep, StreamStore
+from skipcal.fit.moments import Moments
+from skipcal.fit.surrogate import fit_low_rank
+
+
+@dataclass(frozen=True)
+class SetFit:
+    """What a sweep found on the stream that its set leaves.
+
+    surrogates: by layer, of the set and of the candidates.
+    damage:     by the same layers, a mean over tokens past the warm-up: that of the stream after the layer,
+                with the surrogate, less that with the FFN.
+    """
+
+    surrogates: Mapping[int, LowRank]
+    damage: Mapping[int, float]
+
+
+class SetSweep:
+    """Fits surrogates on rows of text, of which every token past the warm-up skips the same FFNs."""
+
+    def __init__(self, rows: RowSweep, *, damage: Damage, rank: int) -> None:
+        """Nothing runs before `fit`."""
+        self._rows = rows
+        self._damage = damage
+        self._rank = rank
+
+    @torch.no_grad()
+    def fit(self, skipped: Collection[int], candidates: Collection[int] = ()) -> SetFit:
+        """Surrogates of the layers `skipped`, each fitted on the stream that those before it leave.
+
+        candidates: layers that run, whose surrogates and damages are found as well.
+        """
+        surrogates: dict[int, LowRank] = {}
+        damage: dict[int, float] = {}
+        with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
+            store = self._rows.embedded(_made(Path(folder, "skipping")))
+            full: StreamStore | None = None  # the full model's streams, once they are others
+            for block in tqdm(
+                self._rows.architecture.blocks, desc="fixed set", unit="layer", leave=False, disable=None
+            ):
+                skip = block.index in skipped
+                if skip and full is None:
+                    full = store.copied(_made(Path(folder, "full")))
+                if full is not None:
+                    self._rows.run(block, full)
+                if not skip and block.index not in candidates:
+                    self._rows.run(block, store)
+                    continue
+                found = self._surrogate(block, store, full)
+                surrogates[block.index] = found
+                damage[block.index] = self._apply(block, store, full, found, skip=skip)
+        return SetFit(surrogates, damage)
+
+    def _surrogate(self, block: Block, store: StreamStore, full: StreamStore | None) -> LowRank:
+        hidden, counted = self._rows.architecture.hidden_size, self._rows.counted
+        moments = Moments.empty(hidden, hidden, self._rows.device)
+        for (h, f), wanted in zip(self._rows.open(block, store), self._wanted(store, full), strict=True):
+            target = f if wanted is None else wanted.float() - h.float()
+            moments.add(direction(counted(h)), counted(target))
+        return fit_low_rank(moments, self._rank, metric=self._damage.metric(block.index))
+
+    def _apply(
+        self, block: Block, store: StreamStore, full: StreamStore | None, surrogate: LowRank, *, skip: bool
+    ) -> float:
+        """Let the layer's streams go on, with the surrogate where it is skipped; its mean damage."""
+        total, first, counted = 0.0, self._rows.first, self._rows.counted
+        for (number, kept), wanted in zip(
+            store.read(self._rows.device), self._wanted(store, full), strict=True
+        ):
+            h, f = kept["h"], kept["f"]
+            s = surrogate(direction(h))
+            target = f.float() if wanted is None else wanted.float() - h.float()
+            for added, sign in ((s, 1), (f, -1)):
+                off = counted(target) - counted(added).float()
+                total += sign * float(self._damage(block.index, off, counted(h)).sum())
+            if skip:
+                f = torch.cat([f[:, :first], s[:, first:].to(f.dtype)], dim=1)
+            self._rows.close(block, store, number, kept, f)
+        return total / self._rows.tokens
+
+    def _wanted(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:
+        """By batch, the full model's stream after the layer; None: nothing has been skipped yet."""
+        if full is None:
+            yield from [None] * len(store)
+            return
+        for _, kept in full.read(self._rows.device):
+            yield kept["stream"]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

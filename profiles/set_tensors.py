@@ -1,0 +1,125 @@
+"""The surrogates of a profile's fixed sets: the tensors beside its JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.errors import ProfileError, ProfileMismatch
+from skipcal.files.reading import shown
+from skipcal.profiles.tensor_file import (
+    MAX_HEADER_BYTES,
+    STORED,
+    Header,
+    ascending_layers,
+    check_shapes,
+    packed,
+    read_named,
+    shape_of,
+    unpacked,
+)
+
+SETS_FORMAT = "skipcal.sets/1"
+
+
+@dataclass(frozen=True)
+class SetTensors:
+    """What the tensor file holds, and its bytes.
+
+    sets: the surrogates of each set, whose layers are the set's; all maps are of one rank.
+    """
+
+    sets: tuple[Surrogates, ...]
+    fingerprint: str
+    raw: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of the file."""
+        return hashlib.sha256(self.raw).hexdigest()
+
+    @classmethod
+    def pack(cls, sets: Sequence[Mapping[int, LowRank]], fingerprint: str) -> Self:
+        """The file's bytes of maps by layer, and the tensors as a reader of the file will have them."""
+        tensors: dict[str, torch.Tensor] = {}
+        for number, maps in enumerate(sets):
+            layers = sorted(maps)
+            tensors |= {
+                f"{number}.layers": torch.tensor(layers, dtype=torch.int64),
+                f"{number}.down": torch.stack([maps[layer].down for layer in layers]).to(STORED),
+                f"{number}.up": torch.stack([maps[layer].up for layer in layers]).to(STORED),
+                f"{number}.bias": torch.stack([maps[layer].bias for layer in layers]).float(),
+            }
+        return cls.unpack(packed(tensors, kind=SETS_FORMAT, fingerprint=fingerprint), "packed tensors")
+
+    @classmethod
+    def unpack(cls, raw: bytes, where: str) -> Self:
+        """Read the file's bytes. Raises ProfileError for anything that is no such file."""
+        tensors, fingerprint = unpacked(raw, where, kind=SETS_FORMAT, check=_check_header)
+        sets = []
+        for number in range(len(tensors) // 4):
+            layers = ascending_layers(tensors, f"{number}.layers", where)
+            down, up, bias = (tensors[f"{number}.{name}"].float() for name in ("down", "up", "bias"))
+            sets.append(
+                Surrogates({layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)})
+            )
+        return cls(tuple(sets), fingerprint, raw)
+
+    @classmethod
+    def read(cls, path: Path, sha256: str, *, max_bytes: int) -> Self:
+        """Read the file that a profile names; see `read_named`."""
+        return cls.unpack(
+            read_named(path, sha256, max_bytes=max_bytes, what="surrogates of the sets"), str(path)
+        )
+
+    def check_belongs(self, *, layers: list[list[int]], hidden_size: int, fingerprint: str) -> None:
+        """Raise ProfileMismatch unless the tensors are for this profile's sets and model."""
+        mine = [sorted(each.maps) for each in self.sets]
+        if mine != layers:
+            raise ProfileMismatch(
+                f"the surrogates are for sets of layers {shown(mine)}, the profile's are {shown(layers)}; "
+                "make both again with: skipcal fit --method static"
+            )
+        hidden = len(next(iter(self.sets[0].maps.values())).bias)
+        if hidden != hidden_size or self.fingerprint != fingerprint:
+            raise ProfileMismatch(
+                f"the surrogates were fitted to another model (hidden size {hidden}, the profile's "
+                f"{hidden_size}; weights {self.fingerprint[:12]}, the profile's {fingerprint[:12]}); make "
+                "both again with: skipcal fit --method static"
+            )
+
+
+def most_bytes(maps: int, rank: int, hidden: int) -> int:
+    """The size that a file with so many surrogates in all its sets cannot exceed."""
+    return 8 + MAX_HEADER_BYTES + 8 * maps * (2 * rank * hidden + hidden + 1)
+
+
+def _check_header(header: Header, where: str) -> None:
+    """Sets are numbered from 0; every tensor is there, and their shapes and types go together."""
+    shapes: dict[str, list[int]] = {}
+    number, first = 0, None
+    while f"{number}.down" in header:
+        down = shape_of(header, f"{number}.down", where)
+        if len(down) != 3 or not down[0] or (first is not None and down[1:] != first):
+            raise ProfileError(
+                f"{where}: {number}.down has shape {shown(down)}, expected three axes, the last two those of "
+                "every set"
+            )
+        count, (rank, hidden) = down[0], down[1:]
+        first = [rank, hidden]
+        shapes |= {
+            f"{number}.layers": [count],
+            f"{number}.down": down,
+            f"{number}.up": [count, hidden, rank],
+            f"{number}.bias": [count, hidden],
+        }
+        number += 1
+    if not shapes:
+        raise ProfileError(f"{where}: expected tensors of one set at least, got {shown(sorted(header))}")
+    check_shapes(header, shapes, where)
