@@ -41,6 +41,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then
 
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402
+import warm_python  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from skipcal.arch.check import tiny_model  # noqa: E402
@@ -140,6 +141,13 @@ def attentive(model: Any) -> Any:
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops run as their torch references: the interpreter takes a millisecond for each block."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python whose starts cost next to nothing: see `warm_python`."""
+    with warm_python.started(tmp_path_factory.mktemp("warm")) as path:
+        yield path
 
 
 @pytest.fixture
