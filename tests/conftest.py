@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ if importlib.util.find_spec("skipcal") is None:  # a clone that was never instal
     os.environ["PYTHONPATH"] = f"{link}{os.pathsep}{old}" if old else link
 
 sys.path.insert(0, str(ROOT / "tests"))  # for `import oracle`
+
+gc.disable()  # what is imported stays; to look it through again and again takes seconds
 
 import torch  # noqa: E402
 
@@ -53,6 +56,7 @@ from skipcal.configs.run import ProfileConfig  # noqa: E402
 from skipcal.fit.pipeline import fit_gate_profile  # noqa: E402
 from skipcal.profiles.schema import SkipProfile  # noqa: E402
 
+gc.enable()
 matplotlib.use("Agg")
 
 # Families whose layers every engine can run; all kinds of layers are in arch/test_architectures.py.
@@ -103,6 +107,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     counts = Counter(item.path for item in items)
     rank = {ROOT / "tests" / file: number for number, file in enumerate(LONG)}
     items.sort(key=lambda item: (rank.get(item.path, len(LONG)), -counts[item.path], item.path))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected stays, too."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
