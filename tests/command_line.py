@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import typer.testing
 from typer.testing import CliRunner
 
 from skipcal.cli import app
 
+_testing: Any = typer.testing
+_testing._get_command = cache(_testing._get_command)  # else made anew for each call, in 25 ms
 runner = CliRunner()
 
 

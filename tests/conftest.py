@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,29 +34,42 @@ if importlib.util.find_spec("skipcal") is None:  # a clone that was never instal
 
 sys.path.insert(0, str(ROOT / "tests"))  # for `import oracle`
 
-import torch  # noqa: E402
+_options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_options.add_argument("-n", "--numprocesses", default="0")
+# A process that only hands tests out to others needs nothing of all this, and they wait for it to begin.
+HANDS_OUT = (
+    "PYTEST_XDIST_WORKER" not in os.environ
+    and _options.parse_known_args()[0].numprocesses != "0"
+    and not {"--pdb", "--co", "--collect-only"} & set(sys.argv)  # with which it works alone
+)
 
-if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then kernels are interpreted
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
-    from interpreted import mend_loop_bounds, patch_language_once
+if not HANDS_OUT:
+    gc.disable()  # what is imported stays; to look it through again and again takes seconds
 
-    mend_loop_bounds()
-    patch_language_once()
+    import torch
 
-import matplotlib  # noqa: E402
-import pytest  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # then kernels are interpreted
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
+        from interpreted import mend_loop_bounds, patch_language_once
 
-from skipcal.arch.check import tiny_model  # noqa: E402
-from skipcal.arch.loading import LoadedModel, load_model  # noqa: E402
-from skipcal.arch.locate import locate  # noqa: E402
-from skipcal.calibrate.pipeline import calibrate_model  # noqa: E402
-from skipcal.configs.fit import FitConfig  # noqa: E402
-from skipcal.configs.run import ProfileConfig  # noqa: E402
-from skipcal.fit.pipeline import fit_gate_profile  # noqa: E402
-from skipcal.profiles.schema import SkipProfile  # noqa: E402
+        mend_loop_bounds()
+        patch_language_once()
 
-matplotlib.use("Agg")
+    import matplotlib
+    import warm_python
+    from transformers import PreTrainedModel
+
+    from skipcal.arch.check import tiny_model
+    from skipcal.arch.loading import LoadedModel, load_model
+    from skipcal.arch.locate import locate
+    from skipcal.calibrate.pipeline import calibrate_model
+    from skipcal.configs.fit import FitConfig
+    from skipcal.configs.run import ProfileConfig
+    from skipcal.fit.pipeline import fit_gate_profile
+    from skipcal.profiles.schema import SkipProfile
+
+    gc.enable()
+    matplotlib.use("Agg")
 
 # Families whose layers every engine can run; all kinds of layers are in arch/test_architectures.py.
 DENSE = (
@@ -104,6 +121,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (rank.get(item.path, len(LONG)), -counts[item.path], item.path))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected stays, too."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
@@ -140,6 +168,13 @@ def attentive(model: Any) -> Any:
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops run as their torch references: the interpreter takes a millisecond for each block."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python whose starts cost next to nothing: see `warm_python`."""
+    with warm_python.started(tmp_path_factory.mktemp("warm")) as path:
+        yield path
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from command_line import run
+from warm_python import environment
 
 from skipcal import __version__
 from skipcal.arch.check import tiny_model
@@ -352,10 +352,6 @@ def test_a_configuration_file_is_used_and_options_win(here: Path, tiny_folder: P
     assert "did you mean 'prompts'" in refused(*args, "--config", "run.yaml", code=2)
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "skipcal.cli", *args]
-
-
 def test_an_interrupt_leaves_no_file(
     here: Path, tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,25 +370,18 @@ def test_an_interrupt_leaves_no_file(
 
 
 def test_a_reader_that_goes_away_is_no_error(here: Path) -> None:
-    line = " ".join(command("show", SHIPPED))
+    line = " ".join([sys.executable, "-m", "skipcal.cli", "show", SHIPPED])
     done = subprocess.run(f"{line} | head -1", shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("model")
     assert done.stderr == ""
 
 
-def test_stderr_is_silent_when_it_is_no_terminal(here: Path, tiny_folder: Path, text_file: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
-    args = [
-        *quick(tiny_folder, text_file),
-        "-o",
-        "p.json",
-        "--cold-s",
-        "1",
-        "--cold-e",
-        "7",
-        "--max-skips",
-        "2",
-    ]
-    done = subprocess.run(command(*args), capture_output=True, text=True, check=True, env=env)
+def test_stderr_is_silent_when_it_is_no_terminal(
+    here: Path, tiny_folder: Path, text_file: Path, warm: str
+) -> None:
+    env = {k: v for k, v in environment().items() if k != "TQDM_DISABLE"}
+    command = [warm, "-m", "skipcal.cli", *quick(tiny_folder, text_file), "-o", "p.json"]
+    command += ["--cold-s", "1", "--cold-e", "7", "--max-skips", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert "it/s" not in done.stderr
     assert "%|" not in done.stderr

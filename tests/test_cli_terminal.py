@@ -16,6 +16,7 @@ import pytest
 import typer
 from command_line import runner
 from test_cli_help import GROUP
+from warm_python import environment
 
 from skipcal.commands.console import command, duration, given
 from skipcal.commands.help import Command
@@ -77,11 +78,11 @@ def test_no_colours_and_one_document_on_stdout(watched: tuple[str, str, int]) ->
     assert "\x1b[3" not in seen
 
 
-def test_in_a_pipe_stderr_is_silent() -> None:
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+def test_in_a_pipe_stderr_is_silent(warm: str) -> None:
+    env = {k: v for k, v in environment().items() if k != "TQDM_DISABLE"}
     done = subprocess.run(
-        [*SKIPCAL, "bench", "--shape", "tiny", "--rounds", "1", "--ratios", "0.25", "--new-tokens", "4",
-         "--context-tokens", "8", "--device", "cpu"],
+        [warm, "-m", "skipcal.cli", "bench", "--shape", "tiny", "--rounds", "1", "--ratios", "0.25",
+         "--new-tokens", "4", "--context-tokens", "8", "--device", "cpu"],
         capture_output=True, text=True, check=True, env=env,
     )  # fmt: skip
     assert done.stderr == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -10,6 +12,8 @@ from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from warm_python import environment
 
 jupytext = pytest.importorskip("jupytext")
 
@@ -41,14 +45,19 @@ def outputs(notebook: Any) -> list[Any]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @each_notebook
 def test_a_notebook_runs_anywhere_and_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: str
 ) -> None:
-    place, temporary = tmp_path / "place", tmp_path / "temporary"
-    for folder in (place, temporary):
-        folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
+    place, temporary, kernel = tmp_path / "place", tmp_path / "temporary", tmp_path / "kernels" / "python3"
+    for folder in (place, temporary, kernel):
+        folder.mkdir(parents=True)
+    usual = KernelSpecManager().get_kernel_spec("python3")
+    (kernel / "kernel.json").write_text(json.dumps(usual.to_dict() | {"argv": [warm, *usual.argv[1:]]}))
     module = script()
-    for name, value in module.ENVIRONMENT.items():
+    places = {"TMPDIR": str(temporary), "JUPYTER_PATH": str(tmp_path)}
+    given = environment(**module.ENVIRONMENT, **places)
+    for name in os.environ.keys() - given.keys():
+        monkeypatch.delenv(name)
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     notebook = module.executed(source, place)
     kinds = [output.output_type for output in outputs(notebook)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import refused, run
+from warm_python import environment
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.passes import Passes
@@ -81,11 +80,10 @@ def measured(path: Path) -> dict[str, Any]:
     return SkipProfile.load(path).model_dump(mode="json", exclude={"environment"})
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(python: str, *command: str) -> subprocess.CompletedProcess[str]:
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launch, *command], capture_output=True, text=True, check=False, env=environment, timeout=300
+        [*launch, *command], capture_output=True, text=True, check=False, env=environment(), timeout=300
     )
 
 
@@ -112,8 +110,8 @@ def leftovers(folder: Path) -> list[str]:
 # Several processes
 
 
-def test_two_processes_write_the_profile_of_one(here: Path, quiet: dict[str, Any]) -> None:
-    done = torchrun("-m", "skipcal.cli", *COMMAND, "--trace", "t.parquet")
+def test_two_processes_write_the_profile_of_one(here: Path, quiet: dict[str, Any], warm: str) -> None:
+    done = torchrun(warm, "-m", "skipcal.cli", *COMMAND, "--trace", "t.parquet")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((here / "p.json").read_text())  # printed once
     assert SkipProfile.load("p.json").environment.processes == 2
@@ -122,10 +120,10 @@ def test_two_processes_write_the_profile_of_one(here: Path, quiet: dict[str, Any
 
 
 def test_a_killed_process_ends_the_run_and_one_process_goes_on_from_there(
-    here: Path, quiet: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    here: Path, quiet: dict[str, Any], warm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "dying.py").write_text(DYING)
-    done = torchrun("dying.py", *COMMAND)
+    done = torchrun(warm, "dying.py", *COMMAND)
     (here / "dying.py").unlink()
     assert done.returncode != 0
     assert done.stdout == ""

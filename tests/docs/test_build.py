@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 from pages import ROOT
+from warm_python import environment
 
 import skipcal
 
@@ -20,16 +20,17 @@ pytest.importorskip("myst_parser")
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def html(tmp_path_factory: pytest.TempPathFactory, warm: str) -> Path:
     """The pages as `make docs` builds them; any warning fails."""
     target = tmp_path_factory.mktemp("html")
     options = re.search(r"sphinx-build (.+) docs build/docs", (ROOT / "Makefile").read_text())
     assert options and {"-W", "-n"} <= set(options[1].split())
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *options[1].split(), str(ROOT / "docs"), str(target)],
+        [warm, "-m", "sphinx", *options[1].split(), str(ROOT / "docs"), str(target)],
         capture_output=True,
         text=True,
         check=False,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     return target

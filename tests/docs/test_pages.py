@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import small_world as world
-import typer
 from command_line import run
 from pages import NOT_RUN, PAGES, ROOT, RUN, Snippet, snippets, text_of
+from test_cli_help import GROUP
 
-from skipcal.cli import app
-
+COMMANDS = GROUP.commands
 TYPED = [page for page in PAGES if any(s.language in RUN for s in snippets(page))]
 
 # What is added to a command so that it takes a second: the first expression that matches, the words, and why.
@@ -135,14 +134,8 @@ def _type(words: list[str], where: str) -> None:
 
 def understood(args: list[str], where: str) -> None:
     """Fail for a command or an option that does not exist."""
-    assert args[0] in _commands(), where
-    _commands()[args[0]].make_context(args[0], list(args[1:]))
-
-
-def _commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
-    commands: dict[str, Any] = group.commands
-    return commands
+    assert args[0] in COMMANDS, where
+    COMMANDS[args[0]].make_context(args[0], list(args[1:]))
 
 
 def _extras_exist(requirement: str, where: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from warm_python import environment
 
 from skipcal.arch.loading import LoadedModel
 
@@ -58,15 +57,15 @@ dist.destroy_process_group()
 
 
 def test_two_processes_with_half_the_weights_each_decide_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worded: LoadedModel
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worded: LoadedModel, warm: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model: Any = worded.model
     model.save_pretrained("model")
     Path("script.py").write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"],
-        capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [warm, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"],
+        capture_output=True, text=True, check=False, timeout=600, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ranks = [json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_python import environment
 
 from skipcal.speed.files import load_result
 
@@ -87,7 +88,7 @@ def test_what_fails_dies_or_hangs_stops_nothing_and_is_told(
 
 
 @pytest.fixture(scope="module")
-def visited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def visited(tmp_path_factory: pytest.TempPathFactory, warm: str) -> Path:
     """Both calls side by side, on tiny shapes: some steps of each."""
     folder = tmp_path_factory.mktemp("visit")
     steps = {
@@ -97,8 +98,9 @@ def visited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calls = []
     for what, names in steps.items():
         only = [option for name in names for option in ("--only", name)]
-        command = [sys.executable, str(VISIT), what, "--device", "cpu", "--output", str(folder), *only]
-        calls.append(subprocess.Popen([*command, "--time-limit", "900"], stdout=subprocess.PIPE, text=True))
+        command = [warm, str(VISIT), what, "--device", "cpu", "--output", str(folder), *only]
+        command += ["--time-limit", "900"]
+        calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()))
     said = "".join(call.communicate()[0] for call in calls)
     assert [call.returncode for call in calls] == [0, 0], said
     return folder

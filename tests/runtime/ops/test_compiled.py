@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from warm_python import environment
 
 BENCHMARKS = ROOT / "benchmarks"
 # One launch of each op, several rows of the one that streams, and heads shorter than a tensor core's 16.
@@ -44,11 +44,10 @@ def sm90() -> Any:
     return module
 
 
-def test_no_kernel_spills_and_short_heads_compile(sm90: Any, tmp_path: Path) -> None:
+def test_no_kernel_spills_and_short_heads_compile(sm90: Any, tmp_path: Path, warm: str) -> None:
     only = [word for case in CASES for word in ("--only", case)]
-    command = [sys.executable, str(BENCHMARKS / "ops_sm90.py"), *only, "--output", str(tmp_path)]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}  # interpreted kernels are not compiled
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [warm, str(BENCHMARKS / "ops_sm90.py"), *only, "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path / "ops_sm90.json").read_text())["launches"]
     assert {launch["kernel"] for launch in made} == {

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 
 import pytest
+from warm_python import environment
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -77,11 +76,10 @@ print(json.dumps({c: {name: len(keys) for name, keys in v.items()} for c, v in v
 
 
 @pytest.fixture(scope="module")
-def variants() -> dict[str, dict[str, int]]:
+def variants(warm: str) -> dict[str, dict[str, int]]:
     """By case: the kernels that it compiles, and how often."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", LAUNCHES]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    command = [warm, "-c", LAUNCHES]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
