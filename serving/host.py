@@ -16,12 +16,15 @@ from torch import Tensor
 from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import Policy
+from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
 from skipcal.serving.blocks import ServedBlock
 from skipcal.serving.clock import BatchTokens
 from skipcal.serving.counts import ServingReport
+from skipcal.serving.grouped import together
 from skipcal.serving.proof import SumProof
+from skipcal.serving.targets import TargetRules
 
 
 class ServingHost:
@@ -30,13 +33,23 @@ class ServingHost:
     report: the counts so far.
     """
 
-    def __init__(self, blocks: Sequence[ServedBlock], policy: Policy) -> None:
-        """Prepare for the blocks of a loaded model; nothing is set on it."""
+    def __init__(
+        self,
+        blocks: Sequence[ServedBlock],
+        policy: Policy,
+        *,
+        policy_at: Callable[[float], Policy] | None = None,
+    ) -> None:
+        """Prepare for the blocks of a loaded model; nothing is set on it.
+
+        policy: of requests that say nothing; policy_at: of those with a target skip ratio of their own. Both
+        have the same surrogates.
+        """
         policy.check_layers(len(blocks))
         self.report = ServingReport.empty(policy.method, len(blocks))
-        self._warm_up = policy.warm_up_tokens
-        self._rule = policy.make_rule()
-        self._blocks = [block for block in blocks if block.index in self._rule.layers]
+        self._rules = TargetRules(policy, policy_at)
+        self._rule = self._rules.of(None).rule  # of the tokens of this pass
+        self._blocks = tuple(blocks)  # every one: the targets to come may differ in their layers
         given: Surrogates = getattr(policy, "surrogates", Surrogates({}))
         self._surrogates = given.for_blocks(blocks)
         self._proof: SumProof | None = SumProof(blocks)
@@ -48,7 +61,7 @@ class ServingHost:
         self._asked = 0  # FFNs of this pass
 
     def attach(self) -> None:
-        """Set `forward` on the modules of the blocks in which the rule has a say."""
+        """Set `forward` on the modules of every block."""
         for block in self._blocks:
             self._patches.set(block.norm, "forward", self._norm(block))
             self._patches.set(block.ffn, "forward", self._ffn(block))
@@ -62,13 +75,15 @@ class ServingHost:
 
         Raises UnsupportedModel where the first pass shows that h + f is not what the model adds up.
         """
-        ruled = tokens.skips & (tokens.steps >= self._warm_up)
+        rules = [self._rules.of(target) for target in tokens.targets]
+        warm_up = np.array([each.warm_up_tokens for each in rules])
+        ruled = tokens.skips & (tokens.steps >= warm_up[tokens.owner])
         self._count_tokens(tokens, ruled)
         if not ruled.any():
             return forward() if self._proof is None else self._proven(forward)
         if self._proof is not None:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
-        self._begin_pass(tokens, ruled, ids)
+        self._begin_pass(tokens, ruled, ids, [each.rule for each in rules])
         try:
             output = forward()
             if self._asked != len(self._blocks):
@@ -88,11 +103,12 @@ class ServingHost:
         self._proof = None
         return output
 
-    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None) -> None:
+    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None, rules: Sequence[Rule]) -> None:
         device = self._device
         chosen = np.flatnonzero(ruled)
         everyone = len(chosen) == len(ruled)
         self._rows = slice(0, len(chosen)) if everyone else torch.from_numpy(chosen).to(device)
+        self._rule = together([rules[n] for n in tokens.owner[chosen]], device)
         counted = tokens.counted[chosen]
         self._counted = None if counted.all() else torch.from_numpy(counted).to(device)
         self._tokens = PassTokens(
@@ -132,9 +148,12 @@ class ServingHost:
             if self._rows is None:
                 f: Tensor = own(x)
                 return f
+            self._asked += 1
+            if block.index not in self._rule.layers:
+                f = own(x)
+                return f
             assert self._h is not None
             h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
-            self._asked += 1
             skip, self._state = self._rule.before(block.index, self._state, h)
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))

@@ -15,7 +15,7 @@ def passed(clock: Clock, requests: dict[str, tuple[int, int, int]], *, alive: st
         computed=computed,
         prompt=prompt,
         starts=np.concatenate([[0], lengths.cumsum()]),
-        wanting=[name != "d" for name in requests],
+        targets=[0.0 if name == "d" else None for name in requests],
         alive=set(alive),
     )
 
@@ -51,6 +51,8 @@ def test_requests_of_one_pass_are_told_apart() -> None:
     found = passed(clock, {"d": (3, 3, 2), "a": (3, 2, 1), "b": (0, 2, 2)})
     assert found.steps.tolist() == [0, 1, 1, -2, -1]
     assert found.counted.tolist() == [False, True, True, False, False]
+    assert found.owner.tolist() == [0, 0, 1, 2, 2]
+    assert found.targets == (0.0, None, None)
     assert found.skips.tolist() == [False, False, True, True, True]
 
 
