@@ -25,16 +25,20 @@ Bools: TypeAlias = NDArray[np.bool_]
 class BatchTokens:
     """The tokens of one pass, those of a request side by side.
 
-    steps:   [tokens], decode step; negative: prompt.
-    counted: [tokens], decode steps that no earlier pass has computed.
-    owner:   [tokens], whose it is: a place in `targets`.
-    targets: [requests], what each asks for; see `skipcal.serving.requests.target_asked`.
+    steps:    [tokens], decode step; negative: prompt.
+    counted:  [tokens], decode steps that no earlier pass has computed.
+    owner:    [tokens], whose it is: a place in `targets` and `requests`.
+    targets:  [requests], what each asks for; see `skipcal.serving.requests.target_asked`.
+    requests: [requests], their names.
+    ended:    names of requests that have ended since the pass before.
     """
 
     steps: Ints
     counted: Bools
     owner: Ints
     targets: tuple[float | None, ...]
+    requests: tuple[str, ...]
+    ended: tuple[str, ...] = ()
 
     @property
     def skips(self) -> Bools:
@@ -65,15 +69,17 @@ class Clock:
         prompt; starts: where its tokens begin in the batch, and the end of all, [requests + 1]; targets: what
         it asks for; alive: the requests that have not finished, preempted ones too.
         """
-        if any(name not in alive for name in self._ends):
-            self._ends = {name: end for name, end in self._ends.items() if name in alive}
+        ended = tuple(name for name in self._ends if name not in alive)
+        for name in ended:
+            del self._ends[name]
         steps = decode_steps(computed, prompt, starts)
         lengths = np.diff(starts)
         ends = np.array([self._ends.get(name, 0) for name in requests], dtype=np.int64)
         counted = steps >= np.repeat(ends, lengths)
         after = np.maximum(ends, computed - prompt + lengths)
         self._ends.update(zip(requests, after.tolist(), strict=True))
-        return BatchTokens(steps, counted, np.repeat(np.arange(len(lengths)), lengths), tuple(targets))
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        return BatchTokens(steps, counted, owner, tuple(targets), tuple(requests), ended)
 
 
 def decode_steps(computed: Ints, prompt: Ints, starts: Ints) -> Ints:

@@ -37,6 +37,7 @@ def register() -> None:
     _wrap(InputProcessor, "_validate_params", _validating)
     _wrap(InputProcessor, "resolve_watermarking", _refusing_beams)
     Worker.skipcal_report = _report
+    Worker.skipcal_requests = _requests
 
 
 def start_skipping(worker: Any) -> None:
@@ -175,6 +176,11 @@ def _answered(parameter: str) -> Iterator[None]:
 def _report(worker: Any) -> dict[str, Any] | None:
     watched = getattr(worker, "skipcal", None)
     return None if watched is None else watched.host.report.to_dict()
+
+
+def _requests(worker: Any, request_id: str | None = None) -> list[dict[str, Any]] | None:
+    watched = getattr(worker, "skipcal", None)
+    return None if watched is None else [r.to_dict() for r in watched.host.tally.requests(request_id)]
 
 
 def _logger() -> Any:

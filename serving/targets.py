@@ -20,8 +20,14 @@ KEPT = 64
 class RequestRule:
     """What a request is judged by. A rule remembers nothing between passes, so requests may share it."""
 
+    method: str
     rule: Rule
     warm_up_tokens: int
+
+    @classmethod
+    def of(cls, policy: Policy) -> RequestRule:
+        """That of a policy."""
+        return cls(policy.method, policy.make_rule(), policy.warm_up_tokens)
 
 
 class TargetRules:
@@ -29,7 +35,7 @@ class TargetRules:
 
     def __init__(self, policy: Policy, policy_at: Callable[[float], Policy] | None) -> None:
         """policy: of requests that say nothing; policy_at: of those with a target, None: there are none."""
-        self._own = RequestRule(policy.make_rule(), policy.warm_up_tokens)
+        self._own = RequestRule.of(policy)
         self._policy_at = policy_at
         self._at = functools.lru_cache(KEPT)(self._make)
 
@@ -40,5 +46,4 @@ class TargetRules:
     def _make(self, target: float) -> RequestRule:
         if self._policy_at is None:
             raise SessionError(f"a request has a target skip ratio of {target:g}, where none is served")
-        policy = self._policy_at(target)
-        return RequestRule(policy.make_rule(), policy.warm_up_tokens)
+        return RequestRule.of(self._policy_at(target))

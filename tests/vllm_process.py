@@ -17,14 +17,18 @@ SETTINGS = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Of a process that runs vLLM."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
+
+
 def in_vllm(job: dict[str, Any], folder: Path) -> Any:
     """What `main` answers to a job: {"refused": [...]} or {"engines": [...]}, each of them in turn."""
     asked, answered = folder / "job.json", folder / "answer.json"
     asked.write_text(json.dumps(job))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
     done = subprocess.run(
         [sys.executable, __file__, str(asked), str(answered)],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(answered.read_text())
@@ -81,7 +85,7 @@ def _engines(engines: list[dict[str, Any]]) -> list[Any]:
 def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from skipcal.serving.counts import skip_report
+    from skipcal.serving.counts import request_reports, skip_report
     from skipcal.serving.plan import plan_for
     from skipcal.serving.plugin import start_skipping
 
@@ -107,6 +111,7 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         "refused": refused,
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "report": skip_report(llm),
+        "requests": [request_reports(llm, out.request_id) for out in outs],
         "preemptions": _preemptions(llm) - before,
     }
 

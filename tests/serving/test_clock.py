@@ -61,3 +61,11 @@ def test_a_name_that_is_used_again_is_another_request() -> None:
     passed(clock, {"a": (2, 2, 1)})
     passed(clock, {"b": (0, 2, 2)}, alive="b")
     assert passed(clock, {"a": (2, 2, 1)}).counted.tolist() == [True]
+
+
+def test_the_next_pass_tells_which_requests_have_ended() -> None:
+    clock = Clock()
+    assert passed(clock, {"a": (0, 2, 2), "b": (0, 2, 2), "c": (0, 1, 1)}).ended == ()
+    found = passed(clock, {"d": (0, 2, 2)}, alive="bd")  # b waits
+    assert (found.requests, sorted(found.ended)) == (("d",), ["a", "c"])
+    assert passed(clock, {"b": (2, 2, 1)}, alive="bd").ended == ()

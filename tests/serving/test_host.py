@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -104,22 +105,30 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+NAMES = count()
+
+
 def batch(
     steps: Sequence[int],
     *,
     out: Sequence[int] = (),
     again: Sequence[int] = (),
     targets: Sequence[float | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> BatchTokens:
     """Tokens of a request each.
 
-    out: places of requests that do not want skipping; again: of tokens computed before; targets: of each
-    request.
+    out: places of requests that do not want skipping; again: of tokens computed before; targets and names: of
+    each request, by default other ones in every pass.
     """
     places = np.arange(len(steps))
     asked = targets or [0.0 if n in out else None for n in places]
     return BatchTokens(
-        np.array(steps), (np.array(steps) >= 0) & ~np.isin(places, again), places, tuple(asked)
+        np.array(steps),
+        (np.array(steps) >= 0) & ~np.isin(places, again),
+        places,
+        tuple(asked),
+        tuple(names or (f"{next(NAMES)}" for _ in places)),
     )
 
 
@@ -208,6 +217,32 @@ def test_requests_with_targets_of_their_own_get_what_an_engine_with_that_target_
     assert host.report.opted_out_steps == 1
     single = host.run(batch([9], targets=[0.5]), None, lambda: stack(stream[:1]))
     torch.testing.assert_close(single, alone(stack, TARGETS[name][0.5], stream[:1], [9])[0])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_request_has_the_counts_that_it_has_alone(name: str, stack: Stack) -> None:
+    names, asked = "abcde", (None, 0.2, 0.5, 0.0, None)
+    passes = [torch.randn(len(names), HIDDEN) for _ in range(4)]
+    steps = [[n + at for at in (-1, 0, 1, 2, 4)] for n in range(4)]
+    together = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
+    for each, stream in zip(steps, passes, strict=True):
+        together.run(batch(each, targets=asked, names=names), None, partial(stack, stream))
+    found = {report.request_id: report for report in together.tally.requests()}
+    for place, (request, target) in enumerate(zip(names, asked, strict=True)):
+        lone = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
+        for each, stream in zip(steps, passes, strict=True):
+            one = batch(each[place : place + 1], targets=[target], names=[request])
+            lone.run(one, None, partial(stack, stream[place : place + 1]))
+        [expected] = lone.tally.requests(request)
+        assert found[request] == expected
+        assert expected.target_skip_ratio == target
+        assert (expected.method == "full") == (target == 0)
+    skipping = [found[request] for request, target in zip(names, asked, strict=True) if target != 0]
+    assert together.report.decode_steps == sum(report.decode_steps for report in skipping)
+    assert together.report.opted_out_steps == found["d"].decode_steps == 4
+    sums = zip(*(report.skipped_per_layer for report in skipping), strict=True)
+    assert together.report.skipped_per_layer == [sum(layer) for layer in sums]
+    assert sum(found["c"].skipped_per_layer) > 0
 
 
 def test_a_target_where_none_is_served_is_an_error(stack: Stack) -> None:

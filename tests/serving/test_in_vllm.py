@@ -43,6 +43,9 @@ def assert_equal(
     assert report["skipped_per_layer"] == summed(skipped)
     assert report["decode_steps"] == sum(len(text) - 1 for text in texts)
     assert report["decode_steps_after_warm_up"] == sum(len(text) - 1 - warm_up for text in texts)
+    each = [request for [request] in got["requests"]]
+    assert [request["skipped_per_layer"] for request in each] == skipped
+    assert [request["decode_steps"] for request in each] == [len(text) - 1 for text in texts]
 
 
 def test_every_family_and_method_decodes_and_skips_as_alone_in_transformers(
@@ -136,5 +139,10 @@ def test_requests_with_targets_of_their_own_decode_as_alone_with_that_target(
         skipped = [by_target[target][1][n] for n, target in enumerate(asked) if target != 0]
         assert got["report"]["skipped_per_layer"] == summed(skipped)
         assert got["report"]["opted_out_steps"] == NEW[3] - 1
+        each = [request for [request] in got["requests"]]
+        assert [request["target_skip_ratio"] for request in each] == asked
+        assert [
+            request["skipped_per_layer"] for request in each if request["target_skip_ratio"] != 0
+        ] == skipped
         lone = [sum(summed(skips)) for _, skips in by_target.values()]
         assert len(set(lone)) == 3  # so that the wrong rule would show
