@@ -7,8 +7,10 @@ not a worker. The worker attaches the host once the weights are there. Without s
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from skipcal.errors import ConfigError, SkipcalError
@@ -83,13 +85,27 @@ def _checking(own: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.version import __version__
 
-        if settings_of(self.additional_config) is not None:
-            check_version(__version__)
-        config = own(self, *args, **kwargs)
-        plan_for(config)
+        with _told_in_a_line():
+            if settings_of(self.additional_config) is not None:
+                check_version(__version__)
+            config = own(self, *args, **kwargs)
+            plan_for(config)
         return config
 
     return create_engine_config
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """A user of vLLM's own commands reads one line; a program that uses vLLM gets the error."""
+    try:
+        yield
+    except SkipcalError as error:
+        program = getattr(sys.modules["__main__"], "__spec__", None)
+        if (program is None or not program.name.startswith("vllm.")) and Path(sys.argv[0]).name != "vllm":
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def _attaching(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,9 +19,25 @@ import pytest
 from served import NEW, PROMPTS, Served
 from vllm_process import environment
 
+from skipcal.errors import TargetOutOfReach
+
 START_S = 300
 ASKED = [None, 0.4, 0, 0.1, 1, 0.4]  # by prompt
 Ask = Callable[..., tuple[int, Any]]
+
+
+ENVIRONMENT = environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_PLUGINS": "skipcal"}
+
+
+def command(llama: Served, settings: Any, port: int) -> list[str]:
+    """Starts a server of the model."""
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", llama.folder,
+        "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
+        "--no-enable-prefix-caching", "--max-model-len", "64", "--max-num-seqs", "4", "--port", str(port),
+        "--host", "127.0.0.1", "--shutdown-timeout", "20",
+        "--additional-config", json.dumps({"skipcal": settings}),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +48,8 @@ def ask(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask
         port = free.getsockname()[1]
     log = (tmp_path_factory.mktemp("server") / "log").open("w+")
     server = subprocess.Popen(
-        [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", llama.folder,
-            "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
-            "--no-enable-prefix-caching", "--max-model-len", "64", "--max-num-seqs", "4", "--port", str(port),
-            "--host", "127.0.0.1", "--shutdown-timeout", "20",
-            "--additional-config", json.dumps({"skipcal": llama.settings("gate")}),
-        ],
-        env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_PLUGINS": "skipcal"},
-        stdout=log, stderr=subprocess.STDOUT, text=True,
+        command(llama, llama.settings("gate"), port), env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT,
+        text=True,
     )  # fmt: skip
 
     def asked(path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -180,3 +189,11 @@ def test_a_request_that_nobody_made_is_not_known(ask: Ask) -> None:
     status, answer = ask("/skipcal/requests/cmpl-nobody")
     assert status == 404
     assert answer["error"]["message"].startswith("there are no counts of a request 'cmpl-nobody': kept are")
+
+
+def test_a_mistake_at_the_start_is_told_in_a_line(llama: Served) -> None:
+    wrong = command(llama, llama.settings("gate", target_skip_ratio=0.9), 1)
+    done = subprocess.run(wrong, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == TargetOutOfReach.exit_code
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.splitlines()[-1].startswith("TargetOutOfReach: target skip ratio 0.9 is out of reach")
