@@ -15,22 +15,35 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from skipcal.serving.requests import FULL
+
 Ints: TypeAlias = NDArray[np.integer]
 Bools: TypeAlias = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class BatchTokens:
-    """The tokens of one pass, those of a request side by side: [tokens].
+    """The tokens of one pass, those of a request side by side.
 
-    steps:   decode step; negative: prompt.
-    skips:   whether the request wants skipping.
-    counted: decode steps that no earlier pass has computed.
+    steps:    [tokens], decode step; negative: prompt.
+    counted:  [tokens], decode steps that no earlier pass has computed.
+    owner:    [tokens], whose it is: a place in `targets` and `requests`.
+    targets:  [requests], what each asks for; see `skipcal.serving.requests.target_asked`.
+    requests: [requests], their names.
+    ended:    names of requests that have ended since the pass before.
     """
 
     steps: Ints
-    skips: Bools
     counted: Bools
+    owner: Ints
+    targets: tuple[float | None, ...]
+    requests: tuple[str, ...]
+    ended: tuple[str, ...] = ()
+
+    @property
+    def skips(self) -> Bools:
+        """Whether the request wants skipping, [tokens]."""
+        return np.array([target != FULL for target in self.targets], dtype=bool)[self.owner]
 
 
 class Clock:
@@ -47,24 +60,26 @@ class Clock:
         computed: Ints,
         prompt: Ints,
         starts: Ints,
-        wanting: Sequence[bool],
+        targets: Sequence[float | None],
         alive: Collection[str],
     ) -> BatchTokens:
         """The tokens of a pass.
 
         computed: tokens of each request that earlier passes have computed, [requests]; prompt: tokens of its
-        prompt; starts: where its tokens begin in the batch, and the end of all, [requests + 1]; wanting:
-        whether it wants skipping; alive: the requests that have not finished, preempted ones too.
+        prompt; starts: where its tokens begin in the batch, and the end of all, [requests + 1]; targets: what
+        it asks for; alive: the requests that have not finished, preempted ones too.
         """
-        if any(name not in alive for name in self._ends):
-            self._ends = {name: end for name, end in self._ends.items() if name in alive}
+        ended = tuple(name for name in self._ends if name not in alive)
+        for name in ended:
+            del self._ends[name]
         steps = decode_steps(computed, prompt, starts)
         lengths = np.diff(starts)
         ends = np.array([self._ends.get(name, 0) for name in requests], dtype=np.int64)
         counted = steps >= np.repeat(ends, lengths)
         after = np.maximum(ends, computed - prompt + lengths)
         self._ends.update(zip(requests, after.tolist(), strict=True))
-        return BatchTokens(steps, np.repeat(np.asarray(wanting, dtype=bool), lengths), counted)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        return BatchTokens(steps, counted, owner, tuple(targets), tuple(requests), ended)
 
 
 def decode_steps(computed: Ints, prompt: Ints, starts: Ints) -> Ints:

@@ -16,39 +16,58 @@ from torch import Tensor
 from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import Policy
+from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
 from skipcal.serving.blocks import ServedBlock
 from skipcal.serving.clock import BatchTokens
 from skipcal.serving.counts import ServingReport
+from skipcal.serving.grouped import together
 from skipcal.serving.proof import SumProof
+from skipcal.serving.tally import Tally
+from skipcal.serving.targets import TargetRules
 
 
 class ServingHost:
     """Runs the passes it is told of under a policy, and counts what is skipped.
 
-    report: the counts so far.
+    tally: the counts so far, of each request too.
     """
 
-    def __init__(self, blocks: Sequence[ServedBlock], policy: Policy) -> None:
-        """Prepare for the blocks of a loaded model; nothing is set on it."""
+    def __init__(
+        self,
+        blocks: Sequence[ServedBlock],
+        policy: Policy,
+        *,
+        policy_at: Callable[[float], Policy] | None = None,
+    ) -> None:
+        """Prepare for the blocks of a loaded model; nothing is set on it.
+
+        policy: of requests that say nothing; policy_at: of those with a target skip ratio of their own. Both
+        have the same surrogates.
+        """
         policy.check_layers(len(blocks))
-        self.report = ServingReport.empty(policy.method, len(blocks))
-        self._warm_up = policy.warm_up_tokens
-        self._rule = policy.make_rule()
-        self._blocks = [block for block in blocks if block.index in self._rule.layers]
+        self.tally = Tally(policy.method, len(blocks))
+        self._rules = TargetRules(policy, policy_at)
+        self._rule = self._rules.of(None).rule  # of the tokens of this pass
+        self._blocks = tuple(blocks)  # every one: the targets to come may differ in their layers
         given: Surrogates = getattr(policy, "surrogates", Surrogates({}))
         self._surrogates = given.for_blocks(blocks)
         self._proof: SumProof | None = SumProof(blocks)
         self._patches = InstancePatches()
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
-        self._counted: Tensor | None = None  # those of them that are counted; None: all
         self._state: Any = None  # the rule's, of these tokens
+        self._skipped: Tensor | None = None  # what these skip: [layers, ruled]
         self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
         self._asked = 0  # FFNs of this pass
 
+    @property
+    def report(self) -> ServingReport:
+        """The counts so far, of all requests."""
+        return self.tally.report
+
     def attach(self) -> None:
-        """Set `forward` on the modules of the blocks in which the rule has a say."""
+        """Set `forward` on the modules of every block."""
         for block in self._blocks:
             self._patches.set(block.norm, "forward", self._norm(block))
             self._patches.set(block.ffn, "forward", self._ffn(block))
@@ -62,13 +81,17 @@ class ServingHost:
 
         Raises UnsupportedModel where the first pass shows that h + f is not what the model adds up.
         """
-        ruled = tokens.skips & (tokens.steps >= self._warm_up)
-        self._count_tokens(tokens, ruled)
+        rules = [self._rules.of(target) for target in tokens.targets]
+        warm_up = np.array([each.warm_up_tokens for each in rules])
+        ruled = tokens.skips & (tokens.steps >= warm_up[tokens.owner])
+        methods = [each.method for each in rules]
         if not ruled.any():
-            return forward() if self._proof is None else self._proven(forward)
+            output = forward() if self._proof is None else self._proven(forward)
+            self.tally.add(tokens, ruled, None, methods)
+            return output
         if self._proof is not None:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
-        self._begin_pass(tokens, ruled, ids)
+        self._begin_pass(tokens, ruled, ids, [each.rule for each in rules])
         try:
             output = forward()
             if self._asked != len(self._blocks):
@@ -76,6 +99,7 @@ class ServingHost:
                     f"{self._asked} of {len(self._blocks)} FFNs asked whether to skip: something else has "
                     "replaced the forward of vLLM's modules"
                 )
+            self.tally.add(tokens, ruled, self._skipped, methods)
             return output
         finally:
             self._end_pass()
@@ -88,24 +112,24 @@ class ServingHost:
         self._proof = None
         return output
 
-    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None) -> None:
+    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None, rules: Sequence[Rule]) -> None:
         device = self._device
         chosen = np.flatnonzero(ruled)
         everyone = len(chosen) == len(ruled)
         self._rows = slice(0, len(chosen)) if everyone else torch.from_numpy(chosen).to(device)
+        self._rule = together([rules[n] for n in tokens.owner[chosen]], device)
         counted = tokens.counted[chosen]
-        self._counted = None if counted.all() else torch.from_numpy(counted).to(device)
-        self._tokens = PassTokens(
+        found = PassTokens(
             active=torch.ones(len(chosen), dtype=torch.bool, device=device),
-            counted=self._counted,
+            counted=None if counted.all() else torch.from_numpy(counted).to(device),
             step=torch.from_numpy(tokens.steps[chosen].astype(np.int64)).to(device),
             ids=None if ids is None else ids[self._rows],
         )
-        self._state = self._rule.start(self._tokens, device)
-        self.report.passes += 1
+        self._state = self._rule.start(found, device)
+        self._skipped = torch.zeros(len(self._blocks), len(chosen), dtype=torch.bool, device=device)
 
     def _end_pass(self) -> None:
-        self._rows = self._counted = self._state = self._h = None
+        self._rows = self._state = self._skipped = self._h = None
         self._asked = 0
 
     @property
@@ -132,10 +156,15 @@ class ServingHost:
             if self._rows is None:
                 f: Tensor = own(x)
                 return f
+            self._asked += 1
+            if block.index not in self._rule.layers:
+                f = own(x)
+                return f
             assert self._h is not None
             h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
-            self._asked += 1
             skip, self._state = self._rule.before(block.index, self._state, h)
+            assert self._skipped is not None
+            self._skipped[block.index] = skip  # a tensor, or the only token's bool
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
@@ -146,8 +175,6 @@ class ServingHost:
     def _one(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: bool) -> Tensor:
         """What the FFN adds in a pass of a single token."""
         if skip:
-            self.report.skipped_per_layer[layer] += 1 if self._counted is None else int(self._counted)
-            self.report.unread_per_layer[layer] += 1
             return self._in_place_of(layer, h)
         f: Tensor = own(x)
         if self._rule.learns:
@@ -161,7 +188,6 @@ class ServingHost:
         if skipping == 0:
             f: Tensor = own(x)
         elif skipping == len(x):
-            self.report.unread_per_layer[layer] += 1
             f = self._in_place_of(layer, h)
         else:
             running = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -170,9 +196,6 @@ class ServingHost:
             f = torch.zeros_like(x)
             f[self._rows] = self._in_place_of(layer, h)
             f.index_copy_(0, rows, own(x[rows]))
-        if skipping:
-            counted = skip if self._counted is None else skip & self._counted
-            self.report.skipped_per_layer[layer] += int(counted.sum())
         if self._rule.learns:
             ran: Tensor | bool = ~skip if len(h) > 1 else not skipping
             self._state = self._rule.after(layer, self._state, h, f[self._rows], ran)
@@ -182,8 +205,3 @@ class ServingHost:
         """What tokens that skip add: their surrogate, or zeros that nothing else holds."""
         s = self._surrogates(layer, h)
         return torch.zeros_like(h) if s is None else s
-
-    def _count_tokens(self, tokens: BatchTokens, ruled: Any) -> None:
-        self.report.decode_steps += int((tokens.counted & tokens.skips).sum())
-        self.report.opted_out_steps += int((tokens.counted & ~tokens.skips).sum())
-        self.report.decode_steps_after_warm_up += int((tokens.counted & ruled).sum())

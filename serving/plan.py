@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcal.core.policy import Policy
-from skipcal.errors import ProfileMismatch
+from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
 from skipcal.profiles.fits import check_shape, check_weights
 from skipcal.profiles.schema import SkipProfile
 from skipcal.serving.blocks import check_family
 from skipcal.serving.refusals import check_engine_config
-from skipcal.serving.settings import policy_of, settings_of
+from skipcal.serving.requests import FULL, target_asked
+from skipcal.serving.settings import KEY, ServingSettings, policy_of, settings_of
 from skipcal.serving.weights import served_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy, and the profile it was taken from."""
+    """The settings, the profile they name, and the policy of requests that say nothing."""
 
+    settings: ServingSettings
     profile: SkipProfile
     policy: Policy
+
+    def policy_at(self, target: float) -> Policy:
+        """The policy of a request with a target of its own: that of an engine which was started with it.
+
+        Raises TargetOutOfReach where there is none, and what else `policy_of` does.
+        """
+        if target == self.settings.target_skip_ratio:
+            return self.policy
+        policy = policy_of(self.settings.model_copy(update={"target_skip_ratio": target}), self.profile)
+        if policy.method == "full":
+            raise TargetOutOfReach(
+                f"target skip ratio {target:g} is out of reach: the engine was started with the method "
+                f"{self.settings.method!r}, which skips nothing"
+            )
+        return policy
 
 
 def plan_for(vllm_config: Any) -> Plan | None:
@@ -41,7 +58,20 @@ def plan_for(vllm_config: Any) -> Plan | None:
     check_shape(profile, model.hf_text_config)
     policy = policy_of(settings, profile)
     policy.check_layers(model.hf_text_config.num_hidden_layers)
-    return Plan(profile, policy)
+    return Plan(settings, profile, policy)
+
+
+def check_request(plan: Plan | None, params: Any) -> None:
+    """Raise ConfigError for what an engine does not serve; plan: None where it never skips."""
+    target = target_asked(params)
+    if target is None or target == FULL:
+        return
+    if plan is None:
+        raise ConfigError(
+            f"{KEY} of a request is {target:g}, but this engine was started without skipping; give it "
+            f"--additional-config '{{\"{KEY}\": {{...}}}}'"
+        )
+    plan.policy_at(target)
 
 
 def check_same_weights(plan: Plan, worker: Any) -> None:

@@ -7,13 +7,16 @@ not a worker. The worker attaches the host once the weights are there. Without s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from skipcal.errors import ConfigError, SkipcalError
-from skipcal.serving.plan import check_same_weights, plan_for
+from skipcal.serving.plan import check_request, check_same_weights, plan_for
 from skipcal.serving.refusals import check_version
-from skipcal.serving.requests import check_no_beams, wants_skipping
+from skipcal.serving.requests import check_body, check_no_beams
 from skipcal.serving.settings import settings_of
 
 
@@ -32,9 +35,11 @@ def register() -> None:
 
     _wrap(Worker, "load_model", _attaching)
     _wrap(Worker, "shutdown", _telling)
+    _wrap(InputProcessor, "__init__", _planning)
     _wrap(InputProcessor, "_validate_params", _validating)
     _wrap(InputProcessor, "resolve_watermarking", _refusing_beams)
     Worker.skipcal_report = _report
+    Worker.skipcal_requests = _requests
 
 
 def start_skipping(worker: Any) -> None:
@@ -52,7 +57,7 @@ def start_skipping(worker: Any) -> None:
 
     runner = worker.model_runner
     blocks = blocks_of(runner.get_model(), worker.model_config.hf_text_config.model_type)
-    watched = WatchedRunner(runner, ServingHost(blocks, plan.policy))
+    watched = WatchedRunner(runner, ServingHost(blocks, plan.policy, policy_at=plan.policy_at))
     watched.attach()
     worker.skipcal = watched
     if worker.device.type != "cpu":
@@ -80,13 +85,27 @@ def _checking(own: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.version import __version__
 
-        if settings_of(self.additional_config) is not None:
-            check_version(__version__)
-        config = own(self, *args, **kwargs)
-        plan_for(config)
+        with _told_in_a_line():
+            if settings_of(self.additional_config) is not None:
+                check_version(__version__)
+            config = own(self, *args, **kwargs)
+            plan_for(config)
         return config
 
     return create_engine_config
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """A user of vLLM's own commands reads one line; a program that uses vLLM gets the error."""
+    try:
+        yield
+    except SkipcalError as error:
+        program = getattr(sys.modules["__main__"], "__spec__", None)
+        if (program is None or not program.name.startswith("vllm.")) and Path(sys.argv[0]).name != "vllm":
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def _attaching(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,15 +131,39 @@ def _telling(own: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
+def _planning(own: Callable[..., Any]) -> Callable[..., Any]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        self.skipcal = plan_for(self.vllm_config)  # requests are judged by what is there as the engine starts
+        _read_bodies()
+
+    return init
+
+
+@functools.cache
+def _read_bodies() -> None:
+    """Where requests come in, and nowhere else: other processes of vLLM do not import these."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap(kind, "to_sampling_params", _reading)
+
+
+def _reading(own: Callable[..., Any]) -> Callable[..., Any]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _answered("body"):
+            check_body(self.model_extra or ())
+        return own(self, *args, **kwargs)
+
+    return to_sampling_params
+
+
 def _validating(own: Callable[..., Any]) -> Callable[..., Any]:
     def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.exceptions import VLLMValidationError
-
-        if settings_of(self.vllm_config.additional_config) is not None:
-            try:
-                wants_skipping(params)
-            except ConfigError as error:  # the one that a server answers as the client's mistake
-                raise VLLMValidationError(str(error), parameter="extra_args") from error
+        with _answered("extra_args"):
+            check_request(self.skipcal, params)
         return own(self, params, *args, **kwargs)
 
     return validate_params
@@ -135,9 +178,25 @@ def _refusing_beams(own: Callable[..., Any]) -> Callable[..., Any]:
     return resolve_watermarking
 
 
+@contextmanager
+def _answered(parameter: str) -> Iterator[None]:
+    """Errors inside are of the kind that a server answers as the client's mistake."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error
+
+
 def _report(worker: Any) -> dict[str, Any] | None:
     watched = getattr(worker, "skipcal", None)
     return None if watched is None else watched.host.report.to_dict()
+
+
+def _requests(worker: Any, request_id: str | None = None) -> list[dict[str, Any]] | None:
+    watched = getattr(worker, "skipcal", None)
+    return None if watched is None else [r.to_dict() for r in watched.host.tally.requests(request_id)]
 
 
 def _logger() -> Any:

@@ -1,12 +1,19 @@
-"""What a request may say of skipping: `extra_args={"skipcal": 0}`, or `vllm_xargs` over HTTP."""
+"""What a request may say of skipping: `extra_args={"skipcal": X}`, or `vllm_xargs` over HTTP."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from skipcal.errors import ConfigError
 from skipcal.files.reading import shown
-from skipcal.serving.settings import KEY
+from skipcal.serving.settings import KEY, letters
+
+FULL = 0.0  # of a request's target skip ratio: the full model
+_EXPECTED = (
+    "expected a target skip ratio between 0 and 1, 0 for the full model, or the whole number 1 for what the "
+    "engine was started with"
+)
 
 
 def check_no_beams(params: Any) -> None:
@@ -18,10 +25,28 @@ def check_no_beams(params: Any) -> None:
         raise ConfigError(f"{KEY} does not go with beam search, whose beams are new prompts at every token")
 
 
-def wants_skipping(sampling_params: Any) -> bool:
-    """Whether the request wants it; one that says nothing does. Raises ConfigError for any but 0 and 1."""
+def target_asked(sampling_params: Any) -> float | None:
+    """The target skip ratio of a request; FULL: the full model; None: what the engine was started with.
+
+    A request that says nothing says None. Raises ConfigError for what is not known; what a profile can reach
+    is not looked at.
+    """
     extra = getattr(sampling_params, "extra_args", None) or {}
+    _check_keys([key for key in extra if key != KEY], f'{{"{KEY}": 0.25}}')
     asked = extra.get(KEY, 1)
     if isinstance(asked, int) and asked in (0, 1):  # False and True are
-        return bool(asked)
-    raise ConfigError(f"{KEY} of a request is {shown(asked)}; expected 0 for the full model, or 1")
+        return None if asked else FULL
+    if isinstance(asked, float) and 0 <= asked < 1:
+        return asked
+    raise ConfigError(f"{KEY} of a request is {shown(asked)}; {_EXPECTED}")
+
+
+def check_body(unknown: Iterable[str]) -> None:
+    """Raise ConfigError where the fields that vLLM does not know, and passes over, are meant for skipping."""
+    _check_keys(unknown, f'"vllm_xargs": {{"{KEY}": 0.25}}')
+
+
+def _check_keys(keys: Iterable[str], meant: str) -> None:
+    for key in keys:
+        if letters(key).startswith(KEY) or letters(key) == "targetskipratio":
+            raise ConfigError(f"the key {shown(key)} of a request is not known there; did you mean {meant}?")

@@ -7,7 +7,7 @@ from typing import Any
 from skipcal.arch.patch import InstancePatches
 from skipcal.serving.clock import Clock
 from skipcal.serving.host import ServingHost
-from skipcal.serving.requests import wants_skipping
+from skipcal.serving.requests import target_asked
 
 
 class WatchedRunner:
@@ -37,7 +37,7 @@ class WatchedRunner:
                 computed=batch.num_computed_tokens_cpu[:count],
                 prompt=batch.num_prompt_tokens[:count],
                 starts=runner.query_start_loc.np[: count + 1],
-                wanting=[wants_skipping(runner.requests[name].sampling_params) for name in names],
+                targets=[target_asked(runner.requests[name].sampling_params) for name in names],
                 alive=runner.requests,
             )
             return self.host.run(tokens, input_ids, lambda: own(input_ids, *args, **kwargs))

@@ -42,7 +42,7 @@ def settings_of(additional_config: Any) -> ServingSettings | None:
     if not isinstance(additional_config, Mapping):
         return None
     if KEY not in additional_config:
-        near = next((key for key in additional_config if _letters(key) == KEY), None)
+        near = next((key for key in additional_config if letters(key) == KEY), None)
         if near is not None:
             raise ConfigError(f"additional_config has a key {shown(near)}; did you mean {KEY!r}?")
         return None
@@ -91,5 +91,6 @@ def policy_of(settings: ServingSettings, profile: SkipProfile) -> Policy:
     return make_policy(settings.method, profile, ask)
 
 
-def _letters(key: Any) -> str:
+def letters(key: Any) -> str:
+    """A key as people may mean it: lower case, without what stands between words."""
     return "".join(c for c in str(key).lower() if c.isalnum())

@@ -61,10 +61,15 @@ class Served:
         return {"skipcal": self.settings(method, **more), "prompts": PROMPTS, "new": new, "extra": asked}
 
     def alone(
-        self, method: str, *, new: list[int] = NEW, warm_up: int | None = None
+        self,
+        method: str,
+        *,
+        new: list[int] = NEW,
+        warm_up: int | None = None,
+        target: float | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens of each prompt, and what it skipped by layer."""
-        ratio = METHODS[method].get("target_skip_ratio")
+        """Tokens of each prompt, and what it skipped by layer; target: another than the method's."""
+        ratio = METHODS[method].get("target_skip_ratio") if target is None else target
         ask = Ask(target_skip_ratio=ratio, new_tokens=0, warm_up_tokens=warm_up)
         policy = make_policy(method, SkipProfile.load(self.file), ask)
         texts, skipped = [], []

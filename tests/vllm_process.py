@@ -17,14 +17,18 @@ SETTINGS = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Of a process that runs vLLM."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
+
+
 def in_vllm(job: dict[str, Any], folder: Path) -> Any:
     """What `main` answers to a job: {"refused": [...]} or {"engines": [...]}, each of them in turn."""
     asked, answered = folder / "job.json", folder / "answer.json"
     asked.write_text(json.dumps(job))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
     done = subprocess.run(
         [sys.executable, __file__, str(asked), str(answered)],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(answered.read_text())
@@ -81,7 +85,8 @@ def _engines(engines: list[dict[str, Any]]) -> list[Any]:
 def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from skipcal.serving.counts import skip_report
+    from skipcal.serving.counts import request_reports, skip_report
+    from skipcal.serving.plan import plan_for
     from skipcal.serving.plugin import start_skipping
 
     worker = llm.llm_engine.model_executor.driver_worker.worker
@@ -89,6 +94,7 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         worker.skipcal.detach()
         worker.vllm_config.additional_config = {"skipcal": run["skipcal"]}
         start_skipping(worker)
+        llm.llm_engine.input_processor.skipcal = plan_for(worker.vllm_config)
     before = _preemptions(llm)
     outs = llm.generate(
         [{"prompt_token_ids": ids} for ids in run["prompts"]],
@@ -98,32 +104,32 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         ],
         use_tqdm=False,
     )
-    refused = []
-    for ask in (_asking_wrongly, _searching_by_beams) if run.get("refused") else ():
-        try:
-            ask(llm, run["prompts"][0])
-        except Exception as error:
-            refused.append(f"{type(error).__name__}: {error}")
+    refused = [_answer(llm, run["prompts"][0], extra) for extra in run.get("refused", ())]
+    if refused:
+        refused.append(_answer(llm, run["prompts"][0], None))
     return {
         "refused": refused,
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "report": skip_report(llm),
+        "requests": [request_reports(llm, out.request_id) for out in outs],
         "preemptions": _preemptions(llm) - before,
     }
 
 
-def _asking_wrongly(llm: Any, prompt: list[int]) -> None:
+def _answer(llm: Any, prompt: list[int], extra: dict[str, Any] | None) -> str:
+    """The error of a request that asks for `extra`; None: of a beam search."""
     from vllm import SamplingParams
-
-    llm.generate(
-        [{"prompt_token_ids": prompt}], SamplingParams(extra_args={"skipcal": "off"}), use_tqdm=False
-    )
-
-
-def _searching_by_beams(llm: Any, prompt: list[int]) -> None:
     from vllm.sampling_params import BeamSearchParams
 
-    llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=3))
+    ask = [{"prompt_token_ids": prompt}]
+    try:
+        if extra is None:
+            llm.beam_search(ask, BeamSearchParams(beam_width=2, max_tokens=3))
+        else:
+            llm.generate(ask, SamplingParams(extra_args=extra), use_tqdm=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _preemptions(llm: Any) -> int:

@@ -15,7 +15,7 @@ def passed(clock: Clock, requests: dict[str, tuple[int, int, int]], *, alive: st
         computed=computed,
         prompt=prompt,
         starts=np.concatenate([[0], lengths.cumsum()]),
-        wanting=[name != "d" for name in requests],
+        targets=[0.0 if name == "d" else None for name in requests],
         alive=set(alive),
     )
 
@@ -51,6 +51,8 @@ def test_requests_of_one_pass_are_told_apart() -> None:
     found = passed(clock, {"d": (3, 3, 2), "a": (3, 2, 1), "b": (0, 2, 2)})
     assert found.steps.tolist() == [0, 1, 1, -2, -1]
     assert found.counted.tolist() == [False, True, True, False, False]
+    assert found.owner.tolist() == [0, 0, 1, 2, 2]
+    assert found.targets == (0.0, None, None)
     assert found.skips.tolist() == [False, False, True, True, True]
 
 
@@ -59,3 +61,11 @@ def test_a_name_that_is_used_again_is_another_request() -> None:
     passed(clock, {"a": (2, 2, 1)})
     passed(clock, {"b": (0, 2, 2)}, alive="b")
     assert passed(clock, {"a": (2, 2, 1)}).counted.tolist() == [True]
+
+
+def test_the_next_pass_tells_which_requests_have_ended() -> None:
+    clock = Clock()
+    assert passed(clock, {"a": (0, 2, 2), "b": (0, 2, 2), "c": (0, 1, 1)}).ended == ()
+    found = passed(clock, {"d": (0, 2, 2)}, alive="bd")  # b waits
+    assert (found.requests, sorted(found.ended)) == (("d",), ["a", "c"])
+    assert passed(clock, {"b": (2, 2, 1)}, alive="bd").ended == ()

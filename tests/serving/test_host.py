@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -104,16 +105,35 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def batch(steps: Sequence[int], *, out: Sequence[int] = (), again: Sequence[int] = ()) -> BatchTokens:
-    """out: places of tokens of requests that do not want skipping; again: of those computed before."""
+NAMES = count()
+
+
+def batch(
+    steps: Sequence[int],
+    *,
+    out: Sequence[int] = (),
+    again: Sequence[int] = (),
+    targets: Sequence[float | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> BatchTokens:
+    """Tokens of a request each.
+
+    out: places of requests that do not want skipping; again: of tokens computed before; targets and names: of
+    each request, by default other ones in every pass.
+    """
     places = np.arange(len(steps))
+    asked = targets or [0.0 if n in out else None for n in places]
     return BatchTokens(
-        np.array(steps), ~np.isin(places, out), (np.array(steps) >= 0) & ~np.isin(places, again)
+        np.array(steps),
+        (np.array(steps) >= 0) & ~np.isin(places, again),
+        places,
+        tuple(asked),
+        tuple(names or (f"{next(NAMES)}" for _ in places)),
     )
 
 
-def hosted(stack: Stack, policy: Policy) -> ServingHost:
-    host = ServingHost(stack.blocks, policy)
+def hosted(stack: Stack, policy: Policy, **more: Any) -> ServingHost:
+    host = ServingHost(stack.blocks, policy, **more)
     host.attach()
     host.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))  # a prompt, on which all is proven
     for ffn in stack.ffns:
@@ -146,6 +166,89 @@ def test_a_token_in_a_batch_gets_what_it_gets_alone(name: str, stack: Stack) -> 
     assert host.report.decode_steps == 9 and host.report.decode_steps_after_warm_up == 7
     gathered = [len(STEPS) - n for n in skipped]
     assert [ffn.calls for ffn in stack.ffns] == [[n] for n in gathered]
+
+
+# By method, the policies of two targets: in fixed sets other layers skip, and each has a warm-up of its own.
+TARGETS: dict[str, dict[float, Policy]] = {
+    "cosine": {
+        0.2: SkipPolicy(cold_s=0, cold_e=6, threshold=0.95, warm_up_tokens=2),
+        0.5: SkipPolicy(cold_s=0, cold_e=6, threshold=0.8, warm_up_tokens=1),
+    },
+    "cosine, two at most": {
+        0.2: SkipPolicy(cold_s=1, cold_e=6, threshold=0.95, warm_up_tokens=2, max_skips=2),
+        0.5: SkipPolicy(cold_s=1, cold_e=6, threshold=0.6, warm_up_tokens=2, max_skips=3),
+    },
+    "gate": {
+        target: GatePolicy(
+            gates=random_gates((1, 2, 4)), surrogates=surrogates(), threshold=at, warm_up_tokens=2
+        )
+        for target, at in ((0.2, 0.0), (0.5, 1.5))
+    },
+    "static": {
+        0.2: ChosenFFNs(method="static", layers=(4,), probability=1.0, warm_up_tokens=2),
+        0.5: ChosenFFNs(method="static", layers=(0, 1, 3, 4, 5), probability=1.0, warm_up_tokens=2),
+    },
+}
+TARGETS["static+surrogates"] = {
+    target: Substituted(policy, surrogates()) for target, policy in TARGETS["static"].items()
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_requests_with_targets_of_their_own_get_what_an_engine_with_that_target_gives(
+    name: str, stack: Stack
+) -> None:
+    stream = torch.randn(len(STEPS), HIDDEN)
+    asked = [None, 0.2, 0.5, None, 0.2, 0.5, 0.5, 0.2, 0.0, 0.5]
+    expected, skipped = torch.zeros_like(stream), np.zeros(LAYERS, dtype=int)
+    ruled = 0
+    for target in (None, 0.2, 0.5, 0.0):
+        own = [n for n, each in enumerate(asked) if each == target]
+        policy = TARGETS[name].get(target, POLICIES[name]) if target else POLICIES[name]
+        steps = [-1 if target == 0 else STEPS[n] for n in own]
+        ruled += sum(step >= policy.warm_up_tokens for step in steps)
+        expected[own], counts = alone(stack, policy, stream[own], steps)
+        skipped += counts
+    host = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
+    got = host.run(batch(STEPS, targets=asked), None, lambda: stack(stream))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert host.report.skipped_per_layer == skipped.tolist()
+    assert host.report.decode_steps_after_warm_up == ruled
+    assert host.report.opted_out_steps == 1
+    single = host.run(batch([9], targets=[0.5]), None, lambda: stack(stream[:1]))
+    torch.testing.assert_close(single, alone(stack, TARGETS[name][0.5], stream[:1], [9])[0])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_request_has_the_counts_that_it_has_alone(name: str, stack: Stack) -> None:
+    names, asked = "abcde", (None, 0.2, 0.5, 0.0, None)
+    passes = [torch.randn(len(names), HIDDEN) for _ in range(4)]
+    steps = [[n + at for at in (-1, 0, 1, 2, 4)] for n in range(4)]
+    together = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
+    for each, stream in zip(steps, passes, strict=True):
+        together.run(batch(each, targets=asked, names=names), None, partial(stack, stream))
+    found = {report.request_id: report for report in together.tally.requests()}
+    for place, (request, target) in enumerate(zip(names, asked, strict=True)):
+        lone = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
+        for each, stream in zip(steps, passes, strict=True):
+            one = batch(each[place : place + 1], targets=[target], names=[request])
+            lone.run(one, None, partial(stack, stream[place : place + 1]))
+        [expected] = lone.tally.requests(request)
+        assert found[request] == expected
+        assert expected.target_skip_ratio == target
+        assert (expected.method == "full") == (target == 0)
+    skipping = [found[request] for request, target in zip(names, asked, strict=True) if target != 0]
+    assert together.report.decode_steps == sum(report.decode_steps for report in skipping)
+    assert together.report.opted_out_steps == found["d"].decode_steps == 4
+    sums = zip(*(report.skipped_per_layer for report in skipping), strict=True)
+    assert together.report.skipped_per_layer == [sum(layer) for layer in sums]
+    assert sum(found["c"].skipped_per_layer) > 0
+
+
+def test_a_target_where_none_is_served_is_an_error(stack: Stack) -> None:
+    host = hosted(stack, STATIC)
+    with pytest.raises(SessionError, match=r"target skip ratio of 0\.5, where none is served"):
+        host.run(batch([5], targets=[0.5]), None, lambda: stack(torch.randn(1, HIDDEN)))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -208,7 +311,7 @@ def _broken() -> Any:
 def test_an_ffn_that_is_not_asked_is_an_error(stack: Stack) -> None:
     host = hosted(stack, STATIC)
     stack.ffns[3].forward = lambda x: x
-    with pytest.raises(SessionError, match="2 of 3 FFNs asked whether to skip"):
+    with pytest.raises(SessionError, match="5 of 6 FFNs asked whether to skip"):
         host.run(batch([5]), None, lambda: stack(torch.randn(1, HIDDEN)))
 
 

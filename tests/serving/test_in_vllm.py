@@ -43,6 +43,9 @@ def assert_equal(
     assert report["skipped_per_layer"] == summed(skipped)
     assert report["decode_steps"] == sum(len(text) - 1 for text in texts)
     assert report["decode_steps_after_warm_up"] == sum(len(text) - 1 - warm_up for text in texts)
+    each = [request for [request] in got["requests"]]
+    assert [request["skipped_per_layer"] for request in each] == skipped
+    assert [request["decode_steps"] for request in each] == [len(text) - 1 for text in texts]
 
 
 def test_every_family_and_method_decodes_and_skips_as_alone_in_transformers(
@@ -92,7 +95,8 @@ def test_a_request_that_opts_out_gets_the_full_model_beside_others_that_skip(
 ) -> None:
     out = (1, 3)
     extra = [{"skipcal": 0} if n in out else None for n in range(len(PROMPTS))]
-    runs = [llama.run("gate", extra=extra), {**llama.run("gate", warm_up_tokens=0), "refused": True}]
+    wrong = [{"skipcal": "off"}, {"skipcal": 0.9}, {"skipcal_target_skip_ratio": 0.2}]
+    runs = [llama.run("gate", extra=extra), {**llama.run("gate", warm_up_tokens=0), "refused": wrong}]
     [[some, early]] = in_vllm(
         {"engines": [{"model": llama.folder, "options": TOGETHER, "runs": runs}]}, tmp_path
     )
@@ -104,8 +108,41 @@ def test_a_request_that_opts_out_gets_the_full_model_beside_others_that_skip(
     assert some["report"]["opted_out_steps"] == sum(NEW[n] - 1 for n in out)
     assert some["report"]["decode_steps"] == sum(new - 1 for n, new in enumerate(NEW) if n not in out)
     assert_equal(early, llama.alone("gate", warm_up=0), warm_up=0)  # other settings than the profile's
-    wrong, beams = early["refused"]  # and the engine goes on
-    assert wrong.startswith(
-        "VLLMValidationError: skipcal of a request is 'off'; expected 0 for the full model, or 1"
-    )
-    assert beams.startswith("ConfigError: skipcal does not go with beam search")
+    said = [
+        "VLLMValidationError: skipcal of a request is 'off'; expected a target skip ratio between 0 and 1",
+        "VLLMValidationError: target skip ratio 0.9 is out of reach",
+        "VLLMValidationError: the key 'skipcal_target_skip_ratio' of a request is not known there",
+        "ConfigError: skipcal does not go with beam search",
+    ]
+    assert [got[: len(text)] for got, text in zip(early["refused"], said, strict=True)] == said
+
+
+ASKED = {"ffn-skip": (0.1, 0.3), "gate": (0.1, 0.4), "static": (0.4, 0.6), "static+surrogates": (0.4, 0.6)}
+
+
+def test_requests_with_targets_of_their_own_decode_as_alone_with_that_target(
+    llama: Served, tmp_path: Path
+) -> None:
+    runs = [
+        llama.run(method, extra=[None, *({"skipcal": x} for x in (low, high, 0, high, low))])
+        for method, (low, high) in ASKED.items()
+    ]
+    job = {"engines": [{"model": llama.folder, "options": TOGETHER, "runs": runs}]}
+    [answers] = in_vllm(job, tmp_path)
+    nothing, _ = llama.alone("full")
+    for (method, (low, high)), got in zip(ASKED.items(), answers, strict=True):
+        by_target = {target: llama.alone(method, target=target) for target in (None, low, high)}
+        asked = [None, low, high, 0, high, low]
+        assert got["tokens"] == [
+            by_target[target][0][n] if target != 0 else nothing[n] for n, target in enumerate(asked)
+        ]
+        skipped = [by_target[target][1][n] for n, target in enumerate(asked) if target != 0]
+        assert got["report"]["skipped_per_layer"] == summed(skipped)
+        assert got["report"]["opted_out_steps"] == NEW[3] - 1
+        each = [request for [request] in got["requests"]]
+        assert [request["target_skip_ratio"] for request in each] == asked
+        assert [
+            request["skipped_per_layer"] for request in each if request["target_skip_ratio"] != 0
+        ] == skipped
+        lone = [sum(summed(skips)) for _, skips in by_target.values()]
+        assert len(set(lone)) == 3  # so that the wrong rule would show

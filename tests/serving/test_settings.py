@@ -13,7 +13,6 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileError, TargetOutOfReach, Unavailable
 from skipcal.profiles.schema import SkipProfile
-from skipcal.serving.requests import check_no_beams, wants_skipping
 from skipcal.serving.settings import SERVED, ServingSettings, policy_of, settings_of
 
 
@@ -103,27 +102,3 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
         policy(tmp_path / "missing.json")
     with pytest.raises(ProfileError, match="is not a profile"):
         policy(write(tmp_path / "other.json", {"format": "other"}))
-
-
-@pytest.mark.parametrize(
-    ("extra", "wanted"),
-    [(None, True), ({}, True), ({"other": 0}, True), ({"skipcal": 1}, True), ({"skipcal": True}, True),
-     ({"skipcal": 0}, False), ({"skipcal": False}, False)],
-)  # fmt: skip
-def test_a_request_skips_unless_it_says_0(extra: Any, wanted: bool) -> None:
-    assert wants_skipping(SimpleNamespace(extra_args=extra)) is wanted
-
-
-@pytest.mark.parametrize("asked", ["0", "off", 2, 0.0, None, [0]])
-def test_a_request_that_says_anything_else_is_refused(asked: Any) -> None:
-    with pytest.raises(ConfigError, match="expected 0 for the full model, or 1"):
-        wants_skipping(SimpleNamespace(extra_args={"skipcal": asked}))
-
-
-def test_a_beam_search_is_refused() -> None:
-    class BeamSearchParams:
-        beam_width = 2
-
-    with pytest.raises(ConfigError, match="does not go with beam search"):
-        check_no_beams(BeamSearchParams())
-    check_no_beams(SimpleNamespace(extra_args=None))

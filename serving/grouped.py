@@ -1,0 +1,77 @@
+"""Several rules asked as one: tokens of a pass may belong to requests with targets of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipcal.core.host import PassTokens
+from skipcal.core.rule import Rule
+
+
+def together(rules: Sequence[Rule], device: torch.device) -> Rule:
+    """One rule for the tokens of a pass; rules: that of each token, [tokens]."""
+    places: dict[int, list[int]] = {}
+    for place, rule in enumerate(rules):
+        places.setdefault(id(rule), []).append(place)
+    if len(places) == 1:
+        return rules[0]
+    return GroupedRule([Part(rules[own[0]], torch.tensor(own, device=device)) for own in places.values()])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A rule, and the places of its tokens among those of the pass: [its tokens] int64."""
+
+    rule: Rule
+    places: Tensor
+
+
+class GroupedRule:
+    """Each rule judges its own tokens, by their own streams, and knows nothing of the others.
+
+    It is a Rule itself; its state is that of the parts, in their order.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Every token of the pass belongs to one part."""
+        self._parts = parts
+        self.learns = any(part.rule.learns for part in parts)
+        self.layers: Collection[int] = frozenset().union(*(part.rule.layers for part in parts))
+
+    def start(self, tokens: PassTokens, device: torch.device) -> list[Any]:
+        """Each part starts with its own tokens."""
+        return [part.rule.start(_some(tokens, part.places), device) for part in self._parts]
+
+    def before(self, layer: int, state: list[Any], h: Tensor) -> tuple[Tensor, list[Any]]:
+        """The answers of the parts that have a say in this layer; tokens of the others do not skip."""
+        skip, after = torch.zeros(len(h), dtype=torch.bool, device=h.device), list(state)
+        for n, part in enumerate(self._parts):
+            if layer in part.rule.layers:
+                skip[part.places], after[n] = part.rule.before(layer, state[n], h[part.places])
+        return skip, after
+
+    def after(self, layer: int, state: list[Any], h: Tensor, f: Tensor, ran: Tensor | bool) -> list[Any]:
+        """Each part learns of its own tokens, those in `ran`."""
+        found = list(state)
+        everyone = torch.as_tensor(ran, device=h.device).expand(len(h))
+        for n, part in enumerate(self._parts):
+            if part.rule.learns and layer in part.rule.layers:
+                own = part.places
+                found[n] = part.rule.after(layer, state[n], h[own], f[own], everyone[own])
+        return found
+
+
+def _some(tokens: PassTokens, places: Tensor) -> PassTokens:
+    assert tokens.active is not None and isinstance(tokens.step, Tensor)
+    return replace(
+        tokens,
+        active=tokens.active[places],
+        counted=None if tokens.counted is None else tokens.counted[places],
+        step=tokens.step[places],
+        ids=None if tokens.ids is None else tokens.ids[places],
+    )
