@@ -1,12 +1,12 @@
 """The host: before each FFN of a pass it asks the rule which tokens skip, and counts.
 
-The passes are vLLM's own. What stands on its modules is `forward` on the instance: of the norm before
-each FFN, to see the stream, and of the FFN. Names and weights stay where vLLM looks for them.
+The passes are vLLM's own. What stands on its modules is `forward` on the instance, of each FFN and the norm
+before it. Names and weights stay where vLLM looks for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,15 @@ from skipcal.core.host import PassTokens
 from skipcal.core.policy import Policy
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
-from skipcal.serving.blocks import ServedBlock
+from skipcal.serving.blocks import OwnFFN, ServedBlock
 from skipcal.serving.clock import BatchTokens
 from skipcal.serving.counts import ServingReport
+from skipcal.serving.operator import FFN, operator_name, through_operator
 from skipcal.serving.proof import SumProof
+
+
+def _own_decision(skip: Tensor | bool) -> Tensor | bool:
+    return skip
 
 
 class ServingHost:
@@ -30,32 +35,65 @@ class ServingHost:
     report: the counts so far.
     """
 
-    def __init__(self, blocks: Sequence[ServedBlock], policy: Policy) -> None:
-        """Prepare for the blocks of a loaded model; nothing is set on it."""
+    def __init__(
+        self,
+        blocks: Sequence[ServedBlock],
+        policy: Policy,
+        *,
+        gathers: bool = True,
+        agreed: Callable[[Tensor | bool], Tensor | bool] = _own_decision,
+    ) -> None:
+        """Prepare for the blocks of a loaded model; nothing is set on it.
+
+        gathers: tokens that run are taken apart from those that skip; False: the FFN runs for all tokens of a
+        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision.
+        """
         policy.check_layers(len(blocks))
         self.report = ServingReport.empty(policy.method, len(blocks))
         self._warm_up = policy.warm_up_tokens
         self._rule = policy.make_rule()
-        self._blocks = [block for block in blocks if block.index in self._rule.layers]
+        self._blocks = tuple(blocks)
         given: Surrogates = getattr(policy, "surrogates", Surrogates({}))
         self._surrogates = given.for_blocks(blocks)
-        self._proof: SumProof | None = SumProof(blocks)
+        self._gathers, self._agreed = gathers, agreed
+        self._proven = False
         self._patches = InstancePatches()
+        self._registry: MutableMapping[str, Any] = {}
+        self._registered: dict[str, FFN] = {}  # what is left in the registry: the model's own FFNs
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
         self._counted: Tensor | None = None  # those of them that are counted; None: all
         self._state: Any = None  # the rule's, of these tokens
-        self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
+        self._size = 0  # tokens of this pass
         self._asked = 0  # FFNs of this pass
 
-    def attach(self) -> None:
-        """Set `forward` on the modules of the blocks in which the rule has a say."""
+    @property
+    def proven(self) -> bool:
+        """Whether a pass has shown that h + f is what the model adds up; until then it has to run eagerly."""
+        return self._proven
+
+    def attach(self, registry: MutableMapping[str, Any] | None = None) -> None:
+        """Stand in for the FFN of every block.
+
+        registry: where the engine keeps what its compiled passes look up by name; None: they are eager. All
+        blocks are handed over, whatever the policy: what has been compiled holds for every other policy, too.
+        """
         for block in self._blocks:
-            self._patches.set(block.norm, "forward", self._norm(block))
-            self._patches.set(block.ffn, "forward", self._ffn(block))
+            ffn = self._ffn(block)
+            if registry is not None:
+                name = operator_name(block.index)
+                registry[name], self._registered[name] = ffn, _full(block)
+                ffn = through_operator(block.index)
+            block.hand_to(ffn, self._patches)
+        self._registry = {} if registry is None else registry
 
     def detach(self) -> None:
-        """Put back what `attach` found. A second call does nothing."""
+        """Put back what `attach` found. A second call does nothing.
+
+        What has been compiled goes on asking by name, and gets the model's own FFNs.
+        """
         self._patches.restore()
+        self._registry.update(self._registered)
+        self._registered.clear()
 
     def run(self, tokens: BatchTokens, ids: Tensor | None, forward: Callable[[], Any]) -> Any:
         """What `forward` returns, a pass over `tokens`. Whatever calls the model outside is the full model.
@@ -65,8 +103,8 @@ class ServingHost:
         ruled = tokens.skips & (tokens.steps >= self._warm_up)
         self._count_tokens(tokens, ruled)
         if not ruled.any():
-            return forward() if self._proof is None else self._proven(forward)
-        if self._proof is not None:
+            return forward() if self._proven else self._proving(len(ruled), forward)
+        if not self._proven:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
         self._begin_pass(tokens, ruled, ids)
         try:
@@ -80,18 +118,17 @@ class ServingHost:
         finally:
             self._end_pass()
 
-    def _proven(self, forward: Callable[[], Any]) -> Any:
-        assert self._proof is not None
-        with self._proof:
+    def _proving(self, tokens: int, forward: Callable[[], Any]) -> Any:
+        with (proof := SumProof(self._blocks, tokens)):
             output = forward()
-        self._proof.check()
-        self._proof = None
+        proof.check()
+        self._proven = True
         return output
 
     def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None) -> None:
         device = self._device
         chosen = np.flatnonzero(ruled)
-        everyone = len(chosen) == len(ruled)
+        everyone, self._size = len(chosen) == len(ruled), len(ruled)
         self._rows = slice(0, len(chosen)) if everyone else torch.from_numpy(chosen).to(device)
         counted = tokens.counted[chosen]
         self._counted = None if counted.all() else torch.from_numpy(counted).to(device)
@@ -105,7 +142,7 @@ class ServingHost:
         self.report.passes += 1
 
     def _end_pass(self) -> None:
-        self._rows = self._counted = self._state = self._h = None
+        self._rows = self._counted = self._state = None
         self._asked = 0
 
     @property
@@ -114,55 +151,52 @@ class ServingHost:
 
     # What stands on the modules
 
-    def _norm(self, block: ServedBlock) -> Callable[..., Any]:
-        own = block.norm.forward
+    def _ffn(self, block: ServedBlock) -> FFN:
+        own, ruled = block.own_ffn(), block.index in self._rule.layers
 
-        def forward(*given: Any) -> Any:
-            output = own(*given)
-            if self._rows is not None:
-                self._h = output[1]
-            return output
-
-        return forward
-
-    def _ffn(self, block: ServedBlock) -> Callable[[Tensor], Tensor]:
-        own = block.ffn.forward
-
-        def forward(x: Tensor) -> Tensor:
+        def ffn(x: Tensor, stream: Tensor) -> Tensor:
             if self._rows is None:
-                f: Tensor = own(x)
+                return own(x)
+            if len(x) > self._size:  # graphs are made for certain sizes, and passes are padded to the next
+                f = torch.zeros_like(x)
+                f[: self._size] = ffn(x[: self._size], stream[: self._size])
                 return f
-            assert self._h is not None
-            h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
             self._asked += 1
-            skip, self._state = self._rule.before(block.index, self._state, h)
+            if not ruled:
+                return own(x)
+            h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
+            decision, self._state = self._rule.before(block.index, self._state, h)
+            skip = self._agreed(decision)
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
             return self._many(block.index, own, x, h, mask)
 
-        return forward
+        return ffn
 
-    def _one(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: bool) -> Tensor:
+    def _one(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: bool) -> Tensor:
         """What the FFN adds in a pass of a single token."""
         if skip:
             self.report.skipped_per_layer[layer] += 1 if self._counted is None else int(self._counted)
             self.report.unread_per_layer[layer] += 1
             return self._in_place_of(layer, h)
-        f: Tensor = own(x)
+        f = own(x)
         if self._rule.learns:
             self._state = self._rule.after(layer, self._state, h, f, True)
         return f
 
-    def _many(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
-        """What the FFN adds in a pass of several tokens, [tokens, hidden]; those that run are gathered."""
+    def _many(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
+        """What the FFN adds in a pass of several tokens, [tokens, hidden]."""
         assert self._rows is not None
         skipping = int(skip.sum())
         if skipping == 0:
-            f: Tensor = own(x)
+            f = own(x)
         elif skipping == len(x):
             self.report.unread_per_layer[layer] += 1
             f = self._in_place_of(layer, h)
+        elif not self._gathers:
+            f = own(x)
+            f[self._rows] = torch.where(skip[:, None], self._in_place_of(layer, h), f[self._rows])
         else:
             running = torch.ones(len(x), dtype=torch.bool, device=x.device)
             running[self._rows] = ~skip
@@ -187,3 +221,8 @@ class ServingHost:
         self.report.decode_steps += int((tokens.counted & tokens.skips).sum())
         self.report.opted_out_steps += int((tokens.counted & ~tokens.skips).sum())
         self.report.decode_steps_after_warm_up += int((tokens.counted & ruled).sum())
+
+
+def _full(block: ServedBlock) -> FFN:
+    own = block.own_ffn()
+    return lambda x, stream: own(x)
