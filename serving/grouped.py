@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from skipcal.core.host import PassTokens
 from skipcal.core.rule import Rule
+from skipcal.serving.targets import RequestRule
+
+StandIn: TypeAlias = Callable[[int, Tensor], Tensor | None]  # of a layer, for streams [ruled, hidden]
 
 
-def together(rules: Sequence[Rule], device: torch.device) -> Rule:
-    """One rule for the tokens of a pass; rules: that of each token, [tokens]."""
+def together(each: Sequence[RequestRule], device: torch.device) -> tuple[Rule, StandIn]:
+    """One rule for the tokens of a pass, and what stands in for what they skip.
+
+    each: what each token is judged by, [tokens].
+    """
     places: dict[int, list[int]] = {}
-    for place, rule in enumerate(rules):
-        places.setdefault(id(rule), []).append(place)
-    if len(places) == 1:
-        return rules[0]
-    return GroupedRule([Part(rules[own[0]], torch.tensor(own, device=device)) for own in places.values()])
+    for place, judged in enumerate(each):
+        places.setdefault(id(judged), []).append(place)
+    kinds = {own[0]: torch.tensor(own, device=device) for own in places.values()}
+    first = each[0]
+    if len(kinds) == 1:
+        return first.rule, first.surrogates
+    rule = GroupedRule([Part(each[place].rule, own) for place, own in kinds.items()])
+    if all(each[place].surrogates is first.surrogates for place in kinds):
+        return rule, first.surrogates
+
+    def stand_in(layer: int, h: Tensor) -> Tensor:
+        found = torch.zeros_like(h)
+        for place, own in kinds.items():
+            s = each[place].surrogates(layer, h[own])
+            if s is not None:
+                found[own] = s
+        return found
+
+    return rule, stand_in
 
 
 @dataclass(frozen=True, eq=False)

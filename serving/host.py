@@ -1,12 +1,12 @@
 """The host: before each FFN of a pass it asks the rule which tokens skip, and counts.
 
-The passes are vLLM's own. What stands on its modules is `forward` on the instance: of the norm before
-each FFN, to see the stream, and of the FFN. Names and weights stay where vLLM looks for them.
+The passes are vLLM's own. What stands on its modules is `forward` on the instance, of each FFN and the norm
+before it. Names and weights stay where vLLM looks for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,20 @@ from torch import Tensor
 from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import Policy
-from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
-from skipcal.serving.blocks import ServedBlock
+from skipcal.serving.blocks import OwnFFN, ServedBlock
 from skipcal.serving.clock import BatchTokens
 from skipcal.serving.counts import ServingReport
-from skipcal.serving.grouped import together
+from skipcal.serving.grouped import StandIn, together
+from skipcal.serving.operator import FFN, operator_name, through_operator
 from skipcal.serving.proof import SumProof
 from skipcal.serving.tally import Tally
-from skipcal.serving.targets import TargetRules
+from skipcal.serving.targets import RequestRule, TargetRules
+
+
+def _own_decision(skip: Tensor | bool) -> Tensor | bool:
+    return skip
 
 
 class ServingHost:
@@ -40,25 +44,30 @@ class ServingHost:
         policy: Policy,
         *,
         policy_at: Callable[[float], Policy] | None = None,
+        gathers: bool = True,
+        agreed: Callable[[Tensor | bool], Tensor | bool] = _own_decision,
     ) -> None:
         """Prepare for the blocks of a loaded model; nothing is set on it.
 
-        policy: of requests that say nothing; policy_at: of those with a target skip ratio of their own. Both
-        have the same surrogates.
+        policy: of requests that say nothing; policy_at: of those with a target skip ratio of their own.
+        gathers: tokens that run are taken apart from those that skip; False: the FFN runs for all tokens of a
+        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision.
         """
         policy.check_layers(len(blocks))
         self.tally = Tally(policy.method, len(blocks))
-        self._rules = TargetRules(policy, policy_at)
+        self._blocks = tuple(blocks)
+        self._rules = TargetRules(policy, policy_at, blocks)
         self._rule = self._rules.of(None).rule  # of the tokens of this pass
-        self._blocks = tuple(blocks)  # every one: the targets to come may differ in their layers
-        given: Surrogates = getattr(policy, "surrogates", Surrogates({}))
-        self._surrogates = given.for_blocks(blocks)
-        self._proof: SumProof | None = SumProof(blocks)
+        self._stand_in: StandIn = Surrogates({})  # for what they skip
+        self._gathers, self._agreed = gathers, agreed
+        self._proven = False
         self._patches = InstancePatches()
+        self._registry: MutableMapping[str, Any] = {}
+        self._registered: dict[str, FFN] = {}  # what is left in the registry: the model's own FFNs
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
         self._state: Any = None  # the rule's, of these tokens
         self._skipped: Tensor | None = None  # what these skip: [layers, ruled]
-        self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
+        self._size = 0  # tokens of this pass
         self._asked = 0  # FFNs of this pass
 
     @property
@@ -66,15 +75,34 @@ class ServingHost:
         """The counts so far, of all requests."""
         return self.tally.report
 
-    def attach(self) -> None:
-        """Set `forward` on the modules of every block."""
+    @property
+    def proven(self) -> bool:
+        """Whether a pass has shown that h + f is what the model adds up; until then it has to run eagerly."""
+        return self._proven
+
+    def attach(self, registry: MutableMapping[str, Any] | None = None) -> None:
+        """Stand in for the FFN of every block.
+
+        registry: where the engine keeps what its compiled passes look up by name; None: they are eager. All
+        blocks are handed over, whatever the policy: what has been compiled holds for every other policy, too.
+        """
         for block in self._blocks:
-            self._patches.set(block.norm, "forward", self._norm(block))
-            self._patches.set(block.ffn, "forward", self._ffn(block))
+            ffn = self._ffn(block)
+            if registry is not None:
+                name = operator_name(block.index)
+                registry[name], self._registered[name] = ffn, _full(block)
+                ffn = through_operator(block.index)
+            block.hand_to(ffn, self._patches)
+        self._registry = {} if registry is None else registry
 
     def detach(self) -> None:
-        """Put back what `attach` found. A second call does nothing."""
+        """Put back what `attach` found. A second call does nothing.
+
+        What has been compiled goes on asking by name, and gets the model's own FFNs.
+        """
         self._patches.restore()
+        self._registry.update(self._registered)
+        self._registered.clear()
 
     def run(self, tokens: BatchTokens, ids: Tensor | None, forward: Callable[[], Any]) -> Any:
         """What `forward` returns, a pass over `tokens`. Whatever calls the model outside is the full model.
@@ -86,12 +114,12 @@ class ServingHost:
         ruled = tokens.skips & (tokens.steps >= warm_up[tokens.owner])
         methods = [each.method for each in rules]
         if not ruled.any():
-            output = forward() if self._proof is None else self._proven(forward)
+            output = forward() if self._proven else self._proving(len(ruled), forward)
             self.tally.add(tokens, ruled, None, methods)
             return output
-        if self._proof is not None:
+        if not self._proven:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
-        self._begin_pass(tokens, ruled, ids, [each.rule for each in rules])
+        self._begin_pass(tokens, ruled, ids, rules)
         try:
             output = forward()
             if self._asked != len(self._blocks):
@@ -104,20 +132,21 @@ class ServingHost:
         finally:
             self._end_pass()
 
-    def _proven(self, forward: Callable[[], Any]) -> Any:
-        assert self._proof is not None
-        with self._proof:
+    def _proving(self, tokens: int, forward: Callable[[], Any]) -> Any:
+        with (proof := SumProof(self._blocks, tokens)):
             output = forward()
-        self._proof.check()
-        self._proof = None
+        proof.check()
+        self._proven = True
         return output
 
-    def _begin_pass(self, tokens: BatchTokens, ruled: Any, ids: Tensor | None, rules: Sequence[Rule]) -> None:
+    def _begin_pass(
+        self, tokens: BatchTokens, ruled: Any, ids: Tensor | None, rules: Sequence[RequestRule]
+    ) -> None:
         device = self._device
         chosen = np.flatnonzero(ruled)
-        everyone = len(chosen) == len(ruled)
+        everyone, self._size = len(chosen) == len(ruled), len(ruled)
         self._rows = slice(0, len(chosen)) if everyone else torch.from_numpy(chosen).to(device)
-        self._rule = together([rules[n] for n in tokens.owner[chosen]], device)
+        self._rule, self._stand_in = together([rules[n] for n in tokens.owner[chosen]], device)
         counted = tokens.counted[chosen]
         found = PassTokens(
             active=torch.ones(len(chosen), dtype=torch.bool, device=device),
@@ -129,7 +158,7 @@ class ServingHost:
         self._skipped = torch.zeros(len(self._blocks), len(chosen), dtype=torch.bool, device=device)
 
     def _end_pass(self) -> None:
-        self._rows = self._state = self._skipped = self._h = None
+        self._rows = self._state = self._skipped = None
         self._asked = 0
 
     @property
@@ -138,31 +167,22 @@ class ServingHost:
 
     # What stands on the modules
 
-    def _norm(self, block: ServedBlock) -> Callable[..., Any]:
-        own = block.norm.forward
+    def _ffn(self, block: ServedBlock) -> FFN:
+        own = block.own_ffn()
 
-        def forward(*given: Any) -> Any:
-            output = own(*given)
-            if self._rows is not None:
-                self._h = output[1]
-            return output
-
-        return forward
-
-    def _ffn(self, block: ServedBlock) -> Callable[[Tensor], Tensor]:
-        own = block.ffn.forward
-
-        def forward(x: Tensor) -> Tensor:
+        def ffn(x: Tensor, stream: Tensor) -> Tensor:
             if self._rows is None:
-                f: Tensor = own(x)
+                return own(x)
+            if len(x) > self._size:  # graphs are made for certain sizes, and passes are padded to the next
+                f = torch.zeros_like(x)
+                f[: self._size] = ffn(x[: self._size], stream[: self._size])
                 return f
             self._asked += 1
             if block.index not in self._rule.layers:
-                f = own(x)
-                return f
-            assert self._h is not None
-            h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
-            skip, self._state = self._rule.before(block.index, self._state, h)
+                return own(x)
+            h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
+            decision, self._state = self._rule.before(block.index, self._state, h)
+            skip = self._agreed(decision)
             assert self._skipped is not None
             self._skipped[block.index] = skip  # a tensor, or the only token's bool
             if len(x) == 1:
@@ -170,25 +190,28 @@ class ServingHost:
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
             return self._many(block.index, own, x, h, mask)
 
-        return forward
+        return ffn
 
-    def _one(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: bool) -> Tensor:
+    def _one(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: bool) -> Tensor:
         """What the FFN adds in a pass of a single token."""
         if skip:
             return self._in_place_of(layer, h)
-        f: Tensor = own(x)
+        f = own(x)
         if self._rule.learns:
             self._state = self._rule.after(layer, self._state, h, f, True)
         return f
 
-    def _many(self, layer: int, own: Callable[..., Any], x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
-        """What the FFN adds in a pass of several tokens, [tokens, hidden]; those that run are gathered."""
+    def _many(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
+        """What the FFN adds in a pass of several tokens, [tokens, hidden]."""
         assert self._rows is not None
         skipping = int(skip.sum())
         if skipping == 0:
-            f: Tensor = own(x)
+            f = own(x)
         elif skipping == len(x):
             f = self._in_place_of(layer, h)
+        elif not self._gathers:
+            f = own(x)
+            f[self._rows] = torch.where(skip[:, None], self._in_place_of(layer, h), f[self._rows])
         else:
             running = torch.ones(len(x), dtype=torch.bool, device=x.device)
             running[self._rows] = ~skip
@@ -203,5 +226,10 @@ class ServingHost:
 
     def _in_place_of(self, layer: int, h: Tensor) -> Tensor:
         """What tokens that skip add: their surrogate, or zeros that nothing else holds."""
-        s = self._surrogates(layer, h)
+        s = self._stand_in(layer, h)
         return torch.zeros_like(h) if s is None else s
+
+
+def _full(block: ServedBlock) -> FFN:
+    own = block.own_ffn()
+    return lambda x, stream: own(x)

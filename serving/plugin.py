@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.errors import ConfigError, SkipcalError
+from skipcal.serving.graphs import cut_at_ffns
 from skipcal.serving.plan import check_request, check_same_weights, plan_for
-from skipcal.serving.refusals import check_version
+from skipcal.serving.refusals import OTHER_WEIGHTS, STREAMED_INPUT, check_version
 from skipcal.serving.requests import check_body, check_no_beams
 from skipcal.serving.settings import settings_of
 
@@ -36,6 +37,9 @@ def register() -> None:
     _wrap(Worker, "load_model", _attaching)
     _wrap(Worker, "shutdown", _telling)
     _wrap(InputProcessor, "__init__", _planning)
+    _wrap(Worker, "reload_weights", _keeping_weights)
+    _wrap(Worker, "sleep", _keeping_weights_asleep)
+    _wrap(InputProcessor, "process_inputs", _refusing_streams)
     _wrap(InputProcessor, "_validate_params", _validating)
     _wrap(InputProcessor, "resolve_watermarking", _refusing_beams)
     Worker.skipcal_report = _report
@@ -53,16 +57,29 @@ def start_skipping(worker: Any) -> None:
     check_same_weights(plan, worker)
     from skipcal.serving.blocks import blocks_of
     from skipcal.serving.host import ServingHost
-    from skipcal.serving.runner import WatchedRunner
+    from skipcal.serving.ranks import first_decides
+    from skipcal.serving.runner import watched_runner
 
     runner = worker.model_runner
     blocks = blocks_of(runner.get_model(), worker.model_config.hf_text_config.model_type)
-    watched = WatchedRunner(runner, ServingHost(blocks, plan.policy, policy_at=plan.policy_at))
+    config = worker.vllm_config
+    watched = watched_runner(
+        runner,
+        ServingHost(
+            blocks,
+            plan.policy,
+            policy_at=plan.policy_at,
+            gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
+            **({"agreed": first_decides} if config.parallel_config.tensor_parallel_size > 1 else {}),
+        ),
+    )
     watched.attach()
     worker.skipcal = watched
-    if worker.device.type != "cpu":
+    if worker.device.type != "cpu" or config.use_v2_model_runner:
         _logger().warning(
-            "skipcal has served on CPUs only so far; nothing is known of %s", worker.device.type
+            "skipcal has served on CPUs with model runner V1 only so far; nothing is known of %s, runner %s",
+            worker.device.type,
+            "V2" if config.use_v2_model_runner else "V1",
         )
 
 
@@ -89,7 +106,8 @@ def _checking(own: Callable[..., Any]) -> Callable[..., Any]:
             if settings_of(self.additional_config) is not None:
                 check_version(__version__)
             config = own(self, *args, **kwargs)
-            plan_for(config)
+            if plan_for(config) is not None and (changed := cut_at_ffns(config)) is not None:
+                _logger().info("skipcal: %s", changed)
         return config
 
     return create_engine_config
@@ -158,6 +176,35 @@ def _reading(own: Callable[..., Any]) -> Callable[..., Any]:
         return own(self, *args, **kwargs)
 
     return to_sampling_params
+
+
+def _keeping_weights(own: Callable[..., Any]) -> Callable[..., Any]:
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "skipcal"):
+            raise ConfigError(OTHER_WEIGHTS)
+        return own(self, *args, **kwargs)
+
+    return reload_weights
+
+
+def _keeping_weights_asleep(own: Callable[..., Any]) -> Callable[..., Any]:
+    def sleep(self: Any, level: int = 1) -> Any:
+        if hasattr(self, "skipcal") and level > 1:  # 1 keeps the weights elsewhere
+            raise ConfigError(OTHER_WEIGHTS)
+        return own(self, level)
+
+    return sleep
+
+
+def _refusing_streams(own: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
+        if kwargs.get("resumable") and settings_of(self.vllm_config.additional_config) is not None:
+            raise VLLMValidationError(STREAMED_INPUT)
+        return own(self, *args, **kwargs)
+
+    return process_inputs
 
 
 def _validating(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,14 +16,13 @@ from skipcal.arch.proof import PROOF_TOKENS, PROOF_TOLERANCE_EPS
 from skipcal.errors import UnsupportedModel
 from skipcal.serving.blocks import ServedBlock
 
-_FIRST = slice(0, PROOF_TOKENS)
-
 
 class SumProof:
     """Watches a pass inside `with`; `check` afterwards judges every layer."""
 
-    def __init__(self, blocks: Sequence[ServedBlock]) -> None:
-        """Nothing is set on the model yet."""
+    def __init__(self, blocks: Sequence[ServedBlock], tokens: int) -> None:
+        """Nothing is set on the model yet. tokens: those of the pass; rows beyond them are padding."""
+        self._first = slice(0, min(tokens, PROOF_TOKENS))
         self._blocks = blocks
         self._patches = InstancePatches()
         self._h: Tensor | None = None
@@ -34,7 +33,8 @@ class SumProof:
         """Look at the streams of the pass to come."""
         for block in self._blocks:
             self._patches.set(block.norm, "forward", self._after_norm(block.norm.forward))
-            self._patches.set(block.ffn, "forward", self._after_ffn(block.ffn.forward))
+            last = block.chain[-1]
+            self._patches.set(last, "forward", self._after_ffn(last.forward))
             self._patches.set(block.after, "forward", self._judging(block.index, block.after.forward))
         return self
 
@@ -59,7 +59,7 @@ class SumProof:
     def _after_norm(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*given: Any) -> Any:
             output = own(*given)
-            self._h = output[1][_FIRST].clone()  # later norms may add to it in place
+            self._h = output[1][self._first].clone()  # later norms may add to it in place
             return output
 
         return forward
@@ -67,7 +67,7 @@ class SumProof:
     def _after_ffn(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor) -> Any:
             f = own(x)
-            self._f = f[_FIRST].clone()
+            self._f = f[self._first].clone()
             return f
 
         return forward
@@ -76,7 +76,7 @@ class SumProof:
         def forward(*given: Any) -> Any:
             output = own(*given)
             if self._h is not None and self._f is not None:
-                self._errors[layer] = _error(self._h, self._f, output[1][_FIRST])
+                self._errors[layer] = _error(self._h, self._f, output[1][self._first])
             self._h = self._f = None
             return output
 

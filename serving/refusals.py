@@ -8,7 +8,16 @@ from typing import Any
 from skipcal.errors import ConfigError
 from skipcal.serving.settings import KEY, ServingSettings
 
+NO_COMPILATION, TRACED_ONCE, COMPILED_IN_PIECES = 0, 2, 3  # of vLLM's CompilationMode
 VLLM = "0.32"  # every seam but the entry point is internal to vLLM, and may move with each release
+
+OTHER_WEIGHTS = (
+    f"{KEY}: other weights are refused while a model skips, a profile holds for those it was made on; start "
+    "an engine for the new ones"
+)
+STREAMED_INPUT = (
+    f"{KEY}: input that is streamed is refused: what the model has written would become part of the prompt"
+)
 
 
 def check_version(found: str) -> None:
@@ -27,31 +36,24 @@ def check_engine_config(config: Any, settings: ServingSettings) -> None:
 
 def _reasons(config: Any, settings: ServingSettings) -> Iterator[str]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    if config.use_v2_model_runner:
-        yield "model runner V2 has no place for it yet; set VLLM_USE_V2_MODEL_RUNNER=0"
-    if not model.enforce_eager:
-        yield (
-            "compiled modes and CUDA graphs are not written yet, and a graph would silently replay the "
-            "full model; add --enforce-eager"
-        )
+    yield from against_compilation(config)
     if parallel.pipeline_parallel_size > 1:
         yield (
             f"pipeline parallelism over {parallel.pipeline_parallel_size} is refused: what a rule knows of a "
             "token would have to travel between stages"
         )
-    if parallel.tensor_parallel_size > 1:
-        yield (
-            f"tensor parallelism over {parallel.tensor_parallel_size} is refused: ranks that disagree on "
-            "one token would wait for each other for ever"
-        )
-    if parallel.world_size_across_dp > 1:
-        yield "several processes for one model are refused, they have not been tried; use one for each engine"
+    if parallel.data_parallel_size > 1:
+        yield f"data parallelism over {parallel.data_parallel_size} has not been tried; start engines for it"
+    if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        yield "context parallelism has not been tried: processes would see other tokens of a request"
+    if model.runner_type != "generate":
+        yield f"a {model.runner_type} model decodes nothing, so nothing would be skipped"
     if getattr(parallel, "use_ubatching", False):
         yield "dual-batch overlap is refused: two half-batches would share what a rule knows of its tokens"
     if config.speculative_config is not None:
         yield "speculative decoding is refused: drafts would be verified by a model that skips"
-    if config.lora_config is not None:
-        yield "LoRA is refused: an adapter is chosen by a token's place in the batch, which skipping changes"
+    if config.weight_transfer_config is not None:
+        yield "weights that a trainer sends are refused: a profile holds for those it was made on"
     if model.quantization is not None:
         yield f"quantization {model.quantization} is refused: scales may depend on which tokens share a pass"
     if settings.prefix_caching is None:
@@ -63,3 +65,26 @@ def _reasons(config: Any, settings: ServingSettings) -> Iterator[str]:
             )
         if config.kv_transfer_config is not None:
             yield f"a KV transfer would hand keys and values that were computed with skipping on; {shared}"
+
+
+def against_compilation(config: Any) -> Iterator[str]:
+    """What speaks against the way in which a VllmConfig has the model compiled and captured."""
+    compilation = config.compilation_config
+    mode, on_cpu = compilation.mode, config.device_config.device_type == "cpu"
+    if mode not in (NO_COMPILATION, TRACED_ONCE if on_cpu else COMPILED_IN_PIECES):
+        usual = "DYNAMO_TRACE_ONCE on CPUs" if on_cpu else "VLLM_COMPILE on GPUs"
+        yield (
+            f"compilation mode {mode.name} has not been tried; leave it to vLLM, which takes {usual}, or add "
+            "--enforce-eager"
+        )
+    if on_cpu:
+        return
+    if mode == NO_COMPILATION and compilation.cudagraph_mode.name != "NONE":
+        yield "CUDA graphs of a model that is not compiled would replay the full model; add --enforce-eager"
+    if mode == COMPILED_IN_PIECES and compilation.use_inductor_graph_partition:
+        yield "pieces cut by inductor have not been tried; leave out use_inductor_graph_partition"
+    elif mode == COMPILED_IN_PIECES and not compilation.splitting_ops_contain_attention():
+        yield (
+            "pieces that hold attention cannot be cut at FFNs; leave splitting_ops to vLLM, or add "
+            "--enforce-eager"
+        )

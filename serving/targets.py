@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from skipcal.core.host import PlacedBlock
 from skipcal.core.policy import Policy
 from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
 from skipcal.serving.requests import FULL
 
@@ -18,25 +20,27 @@ KEPT = 64
 
 @dataclass(frozen=True, eq=False)
 class RequestRule:
-    """What a request is judged by. A rule remembers nothing between passes, so requests may share it."""
+    """What a request is judged by. A rule remembers nothing between passes, so requests may share it.
+
+    surrogates: what stands in for what it skips, where its layers compute.
+    """
 
     method: str
     rule: Rule
+    surrogates: Surrogates
     warm_up_tokens: int
-
-    @classmethod
-    def of(cls, policy: Policy) -> RequestRule:
-        """That of a policy."""
-        return cls(policy.method, policy.make_rule(), policy.warm_up_tokens)
 
 
 class TargetRules:
     """The rules of an engine, by target."""
 
-    def __init__(self, policy: Policy, policy_at: Callable[[float], Policy] | None) -> None:
+    def __init__(
+        self, policy: Policy, policy_at: Callable[[float], Policy] | None, blocks: Sequence[PlacedBlock]
+    ) -> None:
         """policy: of requests that say nothing; policy_at: of those with a target, None: there are none."""
-        self._own = RequestRule.of(policy)
         self._policy_at = policy_at
+        self._placed = functools.lru_cache(KEPT)(lambda given: given.surrogates.for_blocks(blocks))
+        self._own = self._rule(policy)
         self._at = functools.lru_cache(KEPT)(self._make)
 
     def of(self, target: float | None) -> RequestRule:
@@ -46,4 +50,26 @@ class TargetRules:
     def _make(self, target: float) -> RequestRule:
         if self._policy_at is None:
             raise SessionError(f"a request has a target skip ratio of {target:g}, where none is served")
-        return RequestRule.of(self._policy_at(target))
+        return self._rule(self._policy_at(target))
+
+    def _rule(self, policy: Policy) -> RequestRule:
+        given: Surrogates = getattr(policy, "surrogates", NONE)
+        return RequestRule(
+            policy.method, policy.make_rule(), self._placed(_ByIdentity(given)), policy.warm_up_tokens
+        )
+
+
+NONE = Surrogates({})
+
+
+@dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """Targets of a gate share its surrogates, which are placed once."""
+
+    surrogates: Surrogates
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.surrogates is self.surrogates
+
+    def __hash__(self) -> int:
+        return id(self.surrogates)

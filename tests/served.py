@@ -67,16 +67,22 @@ class Served:
         new: list[int] = NEW,
         warm_up: int | None = None,
         target: float | None = None,
+        profile: Path | None = None,
+        models: list[Any] | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens of each prompt, and what it skipped by layer; target: another than the method's."""
+        """Tokens of each prompt, and what it skipped by layer.
+
+        target: another than the method's; profile: another one than the model's own; models: by prompt,
+        another model than the profile's.
+        """
         ratio = METHODS[method].get("target_skip_ratio") if target is None else target
         ask = Ask(target_skip_ratio=ratio, new_tokens=0, warm_up_tokens=warm_up)
-        policy = make_policy(method, SkipProfile.load(self.file), ask)
+        policy = make_policy(method, SkipProfile.load(profile or self.file), ask)
         texts, skipped = [], []
-        for prompt, count in zip(PROMPTS, new, strict=True):
+        for model, prompt, count in zip(models or [self.model] * len(PROMPTS), PROMPTS, new, strict=True):
             ids = torch.tensor([prompt])
-            with skipping(self.model, policy=policy, engine="eager") as run:
-                written = self.model.generate(ids, max_new_tokens=count, do_sample=False)
+            with skipping(model, policy=policy, engine="eager") as run:
+                written = model.generate(ids, max_new_tokens=count, do_sample=False)
             texts.append(written[0, len(prompt) :].tolist())
             skipped.append(list(run.report.skipped_per_layer))
         return texts, skipped

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def environment() -> dict[str, str]:
 
 
 def in_vllm(job: dict[str, Any], folder: Path) -> Any:
-    """What `main` answers to a job: {"refused": [...]} or {"engines": [...]}, each of them in turn."""
+    """What `main` answers to a job: one list, under its kind."""
     asked, answered = folder / "job.json", folder / "answer.json"
     asked.write_text(json.dumps(job))
     done = subprocess.run(
@@ -36,8 +37,16 @@ def in_vllm(job: dict[str, Any], folder: Path) -> Any:
 
 def main(asked: str, answered: str) -> None:
     job = json.loads(Path(asked).read_text())
-    answer = [_refusal(each) for each in job["refused"]] if "refused" in job else _engines(job["engines"])
+    jobs: dict[str, Callable[[Any], Any]] = {
+        "refused": _refusals, "engines": _engines, "second_runner": _second_runner, "cut": _cut,
+    }  # fmt: skip
+    [(kind, each)] = job.items()
+    answer = jobs[kind](each)
     Path(answered).write_text(json.dumps(answer))
+
+
+def _refusals(asked: list[dict[str, Any]]) -> list[list[str]]:
+    return [_refusal(each) for each in asked]
 
 
 def _refusal(each: dict[str, Any]) -> list[str]:
@@ -63,18 +72,104 @@ def _refusal(each: dict[str, Any]) -> list[str]:
     return ["", ""]
 
 
+def _cut(modes: list[str]) -> list[Any]:
+    """By mode of CUDA graphs: where vLLM cuts a model for them, and where with skipping; the mode then."""
+    from types import SimpleNamespace
+
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    from skipcal.serving.graphs import cut_at_ffns
+    from skipcal.serving.refusals import against_compilation
+
+    answers = []
+    for mode in modes:
+        compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode[mode])
+        compilation.set_splitting_ops_for_v1("", 1)
+        own = list(compilation.splitting_ops or [])
+        gpu = SimpleNamespace(
+            compilation_config=compilation, device_config=SimpleNamespace(device_type="cuda")
+        )
+        refused = list(against_compilation(gpu))
+        cut_at_ffns(gpu)
+        answers.append([own, compilation.splitting_ops, compilation.cudagraph_mode.name, refused])
+    return answers
+
+
+def _second_runner(events: list[dict[str, Any]]) -> list[Any]:
+    """What the host is told of passes of runner V2, by vLLM's own InputBatch; None: of none.
+
+    events: {"add": {name: extra_args}}, {"finish": [names]}, or {"pass": {name: [slot, computed, prompt,
+    tokens]}}; a pass over no names is a dummy one.
+    """
+    from types import SimpleNamespace
+
+    import numpy as np
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    from skipcal.serving.runner import watched_runner
+
+    told: list[Any] = []
+
+    def run(tokens: Any, ids: Any, forward: Any) -> Any:
+        told.append([tokens.steps.tolist(), tokens.skips.tolist(), tokens.counted.tolist(), ids])
+        return forward()
+
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.zeros(8, dtype=np.int32)))
+    runner = SimpleNamespace(
+        req_states=states, model=SimpleNamespace(forward=lambda **given: given["input_ids"]),
+        model_state=SimpleNamespace(prepare_inputs=lambda batch, states: {}),
+        add_requests=lambda scheduled: None, finish_requests=lambda scheduled: None,
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode=0)),
+    )  # fmt: skip
+    host: Any = SimpleNamespace(proven=True, run=run, attach=lambda registry: None, detach=lambda: None)
+    parts = (runner, runner.model, runner.model_state)
+    before_all = [dict(vars(part)) for part in parts]
+    watched = watched_runner(runner, host)
+    watched.attach()
+    answers = []
+    for event in events:
+        if "add" in event:
+            params = {name: SimpleNamespace(extra_args=extra) for name, extra in event["add"].items()}
+            new = [SimpleNamespace(req_id=name, sampling_params=params[name]) for name in params]
+            runner.add_requests(SimpleNamespace(scheduled_new_reqs=new))
+        elif "finish" in event:
+            runner.finish_requests(SimpleNamespace(finished_req_ids=event["finish"]))
+        else:
+            rows = event["pass"]
+            batch = InputBatch.make_dummy(max(len(rows), 1), 16, InputBuffers(8, 16, "cpu"))
+            if rows:
+                slots, computed, prompt, tokens = (
+                    np.array(each) for each in zip(*rows.values(), strict=True)
+                )
+                batch.req_ids, batch.idx_mapping_np, batch.num_computed_tokens_np = (
+                    list(rows),
+                    slots,
+                    computed,
+                )
+                batch.query_start_loc_np = np.concatenate([[0], tokens.cumsum()])
+                states.prompt_len.np[slots] = prompt
+            runner.model_state.prepare_inputs(batch, states)
+            before = len(told)
+            assert runner.model.forward(input_ids="ids") == "ids"
+            answers.append(told[-1] if len(told) > before else None)
+    runner.model_state.prepare_inputs(batch, states)
+    watched.detach()
+    return [*answers, [vars(part) for part in parts] == before_all]
+
+
 def _engines(engines: list[dict[str, Any]]) -> list[Any]:
-    """For each engine, for each of its runs: tokens, report, preemptions."""
+    """For each engine, for each of its runs: tokens, report, preemptions, whether it was compiled."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     answers = []
     for engine in engines:
-        llm = LLM(
-            engine["model"], dtype="float32", enforce_eager=True, enable_prefix_caching=False,
-            skip_tokenizer_init=True, disable_log_stats=False,
-            additional_config={"skipcal": engine["runs"][0]["skipcal"]}, **engine["options"],
-        )  # fmt: skip
+        settings = {
+            "dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False,
+            "skip_tokenizer_init": True, "disable_log_stats": False,
+            "additional_config": {"skipcal": engine["runs"][0]["skipcal"]},
+        }  # fmt: skip
+        llm = LLM(engine["model"], **settings | engine["options"])
         answers.append([_run(llm, run, first=n == 0) for n, run in enumerate(engine["runs"])])
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -84,52 +179,89 @@ def _engines(engines: list[dict[str, Any]]) -> list[Any]:
 
 def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     from skipcal.serving.counts import request_reports, skip_report
     from skipcal.serving.plan import plan_for
     from skipcal.serving.plugin import start_skipping
 
-    worker = llm.llm_engine.model_executor.driver_worker.worker
+    driver = getattr(llm.llm_engine.model_executor, "driver_worker", None)  # None: in processes of their own
+    worker: Any = driver and driver.worker
     if not first:  # other settings for a model that is loaded
         worker.skipcal.detach()
         worker.vllm_config.additional_config = {"skipcal": run["skipcal"]}
         start_skipping(worker)
         llm.llm_engine.input_processor.skipcal = plan_for(worker.vllm_config)
-    before = _preemptions(llm)
+    before, adapters = _preemptions(llm), run.get("adapters", [None] * len(run["prompts"]))
     outs = llm.generate(
         [{"prompt_token_ids": ids} for ids in run["prompts"]],
         [
             SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
             for new, extra in zip(run["new"], run["extra"], strict=True)
         ],
+        lora_request=[
+            None if folder is None else LoRARequest(folder, 1 + adapters.index(folder), folder)
+            for folder in adapters
+        ],
         use_tqdm=False,
     )
-    refused = [_answer(llm, run["prompts"][0], extra) for extra in run.get("refused", ())]
+    refused = [_error(_generating(extra), llm, run["prompts"][0]) for extra in run.get("refused", ())]
     if refused:
-        refused.append(_answer(llm, run["prompts"][0], None))
+        refused += [_error(ask, llm, run["prompts"][0]) for ask in _ASKED_WRONGLY]
     return {
         "refused": refused,
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "report": skip_report(llm),
         "requests": [request_reports(llm, out.request_id) for out in outs],
         "preemptions": _preemptions(llm) - before,
+        "compiled": getattr(worker.model_runner.get_model().model, "compiled", False) if worker else None,
     }
 
 
-def _answer(llm: Any, prompt: list[int], extra: dict[str, Any] | None) -> str:
-    """The error of a request that asks for `extra`; None: of a beam search."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import BeamSearchParams
-
-    ask = [{"prompt_token_ids": prompt}]
+def _error(ask: Callable[[Any, list[int]], None], llm: Any, prompt: list[int]) -> str:
+    """The error that a call ends with; none where it ends well."""
     try:
-        if extra is None:
-            llm.beam_search(ask, BeamSearchParams(beam_width=2, max_tokens=3))
-        else:
-            llm.generate(ask, SamplingParams(extra_args=extra), use_tqdm=False)
+        ask(llm, prompt)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _generating(extra: dict[str, Any]) -> Callable[[Any, list[int]], None]:
+    def ask(llm: Any, prompt: list[int]) -> None:
+        from vllm import SamplingParams
+
+        llm.generate([{"prompt_token_ids": prompt}], SamplingParams(extra_args=extra), use_tqdm=False)
+
+    return ask
+
+
+def _searching_by_beams(llm: Any, prompt: list[int]) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=3))
+
+
+def _streaming(llm: Any, prompt: list[int]) -> None:
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    engine.input_processor.process_inputs(
+        "streamed", {"prompt_token_ids": prompt}, SamplingParams(), ("generate",), resumable=True
+    )
+
+
+def _reloading(llm: Any, prompt: list[int]) -> None:
+    llm.collective_rpc("reload_weights")
+
+
+def _losing_weights(llm: Any, prompt: list[int]) -> None:
+    from vllm.v1.worker.gpu_worker import Worker  # that of CPUs ignores it
+
+    Worker.sleep(llm.llm_engine.model_executor.driver_worker.worker, 2)
+
+
+_ASKED_WRONGLY = (_searching_by_beams, _streaming, _reloading, _losing_weights)
 
 
 def _preemptions(llm: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ProfileMismatch, SessionError, UnsupportedModel
+from skipcal.serving import operator
 from skipcal.serving.blocks import ServedBlock
 from skipcal.serving.clock import BatchTokens
 from skipcal.serving.host import ServingHost
@@ -61,7 +62,7 @@ class Stack(nn.Module):
         self.ffns: Any = nn.ModuleList(FFN() for _ in range(LAYERS))
         self.last = Norm()
         self.blocks: list[ServedBlock] = [
-            ServedBlock(n, self.norms[n], self.ffns[n], (*self.first, self.last)[n + 1])
+            ServedBlock(n, self.norms[n], (self.ffns[n],), (*self.first, self.last)[n + 1])
             for n in range(LAYERS)
         ]
 
@@ -81,8 +82,8 @@ def stack() -> Stack:
     return Stack()
 
 
-def surrogates(layers: Sequence[int] = (1, 2, 4)) -> Surrogates:
-    random = torch.Generator().manual_seed(4)
+def surrogates(layers: Sequence[int] = (1, 2, 4), seed: int = 4) -> Surrogates:
+    random = torch.Generator().manual_seed(seed)
     return Surrogates(
         {
             n: LowRank(
@@ -102,6 +103,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "static": STATIC,
     "static+surrogates": Substituted(STATIC, surrogates()),
+    "static+fitted": Substituted(STATIC, surrogates(), "fitted"),
 }
 
 
@@ -192,6 +194,10 @@ TARGETS: dict[str, dict[float, Policy]] = {
 TARGETS["static+surrogates"] = {
     target: Substituted(policy, surrogates()) for target, policy in TARGETS["static"].items()
 }
+TARGETS["static+fitted"] = {  # each set has surrogates of its own
+    target: Substituted(policy, surrogates((0, 1, 4), seed), "fitted")
+    for seed, (target, policy) in enumerate(TARGETS["static"].items())
+}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -216,6 +222,7 @@ def test_requests_with_targets_of_their_own_get_what_an_engine_with_that_target_
     assert host.report.decode_steps_after_warm_up == ruled
     assert host.report.opted_out_steps == 1
     single = host.run(batch([9], targets=[0.5]), None, lambda: stack(stream[:1]))
+    host.detach()
     torch.testing.assert_close(single, alone(stack, TARGETS[name][0.5], stream[:1], [9])[0])
 
 
@@ -227,12 +234,14 @@ def test_each_request_has_the_counts_that_it_has_alone(name: str, stack: Stack) 
     together = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
     for each, stream in zip(steps, passes, strict=True):
         together.run(batch(each, targets=asked, names=names), None, partial(stack, stream))
+    together.detach()
     found = {report.request_id: report for report in together.tally.requests()}
     for place, (request, target) in enumerate(zip(names, asked, strict=True)):
         lone = hosted(stack, POLICIES[name], policy_at=TARGETS[name].__getitem__)
         for each, stream in zip(steps, passes, strict=True):
             one = batch(each[place : place + 1], targets=[target], names=[request])
             lone.run(one, None, partial(stack, stream[place : place + 1]))
+        lone.detach()
         [expected] = lone.tally.requests(request)
         assert found[request] == expected
         assert expected.target_skip_ratio == target
@@ -252,6 +261,38 @@ def test_a_target_where_none_is_served_is_an_error(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_tokens_that_are_not_gathered_get_the_same(name: str, stack: Stack) -> None:
+    policy, stream = POLICIES[name], torch.randn(len(STEPS), HIDDEN)
+    expected, skipped = alone(stack, policy, stream, STEPS)
+    host = hosted(stack, policy, gathers=False)
+    got = host.run(batch(STEPS), None, lambda: stack(stream))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert host.report.skipped_per_layer == skipped
+    assert {len(ffn.calls) for ffn in stack.ffns} == {1}
+    assert {calls for ffn in stack.ffns for calls in ffn.calls} == {len(STEPS)}
+    host.run(batch([4, 5]), None, lambda: stack(stream[:2]))
+    assert [len(ffn.calls) for ffn in stack.ffns] == [2 - n for n in host.report.unread_per_layer]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_what_processes_agree_on_is_done_whatever_one_would_do(name: str, tokens: int, stack: Stack) -> None:
+    asked: list[Tensor] = []
+
+    def nobody_skips(skip: Tensor | bool) -> Tensor:
+        asked.append(torch.as_tensor(skip).reshape(-1))
+        return torch.zeros(tokens, dtype=torch.bool)
+
+    stream = torch.randn(tokens, HIDDEN) * 3
+    full = stack(stream)
+    host = hosted(stack, POLICIES[name], agreed=nobody_skips)
+    got = host.run(batch([5] * tokens), None, lambda: stack(stream))
+    assert torch.equal(got, full)
+    assert sum(host.report.skipped_per_layer) == 0 and torch.cat(asked).any()
+    assert {len(skip) for skip in asked} == {tokens}
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_tokens_before_the_warm_up_get_the_full_model(name: str, stack: Stack) -> None:
     stream = torch.randn(4, HIDDEN)
     full = stack(stream)
@@ -261,6 +302,28 @@ def test_tokens_before_the_warm_up_get_the_full_model(name: str, stack: Stack) -
     torch.testing.assert_close(mixed[[0, 2, 3]], full[[0, 2, 3]], rtol=1e-5, atol=1e-5)
     assert host.report.opted_out_steps == 1
     assert host.report.passes == 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("steps", [[5], STEPS])
+def test_rows_that_pad_a_pass_change_nothing(name: str, steps: list[int], stack: Stack) -> None:
+    stream = torch.randn(len(steps), HIDDEN)
+    host = hosted(stack, POLICIES[name])
+    got = host.run(batch(steps), None, lambda: stack(stream))
+    counts = [host.report.skipped_per_layer, host.report.unread_per_layer]
+    host.detach()
+    padded = torch.cat([stream, torch.full((3, HIDDEN), torch.nan)])
+    host = hosted(stack, POLICIES[name])
+    assert torch.equal(host.run(batch(steps), None, lambda: stack(padded))[: len(steps)], got)
+    assert [host.report.skipped_per_layer, host.report.unread_per_layer] == counts
+
+
+def test_rows_that_pad_a_pass_prove_nothing(stack: Stack) -> None:
+    padded = torch.cat([torch.randn(2, HIDDEN), torch.full((3, HIDDEN), torch.nan)])
+    host = ServingHost(stack.blocks, STATIC)
+    host.attach()
+    host.run(batch([-2, -1]), None, lambda: stack(padded))
+    assert host.proven
 
 
 def test_weights_are_unread_where_no_token_of_a_pass_needs_them(stack: Stack) -> None:
@@ -310,7 +373,7 @@ def _broken() -> Any:
 
 def test_an_ffn_that_is_not_asked_is_an_error(stack: Stack) -> None:
     host = hosted(stack, STATIC)
-    stack.ffns[3].forward = lambda x: x
+    stack.ffns[3].forward = lambda pair: pair[0]
     with pytest.raises(SessionError, match="5 of 6 FFNs asked whether to skip"):
         host.run(batch([5]), None, lambda: stack(torch.randn(1, HIDDEN)))
 
@@ -343,3 +406,67 @@ def test_no_token_skips_before_anything_is_proven(stack: Stack) -> None:
     host.attach()
     with pytest.raises(SessionError, match="nothing is proven yet"):
         host.run(batch([5]), None, lambda: stack(torch.randn(1, HIDDEN)))
+
+
+# Compiled passes: the operator asks whoever the running pass belongs to
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What vLLM keeps with a pass, of the engine that runs; vLLM is not here."""
+    layers: dict[str, Any] = {}
+    monkeypatch.setattr(operator, "_layers", lambda: layers)
+    return layers
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def assert_equal_but_for_rounding(got: Tensor, expected: Tensor) -> None:
+    """An element is a sum whose terms may be as large as the largest of all: each rounds by an eps of it."""
+    rounding = 2 * LAYERS * torch.finfo(expected.dtype).eps * expected.abs().max()
+    assert float((got - expected).abs().max()) <= rounding
+
+
+def compiled(stack: Stack, policy: Any, layers: dict[str, Any]) -> tuple[ServingHost, Any]:
+    """A host, and the stack compiled whole under it; all is proven by an eager pass."""
+    host = ServingHost(stack.blocks, policy)
+    host.attach(layers)
+    host.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))
+    return host, torch.compile(stack, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+def test_what_is_compiled_once_serves_every_policy_and_none(context: dict[str, Any]) -> None:
+    stack, stream = Stack(), torch.randn(len(STEPS), HIDDEN)
+    full = stack(stream)
+    host, passes = compiled(stack, STATIC, context)
+    for name, policy in POLICIES.items():
+        host.detach()
+        expected, skipped = alone(stack, policy, stream, STEPS)
+        host = ServingHost(stack.blocks, policy)
+        host.attach(context)
+        host.run(batch([-1]), None, lambda: stack(torch.randn(1, HIDDEN)))
+        got = host.run(batch(STEPS), None, lambda: passes(stream))
+        assert_equal_but_for_rounding(got, expected)
+        assert host.report.skipped_per_layer == skipped and sum(skipped) > 0, name
+    host.detach()
+    assert_equal_but_for_rounding(passes(stream), full)
+    assert all("forward" not in module.__dict__ for module in stack.modules())
+
+
+def test_two_engines_in_one_process_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Any] = []
+    for policy in (STATIC, POLICIES["gate"]):
+        stack, layers, stream = Stack(), dict[str, Any](), torch.randn(len(STEPS), HIDDEN)
+        monkeypatch.setattr(operator, "_layers", partial(dict, layers))
+        expected, skipped = alone(stack, policy, stream, STEPS)
+        host, passes = compiled(stack, policy, layers)
+        engines.append((host, partial(passes, stream), layers, expected, skipped))
+    for host, run, layers, expected, skipped in (*engines, engines[0]):
+        before = host.report.skipped_per_layer.copy()
+        monkeypatch.setattr(operator, "_layers", partial(dict, layers))
+        assert_equal_but_for_rounding(host.run(batch(STEPS), None, run), expected)
+        assert [b - a for a, b in zip(before, host.report.skipped_per_layer, strict=True)] == skipped

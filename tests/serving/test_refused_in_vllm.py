@@ -15,15 +15,25 @@ Answers = dict[str, list[str]]
 
 # By name: options of the engine, and the error. The profile and the model are those of a tiny Llama.
 OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "graphs": ({"enforce_eager": False}, "ConfigError", "add --enforce-eager"),
+    "guarded": (
+        {"enforce_eager": False, "compilation_config": {"mode": 1}},
+        "ConfigError",
+        "STOCK_TORCH_COMPILE",
+    ),
     "pipeline": ({"pipeline_parallel_size": 2}, "ConfigError", "pipeline parallelism over 2 is refused"),
-    "tensors": ({"tensor_parallel_size": 2}, "ConfigError", "tensor parallelism over 2 is refused"),
+    "pooling": ({"runner": "pooling"}, "ConfigError", "a pooling model decodes nothing"),
+    "trainer": (
+        {"weight_transfer_config": {"backend": "nccl"}},
+        "ConfigError",
+        "weights that a trainer sends",
+    ),
+    "offloading": ({"kv_offloading_size": 1.0}, "ConfigError", "a KV transfer would hand"),
     "speculative": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "ConfigError",
         "speculative decoding is refused",
     ),
-    "lora": ({"enable_lora": True}, "ConfigError", "LoRA is refused"),
+    "quantized": ({"quantization": "fp8", "dtype": "bfloat16"}, "ConfigError", "quantization fp8 is refused"),
     "prefix": ({"enable_prefix_caching": True}, "ConfigError", "add --no-enable-prefix-caching"),
     "prefix by default": ({"enable_prefix_caching": None}, "ConfigError", "add --no-enable-prefix-caching"),
 }
@@ -56,6 +66,7 @@ def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     gate = llama.settings("gate")
     asked: dict[str, dict[str, Any]] = {
         "right": {"options": options()},
+        "compiled": {"options": options(enforce_eager=False)},
         "shared": {
             "options": options(skipcal={**settings, "prefix_caching": "share"}, enable_prefix_caching=True)
         },
@@ -72,7 +83,7 @@ def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return dict(zip(asked, in_vllm({"refused": list(asked.values())}, folder), strict=True))
 
 
-@pytest.mark.parametrize("name", ["right", "shared", "not asked", "version, not asked"])
+@pytest.mark.parametrize("name", ["right", "compiled", "shared", "not asked", "version, not asked"])
 def test_what_can_be_done_or_is_not_asked_for_is_not_refused(name: str, answers: Answers) -> None:
     assert answers[name] == ["", ""]
 

@@ -86,6 +86,9 @@ def test_a_method_without_what_it_needs_is_refused(method: str, tmp_path: Path) 
     if method in ("gate", "static+surrogates"):
         with pytest.raises(ConfigError, match="this profile has no gate; fit one with: skipcal fit"):
             policy(path, method=method, target_skip_ratio=0.2)
+    elif method == "static+fitted":
+        with pytest.raises(ConfigError, match="this profile has no fitted sets; fit some with: skipcal fit"):
+            policy(path, method=method, target_skip_ratio=0.2)
     elif method != "full":
         with pytest.raises(TargetOutOfReach, match=r"target skip ratio 0\.9 is out of reach"):
             policy(path, method=method, target_skip_ratio=0.9)

@@ -16,7 +16,7 @@ def test_a_rule_is_made_once_for_each_target_and_the_oldest_are_forgotten() -> N
         made.append(target)
         return ChosenFFNs(method="static", layers=(1, 2), probability=1.0, warm_up_tokens=3)
 
-    rules = TargetRules(OWN, policy_at)
+    rules = TargetRules(OWN, policy_at, ())
     targets = [n / 1000 for n in range(1, KEPT + 2)]
     first = [rules.of(target) for target in targets]
     assert made == targets
@@ -28,7 +28,7 @@ def test_a_rule_is_made_once_for_each_target_and_the_oldest_are_forgotten() -> N
 
 
 def test_requests_without_a_target_have_the_engines_own_rule() -> None:
-    rules = TargetRules(OWN, None)
+    rules = TargetRules(OWN, None, ())
     assert rules.of(None) is rules.of(0.0)
     assert rules.of(None).warm_up_tokens == 2
     assert rules.of(None).rule.layers == {1}
