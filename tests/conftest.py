@@ -81,13 +81,15 @@ DENSE = (
 APART = ("test_notebooks.py",)  # files whose tests share nothing and take long
 # Files that take the longest, longest first: what is begun last should be short, for the ends to be even.
 LONG = (
-    "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "speed/test_gpu_visit.py",
-    "runtime/test_graph_engine.py", "calibrate/test_large_runs.py", "profiles/test_mutations.py",
-    "evaluation/test_sweep.py", "calibrate/test_pipeline.py", "runtime/test_step_proof.py",
-    "runtime/test_skip_rule.py", "runtime/test_recorded.py", "fit/test_pipeline.py",
-    "arch/test_architectures.py", "runtime/ops/test_compiled.py", "test_cli_terminal.py", "test_cli.py",
-    "docs/test_build.py", "runtime/test_session_intruders.py", "core/test_methods.py",
-    "runtime/test_tensor_parallel.py", "test_file_names.py", "runtime/test_session.py",
+    "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "runtime/test_graph_engine.py",
+    "speed/test_gpu_visit.py", "core/test_methods.py", "runtime/test_skip_rule.py",
+    "evaluation/test_sweep.py", "runtime/test_step_proof.py", "runtime/ops/test_compiled.py",
+    "profiles/test_mutations.py",
+    "calibrate/test_pipeline.py", "runtime/test_recorded.py", "calibrate/test_large_runs.py",
+    "arch/test_architectures.py", "test_cli_terminal.py", "runtime/test_session.py", "test_cli.py",
+    "runtime/test_session_intruders.py", "fit/test_pipeline.py", "test_cli_fit.py", "docs/test_build.py",
+    "runtime/test_offloaded.py", "test_file_names.py", "runtime/test_tensor_parallel.py",
+    "speed/test_bench.py", "arch/test_loading.py", "profiles/test_properties.py", "test_release.py",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def started(folder: Path) -> Iterator[str]:
-    """folder: where its socket lies. Without pidfds, which Linux has, it is the usual Python."""
+    """folder: where its socket lies. Without pidfds, or if imports start threads, it is the usual Python."""
     if not hasattr(os, "pidfd_open"):
         yield sys.executable
         return
@@ -50,8 +50,7 @@ def started(folder: Path) -> Iterator[str]:
     )  # fmt: skip
     assert server.stdin is not None and server.stdout is not None
     try:
-        assert server.stdout.readline() == b"listening\n"
-        yield str(path)
+        yield str(path) if server.stdout.readline() == b"listening\n" else sys.executable
     finally:
         server.stdin.close()
         server.wait()

@@ -31,12 +31,12 @@ IMPORTED = (  # and nothing that starts a thread, as pandas does
 _LONGEST = 1 << 20  # bytes of a command with its environment
 
 
-def asked(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a client wants to be run, and its stdin, stdout and stderr."""
+def asked(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """What a client wants to be run, None if it went away, and its stdin, stdout and stderr."""
     text, files, _, _ = socket.recv_fds(client, _LONGEST, 3)
-    while not text.endswith(b"\n"):
-        text += client.recv(_LONGEST)
-    return json.loads(text), files
+    while more := b"" if text.endswith(b"\n") else client.recv(_LONGEST):
+        text += more
+    return json.loads(text) if text.endswith(b"\n") else None, files
 
 
 def serve(path: str) -> tuple[dict[str, Any], list[int]]:
@@ -57,6 +57,9 @@ def serve(path: str) -> tuple[dict[str, Any], list[int]]:
             if key.fileobj is listener:
                 client, _ = listener.accept()
                 command, files = asked(client)
+                if command is None:
+                    client.close()
+                    continue
                 child = os.fork()
                 os.setpgid(child, child)  # in both, whichever is first
                 if child == 0:
@@ -76,8 +79,9 @@ def serve(path: str) -> tuple[dict[str, Any], list[int]]:
                     kill(child)
                 os._exit(0)
             elif isinstance(key.fileobj, socket.socket):  # closed: the client is gone
-                waiting.unregister(key.fileobj)
-                kill(key.data)
+                with suppress(KeyError, ValueError):  # unless the command ended at the same time
+                    waiting.unregister(key.fileobj)
+                    kill(key.data)
             else:
                 process = key.fd
                 child, client = running.pop(process)
@@ -167,8 +171,10 @@ def leave(code: int) -> NoReturn:
 def main() -> NoReturn:
     sys.path.pop(0)  # of this file
     for name in IMPORTED:
-        __import__(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose a thread"
+        with suppress(ImportError):  # where few of the packages are installed
+            __import__(name)
+    if len(os.listdir("/proc/self/task")) > 1:
+        sys.exit("a fork would lose a thread")
     gc.collect()
     gc.freeze()
     command, files = serve(sys.argv[1])
