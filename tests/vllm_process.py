@@ -17,11 +17,14 @@ SETTINGS = {
 }
 
 
-def in_vllm(job: dict[str, Any], folder: Path) -> Any:
-    """What `main` answers to a job: {"refused": [...]} or {"engines": [...]}, each of them in turn."""
+def in_vllm(job: dict[str, Any], folder: Path, **variables: str) -> Any:
+    """What `main` answers to a job: {"refused": [...]}, {"engines": [...]} or {"stock": [...]}, each in turn.
+
+    variables: of the environment.
+    """
     asked, answered = folder / "job.json", folder / "answer.json"
     asked.write_text(json.dumps(job))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS | variables
     done = subprocess.run(
         [sys.executable, __file__, str(asked), str(answered)],
         env=environment, capture_output=True, text=True, check=False,
@@ -32,8 +35,47 @@ def in_vllm(job: dict[str, Any], folder: Path) -> Any:
 
 def main(asked: str, answered: str) -> None:
     job = json.loads(Path(asked).read_text())
-    answer = [_refusal(each) for each in job["refused"]] if "refused" in job else _engines(job["engines"])
+    [(kind, each)] = job.items()
+    answer = {"refused": _refusals, "engines": _engines, "stock": _stock}[kind](each)
     Path(answered).write_text(json.dumps(answer))
+
+
+def _refusals(asked: list[dict[str, Any]]) -> list[list[str]]:
+    return [_refusal(each) for each in asked]
+
+
+def _stock(engines: list[dict[str, Any]]) -> list[Any]:
+    """For each engine without skipping: whether the plug-in is there, the model's class, and its tokens."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.engine.arg_utils import EngineArgs
+
+    answers = []
+    for engine in engines:
+        llm = LLM(
+            engine["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
+            max_model_len=64, max_num_seqs=4,
+        )  # fmt: skip
+        worker: Any = llm.llm_engine.model_executor.driver_worker.worker
+        outs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in engine["prompts"]],
+            [
+                SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+                for new in engine["new"]
+            ],
+            use_tqdm=False,
+        )
+        answers.append(
+            {
+                "plugged": hasattr(EngineArgs, "skipcal"),
+                "kind": type(worker.model_runner.get_model()).__name__,
+                "tokens": [list(out.outputs[0].token_ids) for out in outs],
+            }
+        )
+        llm.llm_engine.engine_core.shutdown()
+        del llm, worker
+        cleanup_dist_env_and_memory()
+    return answers
 
 
 def _refusal(each: dict[str, Any]) -> list[str]:
