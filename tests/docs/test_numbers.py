@@ -199,3 +199,14 @@ def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> Non
     assert ", ".join(map(str, found["layers_left_out"])) in told
     left_out, instead = (f"{found[name] / 1e6:.1f} MB" for name in ("bytes_left_out", "bytes_instead"))
     assert f"{left_out} less; zeros in their place: {instead}" in told
+
+
+def test_the_serving_page_tells_how_evaluations_compare() -> None:
+    found = json.loads((RESULTS / "evaluate_engines.json").read_text())["compared"]
+    gate, full = found["gate"], found["full"]
+    assert gate["largest_difference_of_a_layer"] == 0 and gate["skips"]["eager"] == gate["skips"]["vllm"]
+    told = " ".join(text_of("docs/serving.md").split())
+    assert f"{gate['records']} questions of FreebaseQA" in told
+    texts = [f"{each['texts_equal']} of {each['records']}" for each in (gate, full)]
+    assert f"{texts[0]} texts are equal with the gate and {texts[1]} with the full model" in told
+    assert f"the skips in every layer, {gate['skips']['vllm']:,} in all" in told
