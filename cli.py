@@ -13,6 +13,7 @@ from skipcal.commands import options as opt
 from skipcal.commands.bench import bench
 from skipcal.commands.compare import compare
 from skipcal.commands.evaluate import evaluate
+from skipcal.commands.export import export
 from skipcal.commands.fit import fit
 from skipcal.commands.generate import generate
 from skipcal.commands.help import Command, Group
@@ -60,6 +61,7 @@ register(rich_help_panel="Measure")(compare)
 register(rich_help_panel="Measure")(bench)
 register(rich_help_panel="Know and share")(models)
 register(rich_help_panel="Know and share")(push)
+register(rich_help_panel="Know and share")(export)
 
 
 if __name__ == "__main__":

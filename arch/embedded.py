@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from skipcal.errors import OutputError, Unavailable
 from skipcal.quiet import bars_on_a_terminal, remarks_off
@@ -68,20 +67,12 @@ def _cache_root() -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     """Write the converted model beside `folder` and rename it: a broken run leaves no half model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from skipcal.arch.gguf import convert_gguf
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        place, name = str(source.parent), source.name
-        model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
-        # The weights are plain float32 now; the reader's note that they were quantized cannot be saved.
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.config._name_or_path = EMBEDDED_MODEL
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(partial)
+        convert_gguf(str(source.parent), source.name, partial, name=EMBEDDED_MODEL)
         try:
             partial.rename(folder)
         except OSError:

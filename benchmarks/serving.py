@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from common import save
+from prompts import PROMPTS
 from transformers import AutoTokenizer
 
 from skipcal.arch.embedded import embedded_model_folder
@@ -45,20 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 WARM_UP = 8  # the profile's 25 would leave little of texts as short as these
 NEW = (40, 30, 48, 52, 34, 40, 36, 28, 44, 32, 50, 38)
-PROMPTS = (
-    "Why is the sky blue?",
-    "The capital of France is",
-    "Once upon a time there was a small fox who",
-    "Water boils at",
-    "In the following we describe how to bake a simple loaf of bread at home. First, mix the flour",
-    "def fibonacci(n):",
-    "The three most important inventions of the nineteenth century were the telegraph, the steam engine and",
-    "My favourite season is autumn, because",
-    "Question: How many legs does a spider have?\nAnswer:",
-    "The mitochondria are",
-    "Dear Sir or Madam, I am writing to you about the bicycle that I bought last week. It",
-    "A list of fruit: apples, pears,",
-)
 GROUPS = (1, 2, 4, 8)
 
 Texts = list[list[int]]

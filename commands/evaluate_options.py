@@ -6,9 +6,9 @@ from typing import Annotated
 
 from skipcal.commands import completion
 from skipcal.commands import options as opt
-from skipcal.commands.help import JUDGE, LM_EVAL, TEXT
+from skipcal.commands.help import JUDGE, LM_EVAL, MODEL, TEXT
 from skipcal.commands.options import option
-from skipcal.configs.names import METHODS
+from skipcal.configs.names import ENGINES, METHODS, VLLM_ENGINE
 
 Task = Annotated[
     list[str] | None,
@@ -112,6 +112,16 @@ MatchItems = Annotated[
         help="Tune thresholds (ffn-skip, gate) on so many items until they realise the target. Default: 0.",
     ),
 ]
+Host = Annotated[
+    str | None,
+    option(
+        "--engine",
+        metavar="NAME",
+        section=MODEL,
+        help=f"How answers are decoded: {', '.join(ENGINES)}, or vllm, many at a time. Default: auto.",
+        complete=completion.one_of(*ENGINES, VLLM_ENGINE),
+    ),
+]
 JudgeModel = Annotated[
     str | None, option("--judge-model", metavar="NAME", section=JUDGE, help="Model that rates answers.")
 ]
@@ -155,7 +165,7 @@ def scoring(
     match_items: MatchItems = None,
     batch_size: opt.BatchSize = None,
     chat_template: opt.ChatTemplate = True,
-    engine: opt.Engine = None,
+    engine: Host = None,
     seed: opt.Seed = None,
     judge_model: JudgeModel = None,
     judge_base_url: JudgeUrl = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from skipcal.errors import ConfigError, asking
 
 ENGINES = ("auto", "eager", "graph", "recorded")
+VLLM_ENGINE = "vllm"  # decodes what evaluate and sweep measure, many prompts at a time
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
@@ -23,7 +24,7 @@ METHODS = (
 )
 
 
-def check_engine(name: str) -> None:
+def check_engine(name: str, known: tuple[str, ...] = ENGINES) -> None:
     """Raise ConfigError for an unknown name."""
-    if name not in ENGINES:
-        raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(ENGINES)}", name, ENGINES))
+    if name not in known:
+        raise ConfigError(asking(f"engine {name!r} is not one of {', '.join(known)}", name, known))

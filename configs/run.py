@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from skipcal.configs.names import check_engine
+from skipcal.configs.names import ENGINES, VLLM_ENGINE, check_engine
 from skipcal.configs.paths import at_home
 from skipcal.core.policy import DEFAULT_WARM_UP_TOKENS
 from skipcal.errors import ConfigError, asking, suggestion
@@ -26,7 +26,13 @@ def _known_engine(name: str) -> str:
     return name
 
 
+def _known_host(name: str) -> str:
+    check_engine(name, (*ENGINES, VLLM_ENGINE))
+    return name
+
+
 EngineName = Annotated[str, AfterValidator(_known_engine)]
+HostName = Annotated[str, AfterValidator(_known_host)]
 
 
 class ModelSettings(BaseModel):

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from skipcal.configs.names import VLLM_ENGINE
 from skipcal.configs.run import (
-    EngineName,
+    HostName,
     ModelSettings,
     PositiveInt,
     given_options,
@@ -187,7 +188,7 @@ class SweepConfig(_Settings, ModelSettings):
     methods:      besides the full model, which is always run: it is what the others are compared with.
     ratios:       target skip ratios; None: the one the profile recommends.
     warm_ups:     lengths of the warm-up to run every method with, for the ablation; None: the tasks'.
-    engine:       of what is generated, as `skipping` takes it; perplexity is teacher-forced.
+    engine:       of what is generated, as `skipping` takes it, or "vllm"; perplexity is teacher-forced.
     """
 
     profile: str
@@ -198,7 +199,7 @@ class SweepConfig(_Settings, ModelSettings):
     judge: JudgeOptions | None = None
     batch_size: PositiveInt = 16
     chat_template: bool = True
-    engine: EngineName = "auto"
+    engine: HostName = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -224,6 +225,8 @@ class SweepConfig(_Settings, ModelSettings):
                 raise ValueError(
                     f"match_items tunes {', '.join(MATCHED)}, and none is among the methods; leave it out"
                 )
+        if self.engine == VLLM_ENGINE and not any(isinstance(task, _Generating) for task in asked_for):
+            raise ValueError("engine 'vllm' decodes answers, and perplexity is teacher-forced; leave it out")
         if self.ratios is not None and set(self.methods) == {"full"}:
             raise ValueError("the full model skips nothing; name a method, or leave the ratios out")
         if self.judge is not None and self.tasks.summarization is None and self.tasks.mtbench is None:

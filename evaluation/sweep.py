@@ -14,10 +14,12 @@ import pandas as pd
 
 from skipcal.arch.loading import LoadedModel, fingerprint
 from skipcal.arch.locate import locate
+from skipcal.configs.names import VLLM_ENGINE
 from skipcal.configs.sweep import MATCHED, TASKS, SweepConfig
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError
 from skipcal.evaluation.arms import Arm, ArmResult, measured_ratio, run_arm
+from skipcal.evaluation.hosts import check_policy
 from skipcal.evaluation.judge.judging import Judging
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
 from skipcal.evaluation.records import RecordFile, digest
@@ -33,6 +35,7 @@ from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.methods import Ask, check_method, make_policy, recommended_ratio
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import warn_of_overruled
+from skipcal.serving.offline import installed_version
 from skipcal.text.opening import opening_names
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ _LOADERS: dict[str, Callable[[Any, Subject, int], Task]] = {
     "summarization": load_summarization,
     "mtbench": load_mtbench,
 }
+TEACHER_FORCED = "perplexity"  # the task that decodes nothing: transformers runs it, whatever the engine
 FULL = Arm("full", None)
 COLUMNS = (
     "method", "task", "subset", "metric", "target_skip_ratio", "realised_skip_ratio", "value", "ci_low",
@@ -87,15 +91,18 @@ def run_sweep(
         for name in TASKS
         if (settings := getattr(config.tasks, name)) is not None
     ]
-    if any(task.name != "perplexity" for task in tasks):  # which decodes nothing
+    if any(task.name != TEACHER_FORCED for task in tasks):
         warn_of_overruled(loaded.model)
     run = _Sweep(subject, profile, config, folder)
     begin()
     # All answers before all verdicts: a judge that fails must not keep a GPU waiting.
     done: list[tuple[Task, list[ArmResult]]] = []
-    for each in tasks:
-        with subject.full_passes.kept():  # of one task: the memory is the next one's
-            done += [(task, run.arms(task, arms)) for task in _with_warm_ups(each, config.warm_ups)]
+    try:
+        for each in tasks:
+            with subject.full_passes.kept():  # of one task: the memory is the next one's
+                done += [(task, run.arms(task, arms)) for task in _with_warm_ups(each, config.warm_ups)]
+    finally:
+        subject.host.close()
     rows: list[dict[str, Any]] = []
     for task, results in done:
         judged = {r.arm: judging.metrics(task, r, results[0]) for r in results} if judging else {}
@@ -121,6 +128,8 @@ def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
         raise ConfigError("the profile recommends the full model; give a skip ratio with --target-skip-ratio")
     ratios = config.ratios or ([recommended_ratio(profile)] if methods else [])
     arms = [FULL, *(Arm(method, ratio) for method in methods for ratio in ratios)]
+    if config.engine == VLLM_ENGINE:
+        installed_version()
     for name in TASKS:
         settings = getattr(config.tasks, name)
         if settings is None:
@@ -128,7 +137,9 @@ def plan(profile: SkipProfile, config: SweepConfig) -> list[Arm]:
         new_tokens = getattr(settings, "new_tokens", None) or settings.window_tokens
         for warm_up in config.warm_ups or [settings.warm_up]:
             for arm in arms:
-                make_policy(arm.method, profile, _ask(config, arm, new_tokens, warm_up))
+                policy = make_policy(arm.method, profile, _ask(config, arm, new_tokens, warm_up))
+                if name != TEACHER_FORCED:
+                    check_policy(policy, config.engine)
     return arms
 
 
@@ -161,12 +172,16 @@ class _Sweep:
                 task,
                 arm,
                 self._policy(task, arm),
-                about=self._about,
+                about=self._about_records(task),
                 folder=self._folder / "records",
                 batch_size=self._config.batch_size,
             )
             for arm in arms
         ]
+
+    def _about_records(self, task: Task) -> dict[str, Any]:
+        """All that decides a task's records besides task and policy."""
+        return self._about if task.name == TEACHER_FORCED else {**self._about, **self._subject.host.header}
 
     def _policy(self, task: Task, arm: Arm) -> Policy:
         ask = _ask(self._config, arm, task.new_tokens, task.warm_up_tokens)
@@ -187,7 +202,7 @@ class _Sweep:
             "items": ids,
             "policy": with_threshold(policy, 1.0).to_dict(),
             "scale": scale.thresholds,
-            **self._about,
+            **self._about_records(task),
         }
         path = self._folder / "records" / task.name / f"matched-{digest(header)}.jsonl"
         file = RecordFile(path, header)

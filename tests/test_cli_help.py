@@ -98,7 +98,8 @@ def test_the_defaults_that_help_tells_are_those_of_the_configuration(command: st
 def test_an_option_means_the_same_in_every_command() -> None:
     """Options that load a model have one text; a count may say what it counts in its command."""
     own = {"prompts", "prompt_tokens", "new_tokens", "batch_size", "seed", "output", "profile", "max_skips",
-           "warm_up_tokens", "target_skip_ratio", "data_files", "chat_template", "ratios"}  # fmt: skip
+           "warm_up_tokens", "target_skip_ratio", "data_files", "chat_template", "ratios",
+           "method", "engine"}  # fmt: skip
     texts: dict[str, set[str]] = {}
     for command in set(COMMANDS) - {"push"}:  # its --revision is a branch to push to
         for parameter in GROUP.commands[command].params:

@@ -23,13 +23,13 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | SETTINGS
 
 
-def in_vllm(job: dict[str, Any], folder: Path) -> Any:
-    """What `main` answers to a job: one list, under its kind."""
+def in_vllm(job: dict[str, Any], folder: Path, **variables: str) -> Any:
+    """What `main` answers to a job: one list, under its kind. variables: of the environment."""
     asked, answered = folder / "job.json", folder / "answer.json"
     asked.write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, __file__, str(asked), str(answered)],
-        env=environment(), capture_output=True, text=True, check=False,
+        env=environment() | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(answered.read_text())
@@ -39,6 +39,7 @@ def main(asked: str, answered: str) -> None:
     job = json.loads(Path(asked).read_text())
     jobs: dict[str, Callable[[Any], Any]] = {
         "refused": _refusals, "engines": _engines, "second_runner": _second_runner, "cut": _cut,
+        "stock": _stock,
     }  # fmt: skip
     [(kind, each)] = job.items()
     answer = jobs[kind](each)
@@ -47,6 +48,40 @@ def main(asked: str, answered: str) -> None:
 
 def _refusals(asked: list[dict[str, Any]]) -> list[list[str]]:
     return [_refusal(each) for each in asked]
+
+
+def _stock(engines: list[dict[str, Any]]) -> list[Any]:
+    """For each engine without skipping: whether the plug-in is there, the model's class, and its tokens."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.engine.arg_utils import EngineArgs
+
+    answers = []
+    for engine in engines:
+        llm = LLM(
+            engine["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
+            max_model_len=64, max_num_seqs=4,
+        )  # fmt: skip
+        worker: Any = llm.llm_engine.model_executor.driver_worker.worker
+        outs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in engine["prompts"]],
+            [
+                SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+                for new in engine["new"]
+            ],
+            use_tqdm=False,
+        )
+        answers.append(
+            {
+                "plugged": hasattr(EngineArgs, "skipcal"),
+                "kind": type(worker.model_runner.get_model()).__name__,
+                "tokens": [list(out.outputs[0].token_ids) for out in outs],
+            }
+        )
+        llm.llm_engine.engine_core.shutdown()
+        del llm, worker
+        cleanup_dist_env_and_memory()
+    return answers
 
 
 def _refusal(each: dict[str, Any]) -> list[str]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from functools import cached_property
+from typing import Any, TypeVar
 
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.loading import LoadedModel
-from skipcal.arch.locate import Architecture, input_device
+from skipcal.arch.locate import Architecture
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.evaluation.full_passes import FullPasses
-from skipcal.runtime.greedy import greedy_decoding, until_stop
-from skipcal.runtime.session import skipping
-from skipcal.text.batching import batches, padded
+from skipcal.evaluation.hosts import Host, host_for
+from skipcal.text.batching import batches
 from skipcal.text.chat_template import WITHOUT, templated
 from skipcal.text.opening import row_ids
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,15 @@ class Subject:
     engine: str = "auto"
     full_passes: FullPasses = field(default_factory=FullPasses, repr=False, compare=False)
 
+    @cached_property
+    def host(self) -> Host:
+        """Whoever decodes answers. Raises as `host_for` does."""
+        return host_for(self.loaded, self.architecture, self.engine)
+
+    def groups(self, items: Sequence[T], batch_size: int) -> Iterator[list[T]]:
+        """The items that are handed to the host together, each time."""
+        return batches(items, max(1, len(items)) if self.host.takes_all else batch_size)
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to go on with.
 
@@ -69,30 +77,25 @@ def answers(
     new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[list[Answer], SkipReport]]:
-    """Answer every prompt (token ids, by item id), batch by batch, the longest first.
+    """Answer every prompt (token ids, by item id), group by group, the longest first.
 
-    One session runs all of them, so between two batches the model is not to be used for anything else.
+    One session runs all of them, so between two groups the model is not to be used for anything else.
     Raises ConfigError for a prompt that leaves no room for `new_tokens` in the model's context.
     """
     check_prompts(subject, prompts, new_tokens)
     # Rows of like length waste little padding; the longest first, so that memory runs out at once or never.
     ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
     decode: Any = subject.loaded.tokenizer.decode
-    with skipping(
-        subject.loaded.model, policy=policy, architecture=subject.architecture, engine=subject.engine
-    ) as run:
-        before = run.report
-        for keys in batches(ordered, batch_size):
-            rows = _generate(subject, [prompts[key] for key in keys], new_tokens)
-            report = run.report
+    with subject.host.decoding(policy, batch_size) as run:
+        for keys in subject.groups(ordered, batch_size):
+            rows, report = run([prompts[key] for key in keys], new_tokens)
             yield (
                 [
                     Answer(key, row, decode(row, skip_special_tokens=True))
                     for key, row in zip(keys, rows, strict=True)
                 ],
-                report.since(before),
+                report,
             )
-            before = report
 
 
 def check_prompts(subject: Subject, prompts: dict[str, list[int]], new_tokens: int) -> None:
@@ -105,11 +108,4 @@ def check_prompts(subject: Subject, prompts: dict[str, list[int]], new_tokens: i
         what = f"item {key!r} has {len(prompt)} tokens, and {new_tokens} more do"
         check_length(model, len(prompt) + new_tokens, what, lower="--new-tokens or leave the item out")
     check_ids(model, prompts.values())
-
-
-def _generate(subject: Subject, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    model: Any = subject.loaded.model
-    ids, mask = padded(prompts, input_device(model), side="left")
-    with torch.no_grad(), greedy_decoding(model) as stops:
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
-    return [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
+    subject.host.reserve(max((len(prompt) for prompt in prompts.values()), default=0) + new_tokens)

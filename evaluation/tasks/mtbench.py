@@ -17,7 +17,6 @@ from skipcal.core.report import SkipReport
 from skipcal.errors import Unavailable
 from skipcal.evaluation.tasks.answers import Subject, answers
 from skipcal.evaluation.tasks.task import AnsweredTask, Record, drawn
-from skipcal.text.batching import batches
 from skipcal.text.corpora import file_sha256
 from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
 
@@ -51,7 +50,7 @@ class MTBench(AnsweredTask[BenchQuestion]):
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """One record a question; the second turn follows the method's own first answer."""
         ordered = sorted(ids, key=lambda key: (-len(self.items[key].turns[0]), key))
-        for keys in batches(ordered, batch_size):
+        for keys in subject.groups(ordered, batch_size):
             talks = {key: [{"role": "user", "content": self.items[key].turns[0]}] for key in keys}
             said: dict[str, list[Any]] = {key: [] for key in keys}
             reports = []
@@ -122,6 +121,7 @@ def _check_context(questions: dict[str, BenchQuestion], new_tokens: int, subject
         longest = sum(map(len, turns)) + 2 * new_tokens
         what = f"question {key} may take {longest} tokens in two turns, which do"
         check_length(subject.loaded.model, longest, what, lower="--new-tokens")
+        subject.host.reserve(longest)
         check_ids(subject.loaded.model, turns)
 
 

@@ -12,7 +12,7 @@ from skipcal.configs.sweep import SummarySettings
 from skipcal.errors import Unavailable
 from skipcal.evaluation.tasks.answers import Answer, Subject
 from skipcal.evaluation.tasks.task import AnsweredTask, Metrics, Record, in_subsets, text_quality
-from skipcal.evaluation.tasks.text_metrics import copy_rate, rouge
+from skipcal.evaluation.tasks.text_metrics import check_rouge, copy_rate, rouge
 from skipcal.text.corpora import file_sha256
 from skipcal.text.question_sets import hub_commit, hub_records, read_records, text_field, unique
 
@@ -65,8 +65,10 @@ class Summarization(AnsweredTask[Story]):
 def load_summarization(settings: SummarySettings, subject: Subject, seed: int) -> Summarization:
     """Read the articles and draw `items` of each bucket.
 
-    Raises Unavailable if there are not so many, ConfigError for articles that do not fit the model.
+    Raises Unavailable if there are not so many, ConfigError for articles that do not fit the model and
+    without the package that scores summaries.
     """
+    check_rouge()
     if settings.data_file is None:
         where, commit = HUB, hub_commit(HUB)
         rows: Iterable[tuple[str, dict[str, Any]]] = (

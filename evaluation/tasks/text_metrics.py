@@ -76,6 +76,11 @@ def _words(text: str) -> list[str]:
     return unicodedata.normalize("NFKC", text).casefold().translate(_PUNCTUATION).split()
 
 
+def check_rouge() -> None:
+    """Raise ConfigError where `rouge` cannot be computed, before there is anything to score."""
+    _rouge_scorer()
+
+
 def rouge(summary: str, reference: str) -> dict[str, float]:
     """ROUGE-1, -2 and -L F1 with stemming, by the package rouge-score."""
     found = _rouge_scorer().score(reference, summary)

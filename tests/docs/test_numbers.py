@@ -180,3 +180,33 @@ def test_the_serving_page_tells_what_was_counted() -> None:
         assert texts == f"{found['texts_equal']} of {found['texts']}"
         assert skips == f"{found['skips']:,} / {found['skips_alone']:,}"
         assert off == str(found["largest_difference_of_a_layer"])
+
+
+def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> None:
+    found = json.loads((RESULTS / "exported.json").read_text())
+    told = " ".join(text_of("docs/serving.md").split())
+    both = [found["vllm_without_the_plug_in"], found["transformers"]]
+    assert all(each["texts_equal"] == each["texts"] == 12 for each in both)
+    assert f"writes 12 of 12 texts of {found['new_tokens']} tokens alike" in told
+    assert f"the full model writes {found['oracle_and_full_model']['texts_equal']} of 12" in told
+    loss = found["loss"]
+    assert (loss["windows"], loss["window_tokens"]) == (8, 256)
+    assert f"{loss['oracle']:.3f}" == f"{loss['exported, transformers']:.3f}"
+    assert f"{loss['oracle']:.3f} with zeros in transformers and exported" in told
+    assert f"{loss['skipcal, teacher-forced, prompt_tokens 1']:.3f} teacher-forced in skipcal" in told
+    assert f"{loss['full']:.3f} the full model" in told
+    assert f"FFNs of {len(found['layers_left_out'])} of 30 layers" in told
+    assert ", ".join(map(str, found["layers_left_out"])) in told
+    left_out, instead = (f"{found[name] / 1e6:.1f} MB" for name in ("bytes_left_out", "bytes_instead"))
+    assert f"{left_out} less; zeros in their place: {instead}" in told
+
+
+def test_the_serving_page_tells_how_evaluations_compare() -> None:
+    found = json.loads((RESULTS / "evaluate_engines.json").read_text())["compared"]
+    gate, full = found["gate"], found["full"]
+    assert gate["largest_difference_of_a_layer"] == 0 and gate["skips"]["eager"] == gate["skips"]["vllm"]
+    told = " ".join(text_of("docs/serving.md").split())
+    assert f"{gate['records']} questions of FreebaseQA" in told
+    texts = [f"{each['texts_equal']} of {each['records']}" for each in (gate, full)]
+    assert f"{texts[0]} texts are equal with the gate and {texts[1]} with the full model" in told
+    assert f"the skips in every layer, {gate['skips']['vllm']:,} in all" in told
