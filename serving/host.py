@@ -57,7 +57,9 @@ class ServingHost:
         self._patches = InstancePatches()
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
         self._state: Any = None  # the rule's, of these tokens
-        self._skipped: Tensor | None = None  # what these skip: [layers, ruled]
+        self._decided: dict[
+            int, Tensor | bool
+        ] = {}  # by layer, which of these skip: [ruled], or the only one
         self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
         self._asked = 0  # FFNs of this pass
 
@@ -87,7 +89,7 @@ class ServingHost:
         methods = [each.method for each in rules]
         if not ruled.any():
             output = forward() if self._proof is None else self._proven(forward)
-            self.tally.add(tokens, ruled, None, methods)
+            self.tally.add(tokens, ruled, {}, methods)
             return output
         if self._proof is not None:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
@@ -99,7 +101,7 @@ class ServingHost:
                     f"{self._asked} of {len(self._blocks)} FFNs asked whether to skip: something else has "
                     "replaced the forward of vLLM's modules"
                 )
-            self.tally.add(tokens, ruled, self._skipped, methods)
+            self.tally.add(tokens, ruled, self._decided, methods)
             return output
         finally:
             self._end_pass()
@@ -126,10 +128,10 @@ class ServingHost:
             ids=None if ids is None else ids[self._rows],
         )
         self._state = self._rule.start(found, device)
-        self._skipped = torch.zeros(len(self._blocks), len(chosen), dtype=torch.bool, device=device)
+        self._decided = {}
 
     def _end_pass(self) -> None:
-        self._rows = self._state = self._skipped = self._h = None
+        self._rows = self._state = self._h = None
         self._asked = 0
 
     @property
@@ -163,8 +165,7 @@ class ServingHost:
             assert self._h is not None
             h, self._h = self._h[self._rows], None  # [ruled, hidden]; later norms may add to it in place
             skip, self._state = self._rule.before(block.index, self._state, h)
-            assert self._skipped is not None
-            self._skipped[block.index] = skip  # a tensor, or the only token's bool
+            self._decided[block.index] = skip
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
