@@ -57,9 +57,7 @@ class ServingHost:
         self._patches = InstancePatches()
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
         self._state: Any = None  # the rule's, of these tokens
-        self._decided: dict[
-            int, Tensor | bool
-        ] = {}  # by layer, which of these skip: [ruled], or the only one
+        self._decided: dict[int, Tensor | bool] = {}  # by layer: those of them that skip, [ruled]
         self._h: Tensor | None = None  # the stream before the FFN to come, of all tokens
         self._asked = 0  # FFNs of this pass
 
