@@ -13,6 +13,7 @@ from typing import Any
 
 from skipcal.serving.counts import NOT_SKIPPING, unknown_request
 from skipcal.serving.metrics import SkipMetrics
+from skipcal.serving.settings import settings_of
 
 logger = logging.getLogger("vllm.skipcal")
 ANSWER_S = 2.0  # how long /metrics waits for an engine that is in the midst of a step
@@ -40,10 +41,10 @@ class SkipEndpoint:
         app.add_middleware(Refreshing, refresh=self._refresh)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Take the engine, and register the metrics."""
-        self._engine = engine_client
-        if await self._ask("skipcal_report") is None:
+        """Take the engine, and register the metrics, where something is skipped."""
+        if settings_of(state.vllm_config.additional_config) is None:
             return
+        self._engine = engine_client
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             logger.warning(
                 "skipcal: several API servers share /metrics, which lacks its lines; GET /skipcal has them"
@@ -55,18 +56,20 @@ class SkipEndpoint:
         REGISTRY.register(self._metrics)
 
     async def _report(self) -> Any:
-        return _present(await self._ask("skipcal_report"))
+        return await self._ask("skipcal_report")
 
     async def _requests(self) -> Any:
-        return _present(await self._ask("skipcal_requests"))
+        return await self._ask("skipcal_requests")
 
     async def _request(self, request_id: str) -> Any:
-        found = _present(await self._ask("skipcal_requests", request_id))
+        found = await self._ask("skipcal_requests", request_id)
         if not found:
             raise _missing(unknown_request(request_id))
         return found
 
     async def _ask(self, method: str, *args: Any) -> Any:
+        if self._engine is None:
+            raise _missing(NOT_SKIPPING)
         return (await self._engine.collective_rpc(method, args=args))[0]
 
     async def _refresh(self) -> None:
@@ -90,12 +93,6 @@ class Refreshing:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
             await self._refresh()
         await self._app(scope, receive, send)
-
-
-def _present(found: Any) -> Any:
-    if found is None:
-        raise _missing(NOT_SKIPPING)
-    return found
 
 
 def _missing(message: str) -> Exception:

@@ -66,7 +66,7 @@ class ServingHost:
         self._registered: dict[str, FFN] = {}  # what is left in the registry: the model's own FFNs
         self._rows: Tensor | slice | None = None  # the tokens under the rule; None: the full model runs
         self._state: Any = None  # the rule's, of these tokens
-        self._skipped: Tensor | None = None  # what these skip: [layers, ruled]
+        self._decided: dict[int, Tensor | bool] = {}  # by layer: those of them that skip, [ruled]
         self._size = 0  # tokens of this pass
         self._asked = 0  # FFNs of this pass
 
@@ -115,7 +115,7 @@ class ServingHost:
         methods = [each.method for each in rules]
         if not ruled.any():
             output = forward() if self._proven else self._proving(len(ruled), forward)
-            self.tally.add(tokens, ruled, None, methods)
+            self.tally.add(tokens, ruled, {}, methods)
             return output
         if not self._proven:
             raise SessionError("the first pass of an engine holds decoded tokens, so nothing is proven yet")
@@ -127,7 +127,7 @@ class ServingHost:
                     f"{self._asked} of {len(self._blocks)} FFNs asked whether to skip: something else has "
                     "replaced the forward of vLLM's modules"
                 )
-            self.tally.add(tokens, ruled, self._skipped, methods)
+            self.tally.add(tokens, ruled, self._decided, methods)
             return output
         finally:
             self._end_pass()
@@ -155,10 +155,10 @@ class ServingHost:
             ids=None if ids is None else ids[self._rows],
         )
         self._state = self._rule.start(found, device)
-        self._skipped = torch.zeros(len(self._blocks), len(chosen), dtype=torch.bool, device=device)
+        self._decided = {}
 
     def _end_pass(self) -> None:
-        self._rows = self._state = self._skipped = None
+        self._rows = self._state = None
         self._asked = 0
 
     @property
@@ -183,8 +183,7 @@ class ServingHost:
             h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
             decision, self._state = self._rule.before(block.index, self._state, h)
             skip = self._agreed(decision)
-            assert self._skipped is not None
-            self._skipped[block.index] = skip  # a tensor, or the only token's bool
+            self._decided[block.index] = skip
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool

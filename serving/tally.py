@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import add
 from typing import Any
 
@@ -34,11 +34,17 @@ class Tally:
         kept = [*self._ended.values(), *self._running.values()]
         return kept if request_id is None else [r for r in kept if belongs(r.request_id, request_id)]
 
-    def add(self, tokens: BatchTokens, ruled: Bools, skipped: Tensor | None, methods: Sequence[str]) -> None:
+    def add(
+        self,
+        tokens: BatchTokens,
+        ruled: Bools,
+        skipped: Mapping[int, Tensor | bool],
+        methods: Sequence[str],
+    ) -> None:
         """Count a pass.
 
-        ruled: tokens to which a rule applied, [tokens]; skipped: what these skipped, [layers, ruled], None
-        where there are none; methods: what each request is judged by, [requests].
+        ruled: tokens to which a rule applied, [tokens]; skipped: by layer which of these skipped, [ruled], or
+        whether the only one did; methods: what each request is judged by, [requests].
         """
         self._end(tokens.ended)
         each = [self._of(tokens, n, method) for n, method in enumerate(methods)]
@@ -53,16 +59,23 @@ class Tally:
             else:
                 self.report.decode_steps += decoded
                 self.report.decode_steps_after_warm_up += past
-        if skipped is not None:
-            self._add_skips(tokens, ruled, skipped.cpu().numpy(), each)
+        if ruled.any():
+            self._add_skips(tokens, ruled, skipped, each)
 
     def _add_skips(
-        self, tokens: BatchTokens, ruled: Bools, skipped: Bools, each: Sequence[RequestReport]
+        self,
+        tokens: BatchTokens,
+        ruled: Bools,
+        skipped: Mapping[int, Tensor | bool],
+        each: Sequence[RequestReport],
     ) -> None:
+        mask = np.zeros((len(self.report.skipped_per_layer), np.count_nonzero(ruled)), dtype=bool)
+        for layer, skip in skipped.items():
+            mask[layer] = skip.cpu().numpy() if isinstance(skip, Tensor) else skip
         self.report.passes += 1
         if ruled.all():
-            _add(self.report.unread_per_layer, np.all(skipped, axis=1))
-        once = skipped & tokens.counted[ruled]
+            _add(self.report.unread_per_layer, np.all(mask, axis=1))
+        once = mask & tokens.counted[ruled]
         owner = tokens.owner[ruled]
         _add(self.report.skipped_per_layer, once.sum(axis=1))
         for n in np.unique(owner):

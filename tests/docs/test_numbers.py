@@ -210,3 +210,18 @@ def test_the_serving_page_tells_how_evaluations_compare() -> None:
     texts = [f"{each['texts_equal']} of {each['records']}" for each in (gate, full)]
     assert f"{texts[0]} texts are equal with the gate and {texts[1]} with the full model" in told
     assert f"the skips in every layer, {gate['skips']['vllm']:,} in all" in told
+
+
+def test_the_serving_page_tells_of_the_served_run() -> None:
+    result = json.loads((RESULTS / "served_run.json").read_text())
+    found = {each["asked"]: each for each in result["compared"]["by_target"]}
+    rows = list(rows_of("docs/serving.md", "asked for"))
+    for (asked, *cells), (target, each) in zip(rows, found.items(), strict=True):
+        assert asked.split(":")[0] == ("nothing" if target is None else f"{target:g}")
+        assert cells[:3] == [str(each[name]) for name in ("answers", "texts_equal", "counts_equal")]
+        assert cells[3] == "-" if each["skip_ratio"] is None else rounds_to(cells[3], each["skip_ratio"])
+    every, second = result["compared"]["all"], result["compared"]["second_turns"]
+    assert (every["answers"], every["near_ties"], every["wrong"]) == (200, 0, 0)
+    assert second["answers"] == second["texts_equal"] == second["counts_equal"] == 40
+    assert result["lost_when_killed"] == 8 and result["counts_from_zero_after_restart"]
+    assert all(life["requests_add_up"] and life["metrics_agree"] for life in result["lives"])

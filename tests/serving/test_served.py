@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def command(llama: Served, settings: Any, port: int) -> list[str]:
 @pytest.fixture(scope="module")
 def ask(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """Status and answer of a request to a server with the gate."""
+    known = [found.name for found in entry_points(group="vllm.endpoint_plugins")]
+    assert "skipcal" in known, "the environment is older than pyproject.toml: make vllm"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

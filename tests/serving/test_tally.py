@@ -16,7 +16,7 @@ def step(tally: Tally, names: Sequence[str], *, ended: Sequence[str] = ()) -> No
     """A pass with a decode step of each request, to which no rule applies."""
     places, nothing = np.arange(len(names)), np.zeros(len(names), dtype=bool)
     tokens = BatchTokens(places, ~nothing, places, (None,) * len(names), tuple(names), tuple(ended))
-    tally.add(tokens, nothing, None, ["static"] * len(names))
+    tally.add(tokens, nothing, {}, ["static"] * len(names))
 
 
 def test_the_last_that_ended_are_kept_and_all_that_run() -> None:
