@@ -25,10 +25,6 @@ from skipcal.serving.operator import FFN, operator_name, through_operator
 from skipcal.serving.proof import SumProof
 
 
-def _own_decision(skip: Tensor | bool) -> Tensor | bool:
-    return skip
-
-
 class ServingHost:
     """Runs the passes it is told of under a policy, and counts what is skipped.
 
@@ -41,12 +37,13 @@ class ServingHost:
         policy: Policy,
         *,
         gathers: bool = True,
-        agreed: Callable[[Tensor | bool], Tensor | bool] = _own_decision,
+        agreed: Callable[[Tensor | bool], Tensor] | None = None,
     ) -> None:
         """Prepare for the blocks of a loaded model; nothing is set on it.
 
         gathers: tokens that run are taken apart from those that skip; False: the FFN runs for all tokens of a
-        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision.
+        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision;
+        None: it has no other.
         """
         policy.check_layers(len(blocks))
         self.report = ServingReport.empty(policy.method, len(blocks))
@@ -166,7 +163,7 @@ class ServingHost:
                 return own(x)
             h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
             decision, self._state = self._rule.before(block.index, self._state, h)
-            skip = self._agreed(decision)
+            skip = decision if self._agreed is None else self._agreed(decision)
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))
             mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool

@@ -14,7 +14,7 @@ from skipcal.errors import ConfigError, SkipcalError
 from skipcal.serving.graphs import cut_at_ffns
 from skipcal.serving.plan import check_same_weights, plan_for
 from skipcal.serving.refusals import OTHER_WEIGHTS, STREAMED_INPUT, check_version
-from skipcal.serving.requests import check_no_beams, wants_skipping
+from skipcal.serving.requests import check_no_beams, check_scores, wants_skipping
 from skipcal.serving.settings import settings_of
 
 
@@ -64,7 +64,7 @@ def start_skipping(worker: Any) -> None:
             blocks,
             plan.policy,
             gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
-            **({"agreed": first_decides} if config.parallel_config.tensor_parallel_size > 1 else {}),
+            agreed=first_decides if config.parallel_config.tensor_parallel_size > 1 else None,
         ),
     )
     watched.attach()
@@ -165,8 +165,9 @@ def _validating(own: Callable[..., Any]) -> Callable[..., Any]:
         if settings_of(self.vllm_config.additional_config) is not None:
             try:
                 wants_skipping(params)
+                check_scores(params)
             except ConfigError as error:  # the one that a server answers as the client's mistake
-                raise VLLMValidationError(str(error), parameter="extra_args") from error
+                raise VLLMValidationError(str(error)) from error
         return own(self, params, *args, **kwargs)
 
     return validate_params

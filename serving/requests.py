@@ -18,6 +18,19 @@ def check_no_beams(params: Any) -> None:
         raise ConfigError(f"{KEY} does not go with beam search, whose beams are new prompts at every token")
 
 
+def check_scores(sampling_params: Any) -> None:
+    """Raise ConfigError for a request that asks for its prompt's scores and wants skipping.
+
+    A prompt runs the full model, so that these scores would be the full model's: whoever measures a text by
+    them would find that skipping costs nothing.
+    """
+    if getattr(sampling_params, "prompt_logprobs", None) is not None and wants_skipping(sampling_params):
+        raise ConfigError(
+            f"prompt_logprobs of a request that skips would be the full model's; ask for them with {KEY}: 0, "
+            "and measure a policy by: skipcal evaluate"
+        )
+
+
 def wants_skipping(sampling_params: Any) -> bool:
     """Whether the request wants it; one that says nothing does. Raises ConfigError for any but 0 and 1."""
     extra = getattr(sampling_params, "extra_args", None) or {}

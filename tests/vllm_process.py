@@ -174,6 +174,7 @@ def _engines(engines: list[dict[str, Any]]) -> list[Any]:
 
 
 def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    import torch
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -187,8 +188,12 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         worker.vllm_config.additional_config = {"skipcal": run["skipcal"]}
         start_skipping(worker)
     before, adapters = _preemptions(llm), run.get("adapters", [None] * len(run["prompts"]))
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in run["prompts"]]
+    if run.get("embedded"):
+        table = worker.model_runner.get_model().model.embed_tokens
+        prompts = [{"prompt_embeds": table(torch.tensor(ids)).detach()} for ids in run["prompts"]]
     outs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in run["prompts"]],
+        prompts,
         [
             SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
             for new, extra in zip(run["new"], run["extra"], strict=True)
@@ -210,8 +215,12 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "report": skip_report(llm),
         "preemptions": _preemptions(llm) - before,
-        "compiled": getattr(worker.model_runner.get_model().model, "compiled", False) if worker else None,
+        "compiled": _compiled(worker.model_runner.get_model()) if worker else None,
     }
+
+
+def _compiled(model: Any) -> bool:
+    return any(getattr(part, "compiled", False) for part in (model, model.model))
 
 
 def _asking_wrongly(llm: Any, prompt: list[int]) -> None:
@@ -247,7 +256,15 @@ def _losing_weights(llm: Any, prompt: list[int]) -> None:
     Worker.sleep(llm.llm_engine.model_executor.driver_worker.worker, 2)
 
 
-_ASKED_WRONGLY = (_asking_wrongly, _searching_by_beams, _streaming, _reloading, _losing_weights)
+def _scoring(llm: Any, prompt: list[int]) -> None:
+    from vllm import SamplingParams
+
+    llm.generate([{"prompt_token_ids": prompt}], SamplingParams(prompt_logprobs=0), use_tqdm=False)
+
+
+_ASKED_WRONGLY = (
+    _asking_wrongly, _searching_by_beams, _streaming, _scoring, _reloading, _losing_weights
+)  # fmt: skip
 
 
 def _preemptions(llm: Any) -> int:

@@ -13,7 +13,7 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, ProfileError, TargetOutOfReach, Unavailable
 from skipcal.profiles.schema import SkipProfile
-from skipcal.serving.requests import check_no_beams, wants_skipping
+from skipcal.serving.requests import check_no_beams, check_scores, wants_skipping
 from skipcal.serving.settings import SERVED, ServingSettings, policy_of, settings_of
 
 
@@ -118,6 +118,17 @@ def test_a_request_skips_unless_it_says_0(extra: Any, wanted: bool) -> None:
 def test_a_request_that_says_anything_else_is_refused(asked: Any) -> None:
     with pytest.raises(ConfigError, match="expected 0 for the full model, or 1"):
         wants_skipping(SimpleNamespace(extra_args={"skipcal": asked}))
+
+
+@pytest.mark.parametrize("extra", [None, {"skipcal": 1}])
+def test_scores_of_a_prompt_are_refused_for_they_would_be_the_full_models(extra: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="prompt_logprobs of a request that skips would be the full model's"
+    ):
+        check_scores(SimpleNamespace(extra_args=extra, prompt_logprobs=0))
+    check_scores(SimpleNamespace(extra_args=extra, prompt_logprobs=None))
+    check_scores(SimpleNamespace(extra_args={"skipcal": 0}, prompt_logprobs=5))
+    check_scores(SimpleNamespace(pooling="params of a model that does not decode"))
 
 
 def test_a_beam_search_is_refused() -> None:
