@@ -28,10 +28,6 @@ from skipcal.serving.tally import Tally
 from skipcal.serving.targets import RequestRule, TargetRules
 
 
-def _own_decision(skip: Tensor | bool) -> Tensor | bool:
-    return skip
-
-
 class ServingHost:
     """Runs the passes it is told of under a policy, and counts what is skipped.
 
@@ -45,13 +41,14 @@ class ServingHost:
         *,
         policy_at: Callable[[float], Policy] | None = None,
         gathers: bool = True,
-        agreed: Callable[[Tensor | bool], Tensor | bool] = _own_decision,
+        agreed: Callable[[Tensor | bool], Tensor] | None = None,
     ) -> None:
         """Prepare for the blocks of a loaded model; nothing is set on it.
 
         policy: of requests that say nothing; policy_at: of those with a target skip ratio of their own.
         gathers: tokens that run are taken apart from those that skip; False: the FFN runs for all tokens of a
-        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision.
+        pass unless all of them skip. agreed: what all processes that share a layer do, given one's decision;
+        None: it has no other.
         """
         policy.check_layers(len(blocks))
         self.tally = Tally(policy.method, len(blocks))
@@ -182,7 +179,7 @@ class ServingHost:
                 return own(x)
             h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
             decision, self._state = self._rule.before(block.index, self._state, h)
-            skip = self._agreed(decision)
+            skip = decision if self._agreed is None else self._agreed(decision)
             self._decided[block.index] = skip
             if len(x) == 1:
                 return self._one(block.index, own, x, h, bool(skip))

@@ -12,7 +12,7 @@ from skipcal.profiles.fits import check_shape, check_weights
 from skipcal.profiles.schema import SkipProfile
 from skipcal.serving.blocks import check_family
 from skipcal.serving.refusals import check_engine_config
-from skipcal.serving.requests import FULL, target_asked
+from skipcal.serving.requests import FULL, check_scores, target_asked
 from skipcal.serving.settings import KEY, ServingSettings, policy_of, settings_of
 from skipcal.serving.weights import served_fingerprint
 
@@ -64,6 +64,8 @@ def plan_for(vllm_config: Any) -> Plan | None:
 def check_request(plan: Plan | None, params: Any) -> None:
     """Raise ConfigError for what an engine does not serve; plan: None where it never skips."""
     target = target_asked(params)
+    if plan is not None:
+        check_scores(params)
     if target is None or target == FULL:
         return
     if plan is None:

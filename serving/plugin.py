@@ -70,7 +70,7 @@ def start_skipping(worker: Any) -> None:
             plan.policy,
             policy_at=plan.policy_at,
             gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
-            **({"agreed": first_decides} if config.parallel_config.tensor_parallel_size > 1 else {}),
+            agreed=first_decides if config.parallel_config.tensor_parallel_size > 1 else None,
         ),
     )
     watched.attach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from skipcal.serving.settings import KEY, ServingSettings
 NO_COMPILATION, TRACED_ONCE, COMPILED_IN_PIECES = 0, 2, 3  # of vLLM's CompilationMode
 VLLM = "0.32"  # every seam but the entry point is internal to vLLM, and may move with each release
 
+_BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"  # which vLLM also sets by itself
 OTHER_WEIGHTS = (
     f"{KEY}: other weights are refused while a model skips, a profile holds for those it was made on; start "
     "an engine for the new ones"
@@ -81,6 +83,8 @@ def against_compilation(config: Any) -> Iterator[str]:
         return
     if mode == NO_COMPILATION and compilation.cudagraph_mode.name != "NONE":
         yield "CUDA graphs of a model that is not compiled would replay the full model; add --enforce-eager"
+    if compilation.cudagraph_mode.name != "NONE" and os.environ.get(_BREAKABLE) == "1":
+        yield f"breakable CUDA graphs would replay the full model; set {_BREAKABLE}=0"
     if mode == COMPILED_IN_PIECES and compilation.use_inductor_graph_partition:
         yield "pieces cut by inductor have not been tried; leave out use_inductor_graph_partition"
     elif mode == COMPILED_IN_PIECES and not compilation.splitting_ops_contain_attention():

@@ -25,6 +25,20 @@ def check_no_beams(params: Any) -> None:
         raise ConfigError(f"{KEY} does not go with beam search, whose beams are new prompts at every token")
 
 
+def check_scores(sampling_params: Any) -> None:
+    """Raise ConfigError for a request that asks for its prompt's scores and wants skipping.
+
+    A prompt runs the full model, so that these scores would be the full model's: whoever measures a text by
+    them would find that skipping costs nothing.
+    """
+    asks = getattr(sampling_params, "prompt_logprobs", None) is not None
+    if asks and target_asked(sampling_params) != FULL:
+        raise ConfigError(
+            f"prompt_logprobs of a request that skips would be the full model's; ask for them with {KEY}: 0, "
+            "and measure a policy by: skipcal evaluate"
+        )
+
+
 def target_asked(sampling_params: Any) -> float | None:
     """The target skip ratio of a request; FULL: the full model; None: what the engine was started with.
 

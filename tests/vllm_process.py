@@ -213,6 +213,7 @@ def _engines(engines: list[dict[str, Any]]) -> list[Any]:
 
 
 def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    import torch
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -228,8 +229,12 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         start_skipping(worker)
         llm.llm_engine.input_processor.skipcal = plan_for(worker.vllm_config)
     before, adapters = _preemptions(llm), run.get("adapters", [None] * len(run["prompts"]))
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in run["prompts"]]
+    if run.get("embedded"):
+        table = worker.model_runner.get_model().model.embed_tokens
+        prompts = [{"prompt_embeds": table(torch.tensor(ids)).detach()} for ids in run["prompts"]]
     outs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in run["prompts"]],
+        prompts,
         [
             SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
             for new, extra in zip(run["new"], run["extra"], strict=True)
@@ -249,7 +254,7 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         "report": skip_report(llm),
         "requests": [request_reports(llm, out.request_id) for out in outs],
         "preemptions": _preemptions(llm) - before,
-        "compiled": getattr(worker.model_runner.get_model().model, "compiled", False) if worker else None,
+        "compiled": _compiled(worker.model_runner.get_model()) if worker else None,
     }
 
 
@@ -260,6 +265,10 @@ def _error(ask: Callable[[Any, list[int]], None], llm: Any, prompt: list[int]) -
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _compiled(model: Any) -> bool:
+    return any(getattr(part, "compiled", False) for part in (model, model.model))
 
 
 def _generating(extra: dict[str, Any]) -> Callable[[Any, list[int]], None]:
@@ -296,7 +305,13 @@ def _losing_weights(llm: Any, prompt: list[int]) -> None:
     Worker.sleep(llm.llm_engine.model_executor.driver_worker.worker, 2)
 
 
-_ASKED_WRONGLY = (_searching_by_beams, _streaming, _reloading, _losing_weights)
+def _scoring(llm: Any, prompt: list[int]) -> None:
+    from vllm import SamplingParams
+
+    llm.generate([{"prompt_token_ids": prompt}], SamplingParams(prompt_logprobs=0), use_tqdm=False)
+
+
+_ASKED_WRONGLY = (_searching_by_beams, _streaming, _scoring, _reloading, _losing_weights)
 
 
 def _preemptions(llm: Any) -> int:

@@ -20,32 +20,41 @@ CHUNKED = {
     "max_num_batched_tokens": 4,
     "enable_chunked_prefill": True,
 }
+EMBEDDED = {**TOGETHER, "enable_prompt_embeds": True}
 # 32 tokens a block, one of the blocks is vLLM's own: four requests begin, and cannot all go on to a second.
 SHORT_OF_MEMORY = {"max_num_seqs": 4, "max_model_len": 64, "block_size": 32, "num_gpu_blocks_override": 6}
 LONG = [40, 46, 34, 50, 42, 37]  # tokens that need one
 
 
-OF_EVERY_FAMILY = ("ffn-skip", "static")
+@pytest.fixture(scope="module")
+def models(
+    vllm: None, llama: Served, tmp_path_factory: pytest.TempPathFactory, worded_text: Path
+) -> dict[str, Served]:
+    return {
+        name: llama if name == "llama" else Served(name, tmp_path_factory.mktemp(name), worded_text)
+        for name in LAID_OUT
+    }
+
+
+def methods_of(name: str) -> tuple[str, ...]:
+    return tuple(METHODS) if name == "llama" else ("ffn-skip", "static")
+
+
+def answered(models: dict[str, Served], options: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """By family and method, what vLLM made of it."""
+    job = [
+        {"model": model.folder, "options": options, "runs": [model.run(m) for m in methods_of(name)]}
+        for name, model in models.items()
+    ]
+    return {
+        name: dict(zip(methods_of(name), answers, strict=True))
+        for name, answers in zip(models, in_vllm({"engines": job}, folder), strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
-def families(
-    vllm: None, llama: Served, tmp_path_factory: pytest.TempPathFactory, worded_text: Path
-) -> dict[str, tuple[Served, dict[str, Any]]]:
-    """By name, a model and by method what vLLM made of it; all methods for Llama."""
-    models = {"llama": llama} | {
-        name: Served(name, tmp_path_factory.mktemp(name), worded_text) for name in LAID_OUT if name != "llama"
-    }
-    methods = {name: tuple(METHODS) if name == "llama" else OF_EVERY_FAMILY for name in models}
-    job = [
-        {"model": model.folder, "options": TOGETHER, "runs": [model.run(m) for m in methods[name]]}
-        for name, model in models.items()
-    ]
-    answers = in_vllm({"engines": job}, tmp_path_factory.mktemp("families"))
-    return {
-        name: (model, dict(zip(methods[name], found, strict=True)))
-        for (name, model), found in zip(models.items(), answers, strict=True)
-    }
+def eager(models: dict[str, Served], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return answered(models, TOGETHER, tmp_path_factory.mktemp("families"))
 
 
 def summed(skipped: list[list[int]]) -> list[int]:
@@ -67,10 +76,11 @@ def assert_equal(
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_every_family_decodes_and_skips_as_alone_in_transformers(name: str, families: dict[str, Any]) -> None:
-    model, answers = families[name]
-    for method, got in answers.items():
-        expected = model.alone(method)
+def test_every_family_decodes_and_skips_as_alone_in_transformers(
+    name: str, models: dict[str, Served], eager: dict[str, Any]
+) -> None:
+    for method, got in eager[name].items():
+        expected = models[name].alone(method)
         assert not got["compiled"]
         assert_equal(got, expected, warm_up=3)
         assert (sum(summed(expected[1])) > 0) == (method != "full")
@@ -80,12 +90,16 @@ COMPILED = {**TOGETHER, "enforce_eager": False}
 TRACED = {**COMPILED, "compilation_config": {"mode": 2, "backend": "eager"}}  # by dynamo alone: quick
 
 
-def test_compiled_passes_decide_and_skip_as_eager_ones(llama: Served, tmp_path: Path) -> None:
-    runs = [llama.run(method) for method in METHODS]  # what is compiled for the first serves all of them
-    [answers] = in_vllm({"engines": [{"model": llama.folder, "options": TRACED, "runs": runs}]}, tmp_path)
-    for method, got in zip(METHODS, answers, strict=True):
-        assert got["compiled"]
-        assert_equal(got, llama.alone(method), warm_up=3)
+AS_A_WHOLE = "ernie4_5"  # compiled with its head, others without
+ENDS_IN_NORM = "gemma2"  # its FFN block does
+
+
+def test_compiled_passes_decide_and_skip_as_eager_ones(models: dict[str, Served], tmp_path: Path) -> None:
+    some = {name: models[name] for name in ("llama", AS_A_WHOLE, ENDS_IN_NORM)}
+    for name, answers in answered(some, TRACED, tmp_path).items():
+        for method, got in answers.items():  # what was compiled for the first serves all of them
+            assert got["compiled"]
+            assert_equal(got, models[name].alone(method), warm_up=3)
 
 
 def test_what_compilers_keep_on_disk_serves_another_profile_under_the_same_settings(
@@ -111,12 +125,17 @@ PER_TOKEN = ("ffn-skip", "gate")  # methods by which a token's own stream decide
 
 @pytest.fixture(scope="module")
 def pressed(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By name of the engine and method: prompts in chunks, and too little memory for all that run."""
-    engines = {"chunked": (CHUNKED, NEW), "preempted": (SHORT_OF_MEMORY, LONG)}
+    """By name of the engine and method: prompts in chunks, too little memory, prompts as embeddings."""
+    engines = {
+        "chunked": (CHUNKED, NEW), "preempted": (SHORT_OF_MEMORY, LONG), "embedded": (EMBEDDED, NEW)
+    }  # fmt: skip
     job = [
-        {"model": llama.folder, "options": options, "runs": [llama.run(m, new=new) for m in PER_TOKEN]}
-        for options, new in engines.values()
-    ]
+        {
+            "model": llama.folder, "options": options,
+            "runs": [{**llama.run(m, new=new), "embedded": name == "embedded"} for m in PER_TOKEN],
+        }
+        for name, (options, new) in engines.items()
+    ]  # fmt: skip
     answers = in_vllm({"engines": job}, tmp_path_factory.mktemp("pressed"))
     return {
         name: dict(zip(PER_TOKEN, found, strict=True)) for name, found in zip(engines, answers, strict=True)
@@ -124,8 +143,11 @@ def pressed(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("method", PER_TOKEN)
-def test_prompts_in_chunks_change_nothing(method: str, llama: Served, pressed: dict[str, Any]) -> None:
-    assert_equal(pressed["chunked"][method], llama.alone(method), warm_up=3)
+@pytest.mark.parametrize("how", ["chunked", "embedded"])
+def test_prompts_in_chunks_and_as_embeddings_change_nothing(
+    how: str, method: str, llama: Served, pressed: dict[str, Any]
+) -> None:
+    assert_equal(pressed[how][method], llama.alone(method), warm_up=3)
 
 
 @pytest.mark.parametrize("method", PER_TOKEN)
@@ -160,6 +182,7 @@ def test_a_request_that_opts_out_gets_the_full_model_beside_others_that_skip(
         "VLLMValidationError: the key 'skipcal_target_skip_ratio' of a request is not known there",
         "ConfigError: skipcal does not go with beam search",
         "VLLMValidationError: skipcal: input that is streamed is refused",
+        "VLLMValidationError: prompt_logprobs of a request that skips",
     ]
     wrong, other_weights = early["refused"][:-2], early["refused"][-2:]  # and the engine goes on
     assert [got[: len(text)] for got, text in zip(wrong, said, strict=True)] == said
@@ -220,9 +243,8 @@ def test_each_request_gets_its_own_adapter_beside_others(llama: Served, tmp_path
         assert_equal(got, expected, warm_up=3)
 
 
-@pytest.mark.parametrize("method", PER_TOKEN)
-def test_processes_that_share_the_layers_decide_as_one(method: str, llama: Served, tmp_path: Path) -> None:
+def test_processes_that_share_the_layers_decide_as_one(llama: Served, tmp_path: Path) -> None:
     options = {**TOGETHER, "tensor_parallel_size": 2}
-    job = {"engines": [{"model": llama.folder, "options": options, "runs": [llama.run(method)]}]}
+    job = {"engines": [{"model": llama.folder, "options": options, "runs": [llama.run("ffn-skip")]}]}
     [[got]] = in_vllm(job, tmp_path)
-    assert_equal(got, llama.alone(method), warm_up=3)
+    assert_equal(got, llama.alone("ffn-skip"), warm_up=3)

@@ -143,6 +143,16 @@ def test_what_is_known_to_work_or_written_for_gpus_is_not_refused(changes: dict[
     check_engine_config(config(**changes), ServingSettings(profile="p"))
 
 
+def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    graphs = on_gpu(CompilationMode.VLLM_COMPILE, CUDAGraphMode.PIECEWISE)
+    with pytest.raises(ConfigError, match=r"breakable CUDA graphs .*; set VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        check_engine_config(config(**graphs), ServingSettings(profile="p"))
+    check_engine_config(
+        config(**on_gpu(CompilationMode.NONE, CUDAGraphMode.NONE)), ServingSettings(profile="p")
+    )
+
+
 @pytest.mark.parametrize("graphs", CUDAGraphMode)
 def test_pieces_of_a_model_are_cut_at_its_ffns_too(graphs: CUDAGraphMode) -> None:
     found = config(**on_gpu(CompilationMode.VLLM_COMPILE, graphs))

@@ -12,7 +12,7 @@ from documents import document, tuned_document, write
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.profiles.schema import SkipProfile
 from skipcal.serving.plan import Plan, check_request
-from skipcal.serving.requests import check_body, check_no_beams, target_asked
+from skipcal.serving.requests import check_body, check_no_beams, check_scores, target_asked
 from skipcal.serving.settings import ServingSettings, policy_of
 
 
@@ -132,3 +132,14 @@ def test_a_beam_search_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not go with beam search"):
         check_no_beams(BeamSearchParams())
     check_no_beams(asking(None))
+
+
+@pytest.mark.parametrize("extra", [None, {"skipcal": 1}])
+def test_scores_of_a_prompt_are_refused_for_they_would_be_the_full_models(extra: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="prompt_logprobs of a request that skips would be the full model's"
+    ):
+        check_scores(SimpleNamespace(extra_args=extra, prompt_logprobs=0))
+    check_scores(SimpleNamespace(extra_args=extra, prompt_logprobs=None))
+    check_scores(SimpleNamespace(extra_args={"skipcal": 0}, prompt_logprobs=5))
+    check_scores(SimpleNamespace(pooling="params of a model that does not decode"))
