@@ -59,7 +59,7 @@ def _stock(engines: list[dict[str, Any]]) -> list[Any]:
     answers = []
     for engine in engines:
         llm = LLM(
-            engine["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
+            engine["model"], dtype="float32", enforce_eager=not engine["compiled"], skip_tokenizer_init=True,
             max_model_len=64, max_num_seqs=4,
         )  # fmt: skip
         worker: Any = llm.llm_engine.model_executor.driver_worker.worker
@@ -75,6 +75,7 @@ def _stock(engines: list[dict[str, Any]]) -> list[Any]:
             {
                 "plugged": hasattr(EngineArgs, "skipcal"),
                 "kind": type(worker.model_runner.get_model()).__name__,
+                "mode": int(llm.llm_engine.vllm_config.compilation_config.mode),
                 "tokens": [list(out.outputs[0].token_ids) for out in outs],
             }
         )
