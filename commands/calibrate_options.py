@@ -129,7 +129,13 @@ LoopWindows = Annotated[
 ]
 GateOutput = Annotated[
     str | None,
-    option("--output", "-o", metavar="FILE", section=OUTPUT, help="Default: profiles/<model>-<method>.json."),
+    option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        section=OUTPUT,
+        help="Default: profiles/<model>-gate.json, or -static.json.",
+    ),
 ]
 
 # tune

@@ -38,11 +38,12 @@ def fit(
     debug: opt.Debug = False,
     **shared: Any,
 ) -> None:
-    """Fit a gate that decides before each FFN, or fixed sets, and surrogates.
+    """Fit a gate or fixed sets of FFNs, and surrogates.
 
-    Surrogates stand in for what is skipped. The result is the profile with the gate as its policy, or the
-    largest set, and a file of tensors beside it. A gate is for few requests at a time, sets for batches. A
-    profile of the same model comes first: skipcal profile.
+    A gate decides for each token before each FFN, for few requests at a time; a set is the same for all
+    tokens, for batches. Surrogates stand in for what is skipped. The result is the profile with the gate or
+    the largest set as its policy, and a file of tensors beside it. A profile of the same model comes first:
+    skipcal profile.
 
     Example: skipcal fit --profile smollm2-135m-instruct -o gated.json
     """

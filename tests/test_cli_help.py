@@ -150,6 +150,6 @@ def test_options_offer_the_names_that_are_known() -> None:
 
     assert completion.shapes("llama") == sorted(name for name in shapes() if name.startswith("llama"))
     assert completion.configs("") == shipped_configs()
-    assert completion.rules("stat") == ["static", "static+surrogates"]
+    assert completion.rules("stat") == ["static", "static+surrogates", "static+fitted"]
     assert "gsm8k" in completion.corpora("g")
     assert completion.listed(completion.one_of("a1", "a2", "b"))("b,a") == ["b,a1", "b,a2"]
