@@ -26,7 +26,7 @@ from skipcal.errors import ConfigError
 from skipcal.fit.held_out import HeldOutLoss
 from skipcal.fit.layer_sweep import RowSweep
 from skipcal.fit.prepared import TARGETS, Prepared
-from skipcal.fit.set_sweep import SetSweep
+from skipcal.fit.set_sweep import NOTHING, SetSweep
 from skipcal.profiles.fixed_sets import SETS_SUFFIX, FixedSet, FixedSets, FixedSetsFit
 from skipcal.profiles.methods import nearest_count
 from skipcal.profiles.parts import StaticSettings, tensors_file
@@ -96,9 +96,10 @@ def _grown(prepared: Prepared, count: int) -> list[Mapping[int, LowRank]]:
     loss = HeldOutLoss(prepared, TRIED_ON)
     chosen: list[int] = []
     path: list[Mapping[int, LowRank]] = []
+    found = NOTHING
     for _ in tqdm(range(count), desc="fixed sets", unit="FFN", leave=False, disable=None):
         others = [layer for layer in prepared.layers if layer not in chosen]
-        found = sweep.fit(chosen, others)
+        found = sweep.fit(chosen, others, before=found, changed=chosen[-1] if chosen else 0)
         if chosen:
             path.append(_some(found.surrogates, chosen))
 
@@ -106,7 +107,7 @@ def _grown(prepared: Prepared, count: int) -> list[Mapping[int, LowRank]]:
             return fmean(loss(_policy(Surrogates(_some(maps, [*chosen, layer])), warm_up)).values())
 
         chosen.append(min(sorted(others, key=found.damage.__getitem__)[:TRIED], key=excess))
-    return [*path, _some(sweep.fit(chosen).surrogates, chosen)]
+    return [*path, _some(sweep.fit(chosen, before=found, changed=chosen[-1]).surrogates, chosen)]
 
 
 def _some(maps: Mapping[int, LowRank], layers: Sequence[int]) -> dict[int, LowRank]:

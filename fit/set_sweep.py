@@ -37,6 +37,9 @@ class SetFit:
     damage: Mapping[int, float]
 
 
+NOTHING = SetFit({}, {})
+
+
 class SetSweep:
     """Fits surrogates on rows of text, of which every token past the warm-up skips the same FFNs."""
 
@@ -47,13 +50,21 @@ class SetSweep:
         self._rank = rank
 
     @torch.no_grad()
-    def fit(self, skipped: Collection[int], candidates: Collection[int] = ()) -> SetFit:
+    def fit(
+        self,
+        skipped: Collection[int],
+        candidates: Collection[int] = (),
+        *,
+        before: SetFit = NOTHING,
+        changed: int = 0,
+    ) -> SetFit:
         """Surrogates of the layers `skipped`, each fitted on the stream that those before it leave.
 
-        candidates: layers that run, whose surrogates and damages are found as well.
+        candidates: layers that run, whose surrogates and damages are found as well. before: what was found
+        for a set that is the same below the layer `changed`; it is taken over up to there.
         """
-        surrogates: dict[int, LowRank] = {}
-        damage: dict[int, float] = {}
+        surrogates = {layer: found for layer, found in before.surrogates.items() if layer < changed}
+        damage = {layer: found for layer, found in before.damage.items() if layer < changed}
         with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
             store = self._rows.embedded(_made(Path(folder, "skipping")))
             full: StreamStore | None = None  # the full model's streams, once they are others
@@ -65,12 +76,17 @@ class SetSweep:
                     full = store.copied(_made(Path(folder, "full")))
                 if full is not None:
                     self._rows.run(block, full)
-                if not skip and block.index not in candidates:
+                known = block.index < changed
+                if not skip and (known or block.index not in candidates):
                     self._rows.run(block, store)
                     continue
-                found = self._surrogate(block, store, full)
-                surrogates[block.index] = found
-                damage[block.index] = self._apply(block, store, full, found, skip=skip)
+                if known:
+                    for _ in self._rows.open(block, store):
+                        pass
+                else:
+                    surrogates[block.index] = self._surrogate(block, store, full)
+                found = self._apply(block, store, full, surrogates[block.index], skip=skip)
+                damage.setdefault(block.index, found)
         return SetFit(surrogates, damage)
 
     def _surrogate(self, block: Block, store: StreamStore, full: StreamStore | None) -> LowRank:

@@ -167,6 +167,18 @@ def test_candidates_run_and_change_nothing(model: Any, damage: FisherDamage) -> 
     assert sorted(beside.surrogates) == [1, 2, 3, 4] and sorted(alone.surrogates) == [2, 4]
 
 
+@pytest.mark.parametrize("added", [1, 2, 4])
+def test_what_lies_before_the_last_change_is_taken_over(model: Any, damage: FisherDamage, added: int) -> None:
+    sweep = set_sweep(model, damage)
+    smaller = sweep.fit([3], [1, 2, 4])
+    skipped, others = sorted([3, added]), [layer for layer in (1, 2, 4) if layer != added]
+    anew, grown = sweep.fit(skipped, others), sweep.fit(skipped, others, before=smaller, changed=added)
+    assert grown.damage == anew.damage
+    for layer, expected in anew.surrogates.items():
+        assert torch.equal(grown.surrogates[layer].up, expected.up)
+        assert torch.equal(grown.surrogates[layer].bias, expected.bias)
+
+
 def test_batches_of_any_size_fit_the_same(model: Any, damage: FisherDamage) -> None:
     one, all_at_once = (set_sweep(model, damage, batch_size=size).fit([1, 3]) for size in (1, 10))
     for layer in (1, 3):
