@@ -182,6 +182,22 @@ def test_the_serving_page_tells_what_was_counted() -> None:
         assert off == str(found["largest_difference_of_a_layer"])
 
 
+def test_the_serving_page_tells_how_fast_it_was() -> None:
+    result = json.loads((RESULTS / "serving_speed.json").read_text())
+    rows = list(rows_of("docs/serving.md", "decoded by"))
+    assert {row[0].strip("`") for row in rows} == set(result["requests"]["1"]) - {"vllm"}
+    for arm, *cells in rows:
+        for requests, said in zip("128", cells, strict=True):
+            found = result["requests"][requests][arm.strip("`")]["over_vllm"]
+            assert found["rounds"] == 5
+            expected = [found[name] for name in ("median", "min", "max")]
+            assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), (arm, requests)
+    told, one = " ".join(text_of("docs/serving.md").split()), result["requests"]["1"]
+    assert f"of a step that takes {1000 / one['vllm']['tokens_per_s']:.0f} ms" in told
+    assert f"{100 * (1 - one['gate, never']['over_vllm']['median']):.1f} % at one request" in told
+    assert f"leaves {result['requests']['8']['gate']['unread']:.3f} of the weights unread" in told
+
+
 def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> None:
     found = json.loads((RESULTS / "exported.json").read_text())
     told = " ".join(text_of("docs/serving.md").split())
