@@ -8,7 +8,6 @@ share of weight bytes beside it, for a layer is more than its FFN.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ from skipcal.core.substituted import Substituted
 from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
 from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
+from skipcal.profiles.policies import whole_number
 from skipcal.profiles.schema import SkipProfile
 
 
@@ -157,7 +157,7 @@ def skipdecode_for(target: float, layers: int, steps: int, warm_up_layers: int =
 def nearest_count(method: str, target: float, layers: int) -> int:
     """The number of layers closest to `target` of them, ties to fewer; at least one."""
     check_ratio(method, target, (layers - 1) / layers)
-    return max(1, math.ceil(target * layers - 0.5 - 1e-9))
+    return whole_number(target, layers)
 
 
 def largest(values: np.ndarray, count: int) -> tuple[int, ...]:

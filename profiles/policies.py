@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -91,10 +92,10 @@ class ProfilePolicies(ProfileData):
         return Substituted(policy, self.tensors().surrogates)
 
     def fitted_policy(self, target_skip_ratio: float, warm_up_tokens: int) -> Policy:
-        """The fitted set that skips `target_skip_ratio`; between two sets there is none.
+        """The fitted set of as many FFNs as come closest to `target_skip_ratio`.
 
-        Raises TargetOutOfReach for a ratio at which no set was fitted, ConfigError if there are no sets; for
-        their tensors see `gate_policy`.
+        Raises TargetOutOfReach where no set has so many, ConfigError if there are no sets; for their tensors
+        see `gate_policy`.
         """
         from skipcal.core.policy import FULL_MODEL_THRESHOLD
 
@@ -104,9 +105,9 @@ class ProfilePolicies(ProfileData):
             raise ConfigError(
                 "this profile has no fitted sets; fit some with: skipcal fit --method static --profile FILE"
             )
-        size = target_skip_ratio * self.model.num_layers
+        count = whole_number(target_skip_ratio, self.model.num_layers)
         for each in self.fixed_sets.sets:
-            if abs(each.target_skip_ratio - target_skip_ratio) < 1e-9 or abs(len(each.layers) - size) < 1e-6:
+            if len(each.layers) == count:
                 return self.static_policy(
                     StaticSettings(layers=each.layers, warm_up_tokens=warm_up_tokens, surrogates="fitted")
                 )
@@ -115,6 +116,11 @@ class ProfilePolicies(ProfileData):
             f"target skip ratio {target_skip_ratio:g}: this profile has sets fitted for {known}; give one of "
             "these, or fit another with: skipcal fit --method static --target-skip-ratio"
         )
+
+
+def whole_number(target: float, layers: int) -> int:
+    """The number of layers closest to `target` of them, ties to fewer; at least one."""
+    return max(1, math.ceil(target * layers - 0.5 - 1e-9))
 
 
 def threshold_for(

@@ -161,7 +161,7 @@ def test_fixed_sets_are_fitted_shown_run_and_searched(here: Path) -> None:
     )
     report = json.loads(run(*ask).stdout)["report"]
     assert report["method"] == "static+fitted" and report["skip_ratio"] == 3 / 8
-    assert "sets fitted for 0.15, 0.3, 0.4; give one" in refused(*ask, "--target-skip-ratio", "0.2", code=2)
+    assert "sets fitted for 0.15, 0.3, 0.4; give one" in refused(*ask, "--target-skip-ratio", "0.6", code=2)
 
     search = [
         "tune", *MODEL, "--profile", "sets.json", "--data-files", "words.txt", "--prompts", "4",

@@ -154,6 +154,24 @@ def test_the_three_ratios_are_those_of_the_shipped_profile() -> None:
             assert rounds_to(said, point[f"{kind}_skip_ratio"]), (target, kind)
 
 
+def test_the_page_of_fixed_sets_tells_what_was_measured() -> None:
+    found = pd.read_csv(RESULTS / "smollm2_fixed_sets" / "results.csv")
+    rows = list(rows_of("docs/fixed-sets.md", "method | asked for | realised"))
+    assert len(rows) == 8
+    for method, target, *cells in rows:
+        name = method.strip("`")
+        check_loss(cells, name, float(target), found[found.subset == "all"])
+        arm = found[
+            (found.method == name)
+            & (found.target_skip_ratio == float(target))
+            & (found.metric == "excess_nll")
+        ].set_index("subset")["value"]
+        assert rounds_to(cells[3], float(arm["wikitext"])) and rounds_to(cells[4], float(arm["c4"]))
+    fitted = json.loads((RESULTS / "smollm2_fixed_sets" / "fit.json").read_text())["fixed_sets"]
+    assert fitted["sets"][-1]["layers"] == list(range(12, 19))
+    assert (fitted["fit"]["tokens"], fitted["fit"]["rank"]) == (27_216, 114)
+
+
 def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
     groups = json.loads((ROOT / "tests" / "mutation.json").read_text())["groups"]
     told = (ROOT / "CONTRIBUTING.md").read_text()
