@@ -216,8 +216,7 @@ class _Tuner:
             yield Candidate(line, self._profile.static_policy(settings), settings)
 
     def _fitted(self, warm_up: int) -> Iterator[Candidate]:
-        assert self._profile.fixed_sets is not None
-        for each in self._profile.fixed_sets.sets:
+        for each in self._profile.fitted_sets().sets:
             settings = StaticSettings(layers=each.layers, surrogates="fitted", warm_up_tokens=warm_up)
             yield Candidate(FITTED, self._profile.static_policy(settings), settings)
 

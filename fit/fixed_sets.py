@@ -50,9 +50,8 @@ def fit_fixed_sets(loaded: LoadedModel, profile: SkipProfile, config: FitConfig)
     wanted = sorted(
         {ratio for ratio in TARGETS if ratio < config.target_skip_ratio} | {config.target_skip_ratio}
     )
-    counts = {
-        nearest_count("static", ratio, layers): ratio for ratio in wanted
-    }  # of equal sets the last ratio
+    # Sets that have as many FFNs are one, named by the last of their ratios.
+    counts = {nearest_count("static", ratio, layers): ratio for ratio in wanted}
     if max(counts) > len(prepared.layers):
         raise ConfigError(
             f"a set of {max(counts)} FFNs is wanted, but only {len(prepared.layers)} may be skipped; lower "

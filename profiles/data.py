@@ -124,15 +124,19 @@ class ProfileData(BaseModel):
         )
         return self._tensors
 
-    def set_tensors(self) -> SetTensors:
-        """The surrogates of the fixed sets, read once. Raises as `tensors` does."""
-        from skipcal.profiles.set_tensors import SetTensors, most_bytes
-
+    def fitted_sets(self) -> FixedSets:
+        """The fixed sets. Raises ConfigError if there are none."""
         if self.fixed_sets is None:
             raise ConfigError(
                 "this profile has no fitted sets; fit some with: skipcal fit --method static --profile FILE"
             )
-        fixed, hidden = self.fixed_sets, self.model.hidden_size
+        return self.fixed_sets
+
+    def set_tensors(self) -> SetTensors:
+        """The surrogates of the fixed sets, read once. Raises as `tensors` does."""
+        from skipcal.profiles.set_tensors import SetTensors, most_bytes
+
+        fixed, hidden = self.fitted_sets(), self.model.hidden_size
         layers = [each.layers for each in fixed.sets]
         if self._set_tensors is None:
             self._set_tensors = SetTensors.read(

@@ -86,8 +86,7 @@ class ProfilePolicies(ProfileData):
         if not settings.surrogates:
             return policy
         if settings.surrogates == "fitted":
-            assert self.fixed_sets is not None
-            place = [each.layers for each in self.fixed_sets.sets].index(settings.layers)
+            place = [each.layers for each in self.fitted_sets().sets].index(settings.layers)
             return Substituted(policy, self.set_tensors().sets[place], "fitted")
         return Substituted(policy, self.tensors().surrogates)
 
@@ -101,17 +100,14 @@ class ProfilePolicies(ProfileData):
 
         if target_skip_ratio == 0:
             return replace(self.cosine_policy, threshold=FULL_MODEL_THRESHOLD, warm_up_tokens=warm_up_tokens)
-        if self.fixed_sets is None:
-            raise ConfigError(
-                "this profile has no fitted sets; fit some with: skipcal fit --method static --profile FILE"
-            )
+        sets = self.fitted_sets().sets
         count = whole_number(target_skip_ratio, self.model.num_layers)
-        for each in self.fixed_sets.sets:
+        for each in sets:
             if len(each.layers) == count:
                 return self.static_policy(
                     StaticSettings(layers=each.layers, warm_up_tokens=warm_up_tokens, surrogates="fitted")
                 )
-        known = ", ".join(f"{each.target_skip_ratio:g}" for each in self.fixed_sets.sets)
+        known = ", ".join(f"{each.target_skip_ratio:g}" for each in sets)
         raise TargetOutOfReach(
             f"target skip ratio {target_skip_ratio:g}: this profile has sets fitted for {known}; give one of "
             "these, or fit another with: skipcal fit --method static --target-skip-ratio"
