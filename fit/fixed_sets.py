@@ -16,7 +16,6 @@ from statistics import fmean
 from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.arch.locate import input_device
 from skipcal.configs.fit import FitConfig
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import Policy
@@ -33,7 +32,6 @@ from skipcal.profiles.parts import StaticSettings, tensors_file
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.set_tensors import SetTensors
 from skipcal.profiles.sources import model_slug
-from skipcal.speed.hardware import peak_memory
 
 TRIED = 5  # FFNs tried at each step
 TRIED_ON = 4  # windows of each corpus they are tried on
@@ -77,7 +75,7 @@ def fit_fixed_sets(loaded: LoadedModel, profile: SkipProfile, config: FitConfig)
         sha256=tensors.sha256,
         warm_up_tokens=profile.policy.warm_up_tokens,
         sets=sets,
-        fit=_provenance(prepared, tensors, time.perf_counter() - started),
+        fit=FixedSetsFit(**prepared.record(tensors.sets, time.perf_counter() - started), tried=TRIED),
     )
     policy = StaticSettings(
         layers=sets[-1].layers, warm_up_tokens=profile.policy.warm_up_tokens, surrogates="fitted"
@@ -117,21 +115,3 @@ def _policy(surrogates: Surrogates, warm_up_tokens: int) -> Policy:
     layers = tuple(sorted(surrogates.maps))
     chosen = ChosenFFNs(method="static", layers=layers, probability=1.0, warm_up_tokens=warm_up_tokens)
     return Substituted(chosen, surrogates, "fitted")
-
-
-def _provenance(prepared: Prepared, tensors: SetTensors, seconds: float) -> FixedSetsFit:
-    config = prepared.config
-    return FixedSetsFit(
-        corpora=prepared.corpora(),
-        windows=len(prepared.rows),
-        window_tokens=config.prompt_tokens,
-        tokens=prepared.tokens,
-        seed=config.seed,
-        damage=config.damage,
-        tried=TRIED,
-        rank=prepared.rank,
-        surrogate_share=prepared.surrogate_share(tensors.sets),
-        seconds=round(seconds, 1),
-        peak_memory_bytes=peak_memory(input_device(prepared.loaded.model))["bytes"],
-        config=config.recorded(),
-    )

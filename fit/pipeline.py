@@ -11,7 +11,6 @@ from statistics import fmean
 from tqdm.auto import tqdm
 
 from skipcal.arch.loading import LoadedModel
-from skipcal.arch.locate import input_device
 from skipcal.calibrate.closed_loop import RealisedCurve
 from skipcal.calibrate.passes import teacher_forced_ratio
 from skipcal.configs.fit import FitConfig
@@ -25,7 +24,6 @@ from skipcal.profiles.policies import threshold_for
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import model_slug
 from skipcal.profiles.tensors import GateTensors
-from skipcal.speed.hardware import peak_memory
 
 
 def fit_gate_profile(
@@ -50,7 +48,12 @@ def fit_gate_profile(
         layers=list(fitted.gates.layers),
         warm_up_tokens=warm_up,
         operating_points=points,
-        fit=_provenance(prepared, fitted, tensors, ratios, time.perf_counter() - started),
+        fit=GateFit(
+            **prepared.record([tensors.surrogates], time.perf_counter() - started),
+            sweeps=ratios,
+            gate_r_squared=list(fitted.r_squared),
+            surrogate_error=list(fitted.surrogate_error),
+        ),
     )
     policy = GateSettings(threshold=threshold, warm_up_tokens=warm_up, tensors=name, sha256=tensors.sha256)
     return profile.with_gate(gate, policy, tensors)
@@ -126,25 +129,3 @@ def _operating_points(prepared: Prepared, fitted: Fitted, tensors: GateTensors) 
             )
         )
     return points
-
-
-def _provenance(
-    prepared: Prepared, fitted: Fitted, tensors: GateTensors, ratios: list[float], seconds: float
-) -> GateFit:
-    config = prepared.config
-    return GateFit(
-        corpora=prepared.corpora(),
-        windows=len(prepared.rows),
-        window_tokens=config.prompt_tokens,
-        tokens=prepared.tokens,
-        seed=config.seed,
-        sweeps=ratios,
-        damage=config.damage,
-        rank=prepared.rank,
-        surrogate_share=prepared.surrogate_share([tensors.surrogates]),
-        gate_r_squared=list(fitted.r_squared),
-        surrogate_error=list(fitted.surrogate_error),
-        seconds=round(seconds, 1),
-        peak_memory_bytes=peak_memory(input_device(prepared.loaded.model))["bytes"],
-        config=config.recorded(),
-    )

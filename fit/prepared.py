@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,8 +20,8 @@ from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.fit.damage import Damage, fisher_damage
 from skipcal.fit.layer_damage import relative_damage
 from skipcal.profiles.fits import warn_of_other_opening
-from skipcal.profiles.parts import CorpusInfo
 from skipcal.profiles.schema import SkipProfile
+from skipcal.speed.hardware import peak_memory
 from skipcal.text.corpora import CorpusSample, resolve_corpora, sample_corpus
 from skipcal.text.opening import prefill_tokens
 
@@ -106,18 +106,30 @@ class Prepared:
             return relative_damage(model, self.architecture, ids, first=self.first)
         return fisher_damage(model, self.architecture, ids, first=self.first, seed=self.config.seed)
 
-    def corpora(self) -> list[CorpusInfo]:
-        """What was fitted on, as a profile records it."""
-        each = self.config.prompt_tokens - self.first
-        return [sample_info(sample, len(sample.prompts) * each) for sample in self.samples]
+    def record(self, surrogates: Sequence[Surrogates], seconds: float) -> dict[str, Any]:
+        """What a profile keeps of every fit, by field: text, settings, size of surrogates, time, memory."""
+        config = self.config
+        each = config.prompt_tokens - self.first
+        return {
+            "corpora": [sample_info(sample, len(sample.prompts) * each) for sample in self.samples],
+            "windows": len(self.rows),
+            "window_tokens": config.prompt_tokens,
+            "tokens": self.tokens,
+            "seed": config.seed,
+            "damage": config.damage,
+            "rank": self.rank,
+            "surrogate_share": self._surrogate_share(surrogates),
+            "seconds": round(seconds, 1),
+            "peak_memory_bytes": peak_memory(input_device(self.loaded.model))["bytes"],
+            "config": config.recorded(),
+        }
 
-    def surrogate_share(self, surrogates: Iterable[Surrogates]) -> float:
+    def _surrogate_share(self, surrogates: Sequence[Surrogates]) -> float:
         """Bytes of a surrogate over those of its FFN, the mean over all of them."""
         blocks = self.architecture.blocks
         shares = [
             placed.weight_bytes(layer) / blocks[layer].weight_bytes
-            for each in surrogates
-            for placed in [each.for_blocks(blocks)]
+            for placed in (each.for_blocks(blocks) for each in surrogates)
             for layer in placed.maps
         ]
         return sum(shares) / len(shares)

@@ -79,15 +79,25 @@ class SetSweep:
                 known = block.index < changed
                 if not skip and (known or block.index not in candidates):
                     self._rows.run(block, store)
-                    continue
-                if known:
-                    for _ in self._rows.open(block, store):
-                        pass
+                elif known:
+                    self._skip(block, store, surrogates[block.index])
                 else:
-                    surrogates[block.index] = self._surrogate(block, store, full)
-                found = self._apply(block, store, full, surrogates[block.index], skip=skip)
-                damage.setdefault(block.index, found)
+                    found = surrogates[block.index] = self._surrogate(block, store, full)
+                    damage[block.index] = self._apply(block, store, full, found, skip=skip)
         return SetFit(surrogates, damage)
+
+    def _skip(self, block: Block, store: StreamStore, surrogate: LowRank) -> None:
+        """Let the layer's streams go on with the surrogate."""
+        for _ in self._rows.open(block, store):
+            pass
+        for number, kept in store.read(self._rows.device):
+            s = surrogate(direction(kept["h"]))
+            self._rows.close(block, store, number, kept, self._past_the_warm_up(s, kept["f"]))
+
+    def _past_the_warm_up(self, s: Tensor, f: Tensor) -> Tensor:
+        """s where tokens count, f before, [batch, seq, hidden]."""
+        first = self._rows.first
+        return torch.cat([f[:, :first], s[:, first:].to(f.dtype)], dim=1)
 
     def _surrogate(self, block: Block, store: StreamStore, full: StreamStore | None) -> LowRank:
         hidden, counted = self._rows.architecture.hidden_size, self._rows.counted
@@ -101,7 +111,7 @@ class SetSweep:
         self, block: Block, store: StreamStore, full: StreamStore | None, surrogate: LowRank, *, skip: bool
     ) -> float:
         """Let the layer's streams go on, with the surrogate where it is skipped; its mean damage."""
-        total, first, counted = 0.0, self._rows.first, self._rows.counted
+        total, counted = 0.0, self._rows.counted
         for (number, kept), wanted in zip(
             store.read(self._rows.device), self._wanted(store, full), strict=True
         ):
@@ -111,9 +121,7 @@ class SetSweep:
             for added, sign in ((s, 1), (f, -1)):
                 off = counted(target) - counted(added).float()
                 total += sign * float(self._damage(block.index, off, counted(h)).sum())
-            if skip:
-                f = torch.cat([f[:, :first], s[:, first:].to(f.dtype)], dim=1)
-            self._rows.close(block, store, number, kept, f)
+            self._rows.close(block, store, number, kept, self._past_the_warm_up(s, f) if skip else f)
         return total / self._rows.tokens
 
     def _wanted(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:

@@ -15,14 +15,17 @@ from skipcal.errors import ProfileError, ProfileMismatch
 from skipcal.files.reading import shown
 from skipcal.profiles.tensor_file import (
     MAX_HEADER_BYTES,
-    STORED,
     Header,
     ascending_layers,
+    check_model,
     check_shapes,
     packed,
+    packed_maps,
     read_named,
     shape_of,
+    shapes_of_maps,
     unpacked,
+    unpacked_maps,
 )
 
 SETS_FORMAT = "skipcal.sets/1"
@@ -52,9 +55,7 @@ class SetTensors:
             layers = sorted(maps)
             tensors |= {
                 f"{number}.layers": torch.tensor(layers, dtype=torch.int64),
-                f"{number}.down": torch.stack([maps[layer].down for layer in layers]).to(STORED),
-                f"{number}.up": torch.stack([maps[layer].up for layer in layers]).to(STORED),
-                f"{number}.bias": torch.stack([maps[layer].bias for layer in layers]).float(),
+                **packed_maps(f"{number}", [maps[layer] for layer in layers]),
             }
         return cls.unpack(packed(tensors, kind=SETS_FORMAT, fingerprint=fingerprint), "packed tensors")
 
@@ -62,13 +63,10 @@ class SetTensors:
     def unpack(cls, raw: bytes, where: str) -> Self:
         """Read the file's bytes. Raises ProfileError for anything that is no such file."""
         tensors, fingerprint = unpacked(raw, where, kind=SETS_FORMAT, check=_check_header)
-        sets = []
-        for number in range(len(tensors) // 4):
-            layers = ascending_layers(tensors, f"{number}.layers", where)
-            down, up, bias = (tensors[f"{number}.{name}"].float() for name in ("down", "up", "bias"))
-            sets.append(
-                Surrogates({layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)})
-            )
+        sets = [
+            unpacked_maps(tensors, f"{number}", ascending_layers(tensors, f"{number}.layers", where))
+            for number in range(len(tensors) // 4)
+        ]
         return cls(tuple(sets), fingerprint, raw)
 
     @classmethod
@@ -87,12 +85,8 @@ class SetTensors:
                 "make both again with: skipcal fit --method static"
             )
         hidden = len(next(iter(self.sets[0].maps.values())).bias)
-        if hidden != hidden_size or self.fingerprint != fingerprint:
-            raise ProfileMismatch(
-                f"the surrogates were fitted to another model (hidden size {hidden}, the profile's "
-                f"{hidden_size}; weights {self.fingerprint[:12]}, the profile's {fingerprint[:12]}); make "
-                "both again with: skipcal fit --method static"
-            )
+        again = "skipcal fit --method static"
+        check_model((hidden, self.fingerprint), (hidden_size, fingerprint), again=again)
 
 
 def most_bytes(maps: int, rank: int, hidden: int) -> int:
@@ -111,14 +105,8 @@ def _check_header(header: Header, where: str) -> None:
                 f"{where}: {number}.down has shape {shown(down)}, expected three axes, the last two those of "
                 "every set"
             )
-        count, (rank, hidden) = down[0], down[1:]
-        first = [rank, hidden]
-        shapes |= {
-            f"{number}.layers": [count],
-            f"{number}.down": down,
-            f"{number}.up": [count, hidden, rank],
-            f"{number}.bias": [count, hidden],
-        }
+        first = down[1:]
+        shapes |= {f"{number}.layers": down[:1], **shapes_of_maps(f"{number}", down)}
         number += 1
     if not shapes:
         raise ProfileError(f"{where}: expected tensors of one set at least, got {shown(sorted(header))}")

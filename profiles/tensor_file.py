@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from skipcal.errors import ProfileError, Unavailable
+from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.errors import ProfileError, ProfileMismatch, Unavailable
 from skipcal.files.reading import one_line, shown
 
 MAX_HEADER_BYTES = 2**16  # of a header: some tensors and two strings take 1 kB
@@ -97,6 +98,42 @@ def read_named(path: Path, sha256: str, *, max_bytes: int, what: str) -> bytes:
             f"{sha256[:12]}...); make both again with: skipcal fit"
         )
     return raw
+
+
+def packed_maps(prefix: str, maps: Sequence[LowRank]) -> dict[str, Tensor]:
+    """Tensors of surrogates of one rank, by the names they have in a file."""
+    return {
+        f"{prefix}.down": torch.stack([m.down for m in maps]).to(STORED),
+        f"{prefix}.up": torch.stack([m.up for m in maps]).to(STORED),
+        f"{prefix}.bias": torch.stack([m.bias for m in maps]).float(),
+    }
+
+
+def unpacked_maps(tensors: Mapping[str, Tensor], prefix: str, layers: Sequence[int]) -> Surrogates:
+    """The surrogates of `layers`, in float32."""
+    down, up, bias = (tensors[f"{prefix}.{name}"].float() for name in ("down", "up", "bias"))
+    return Surrogates({layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)})
+
+
+def shapes_of_maps(prefix: str, down: list[int]) -> dict[str, list[int]]:
+    """Shapes of the tensors beside a `down` of [count, rank, hidden], by name."""
+    count, rank, hidden = down
+    return {
+        f"{prefix}.down": down,
+        f"{prefix}.up": [count, hidden, rank],
+        f"{prefix}.bias": [count, hidden],
+    }
+
+
+def check_model(mine: tuple[int, str], profiles: tuple[int, str], *, again: str) -> None:
+    """Raise ProfileMismatch unless hidden size and fingerprint are the profile's; again: makes both anew."""
+    if mine != profiles:
+        (hidden, weights), (its_hidden, its_weights) = mine, profiles
+        raise ProfileMismatch(
+            f"the surrogates were fitted to another model (hidden size {hidden}, the profile's "
+            f"{its_hidden}; weights {weights[:12]}, the profile's {its_weights[:12]}); make "
+            f"both again with: {again}"
+        )
 
 
 def check_shapes(header: Header, shapes: Mapping[str, list[int]], where: str) -> None:

@@ -10,19 +10,22 @@ from typing import Self
 import torch
 
 from skipcal.core.gate import Gates
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ProfileError, ProfileMismatch
 from skipcal.files.reading import shown
 from skipcal.profiles.tensor_file import (
     MAX_HEADER_BYTES,
-    STORED,
     Header,
     ascending_layers,
+    check_model,
     check_shapes,
     packed,
+    packed_maps,
     read_named,
     shape_of,
+    shapes_of_maps,
     unpacked,
+    unpacked_maps,
 )
 
 TENSORS_FORMAT = "skipcal.surrogates/1"
@@ -45,16 +48,13 @@ class GateTensors:
     @classmethod
     def pack(cls, gates: Gates, surrogates: Surrogates, fingerprint: str) -> Self:
         """The file's bytes of tensors, and the tensors as a reader of the file will have them."""
-        maps = [surrogates.maps[layer] for layer in gates.layers]
         raw = packed(
             {
                 "gate.layers": torch.tensor(gates.layers, dtype=torch.int64),
                 "gate.weight": gates.weight.float(),
                 "gate.log_norm_weight": gates.log_norm_weight.float(),
                 "gate.bias": gates.bias.float(),
-                "surrogate.down": torch.stack([m.down for m in maps]).to(STORED),
-                "surrogate.up": torch.stack([m.up for m in maps]).to(STORED),
-                "surrogate.bias": torch.stack([m.bias for m in maps]).float(),
+                **packed_maps("surrogate", [surrogates.maps[layer] for layer in gates.layers]),
             },
             kind=TENSORS_FORMAT,
             fingerprint=fingerprint,
@@ -66,7 +66,6 @@ class GateTensors:
         """Read the file's bytes. Raises ProfileError for anything that is no such file."""
         tensors, fingerprint = unpacked(raw, where, kind=TENSORS_FORMAT, check=_check_header)
         layers = ascending_layers(tensors, "gate.layers", where)
-        down, up, bias = (tensors[f"surrogate.{name}"].float() for name in ("down", "up", "bias"))
         return cls(
             gates=Gates(
                 layers=layers,
@@ -74,9 +73,7 @@ class GateTensors:
                 log_norm_weight=tensors["gate.log_norm_weight"].float(),
                 bias=tensors["gate.bias"].float(),
             ),
-            surrogates=Surrogates(
-                {layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)}
-            ),
+            surrogates=unpacked_maps(tensors, "surrogate", layers),
             fingerprint=fingerprint,
             raw=raw,
         )
@@ -97,12 +94,7 @@ class GateTensors:
                 f"the surrogates are for layers {list(self.gates.layers)}, the profile's gate for {layers} "
                 f"of {num_layers}; make both again with: skipcal fit"
             )
-        if hidden != hidden_size or self.fingerprint != fingerprint:
-            raise ProfileMismatch(
-                f"the surrogates were fitted to another model (hidden size {hidden}, the profile's "
-                f"{hidden_size}; weights {self.fingerprint[:12]}, the profile's {fingerprint[:12]}); make "
-                "both again with: skipcal fit"
-            )
+        check_model((hidden, self.fingerprint), (hidden_size, fingerprint), again="skipcal fit")
 
 
 def most_bytes(layers: int, rank: int, hidden: int) -> int:
@@ -116,14 +108,12 @@ def _check_header(header: Header, where: str) -> None:
     down = shape_of(header, "surrogate.down", where) if "surrogate.down" in header else [0, 0, 0]
     if len(down) != 3:
         raise ProfileError(f"{where}: surrogate.down has shape {shown(down)}, expected three axes")
-    count, rank, hidden = down
+    count, _, hidden = down
     shapes = {
         "gate.layers": [count],
         "gate.weight": [count, hidden],
         "gate.log_norm_weight": [count],
         "gate.bias": [count],
-        "surrogate.down": down,
-        "surrogate.up": [count, hidden, rank],
-        "surrogate.bias": [count, hidden],
+        **shapes_of_maps("surrogate", down),
     }
     check_shapes(header, shapes, where)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import attentive, fit_config, lively
+from swept import FIRST, ROWS
 from torch import Tensor
 
 from skipcal.arch.loading import LoadedModel
@@ -21,7 +22,7 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import Surrogates, direction
 from skipcal.errors import ConfigError, TargetOutOfReach
-from skipcal.fit.damage import FisherDamage, RelativeDamage, fisher_damage
+from skipcal.fit.damage import FisherDamage, RelativeDamage
 from skipcal.fit.fixed_sets import TRIED, fit_fixed_sets
 from skipcal.fit.held_out import HeldOutLoss
 from skipcal.fit.layer_sweep import RowSweep
@@ -33,21 +34,7 @@ from skipcal.profiles.methods import Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping
 
-FIRST = 3
-ROWS = torch.randint(3, 97, (10, 20), generator=torch.Generator().manual_seed(1)).tolist()
 FAMILIES = {"llama": {}, "gpt2": {}, "gemma2": {"sliding_window": 4}, "olmo2": {}, "granite": {}}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    with torch.no_grad():
-        torch.manual_seed(0)
-        return attentive(lively("llama", num_hidden_layers=6))
-
-
-@pytest.fixture(scope="module")
-def damage(model: Any) -> FisherDamage:
-    return fisher_damage(model, locate(model), [torch.tensor(ROWS[:4])], first=FIRST, seed=0)
 
 
 # A map that comes closest by a metric

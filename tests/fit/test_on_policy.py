@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import attentive, lively
 from safetensors.torch import load_file
+from swept import FIRST, ROWS, WARM_UP
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block, locate, observe
@@ -24,10 +25,7 @@ from skipcal.fit.on_policy import RUN_WEIGHT, Fitted, ScoreHistogram, Sweep
 from skipcal.fit.surrogate import fit_low_rank
 from skipcal.runtime.session import skipping
 
-WARM_UP = 2
-FIRST = 1 + WARM_UP
 LAYERS = (1, 2, 3, 4)
-ROWS = torch.randint(3, 97, (10, 20), generator=torch.Generator().manual_seed(1)).tolist()
 FAMILIES = {
     "llama": {},
     "gpt2": {},
@@ -43,18 +41,6 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 4},
     "mistral": {"sliding_window": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    with torch.no_grad():
-        torch.manual_seed(0)
-        return attentive(lively("llama", num_hidden_layers=6))
-
-
-@pytest.fixture(scope="module")
-def damage(model: Any) -> FisherDamage:
-    return fisher_damage(model, locate(model), [torch.tensor(ROWS[:4])], first=FIRST, seed=0)
 
 
 def sweep(model: Any, damage: FisherDamage, batch_size: int = 4) -> Sweep:
