@@ -37,9 +37,7 @@ from skipcal.core.policy import Policy
 from skipcal.profiles.methods import Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import greedy_decoding
-from skipcal.serving.blocks import blocks_of
-from skipcal.serving.host import ServingHost
-from skipcal.serving.runner import WatchedRunner
+from skipcal.serving.runner import watch
 
 PROFILE = "smollm2-135m-instruct"
 BATCHES = (1, 2, 8)
@@ -100,10 +98,7 @@ class Arms:
 
     @contextmanager
     def _hosted(self, policy: Policy) -> Any:
-        worker = self._llm.llm_engine.model_executor.driver_worker.worker
-        blocks = blocks_of(worker.model_runner.get_model(), worker.model_config.hf_text_config.model_type)
-        watched = WatchedRunner(worker.model_runner, ServingHost(blocks, policy))
-        watched.attach()
+        watched = watch(self._llm.llm_engine.model_executor.driver_worker.worker, policy)
         try:
             yield watched.host
         finally:

@@ -16,7 +16,6 @@ from torch import Tensor
 from skipcal.arch.patch import InstancePatches
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import Policy
-from skipcal.core.surrogates import Surrogates
 from skipcal.errors import SessionError
 from skipcal.serving.blocks import OwnFFN, ServedBlock
 from skipcal.serving.clock import BatchTokens
@@ -54,8 +53,9 @@ class ServingHost:
         self.tally = Tally(policy.method, len(blocks))
         self._blocks = tuple(blocks)
         self._rules = TargetRules(policy, policy_at, blocks)
-        self._rule = self._rules.of(None).rule  # of the tokens of this pass
-        self._stand_in: StandIn = Surrogates({})  # for what they skip
+        own = self._rules.of(None)
+        self._rule = own.rule  # of the tokens of this pass
+        self._stand_in: StandIn = own.surrogates  # for what they skip
         self._gathers, self._agreed = gathers, agreed
         self._proven = False
         self._patches = InstancePatches()

@@ -15,10 +15,9 @@ from typing import Any
 
 from skipcal.core.policy import Policy
 from skipcal.errors import SessionError, SkipcalError, Unavailable, first_words
-from skipcal.serving.blocks import blocks_of
 from skipcal.serving.host import ServingHost
 from skipcal.serving.refusals import VLLM, check_engine_config, check_version
-from skipcal.serving.runner import WatchedRunner
+from skipcal.serving.runner import WatchedRunner, watch
 from skipcal.serving.settings import ServingSettings
 
 _NEEDED = {
@@ -73,11 +72,7 @@ class OfflineEngine:
         """
         if self._watched is not None:
             raise SessionError("this engine runs under a policy already; leave that block first")
-        worker = self._started(together)
-        blocks = blocks_of(worker.model_runner.get_model(), worker.model_config.hf_text_config.model_type)
-        watched = WatchedRunner(worker.model_runner, ServingHost(blocks, policy))
-        watched.attach()
-        self._watched = watched
+        watched = self._watched = watch(self._started(together), policy)
         try:
             yield watched.host
         finally:

@@ -55,26 +55,17 @@ def start_skipping(worker: Any) -> None:
     if plan is None:
         return
     check_same_weights(plan, worker)
-    from skipcal.serving.blocks import blocks_of
-    from skipcal.serving.host import ServingHost
     from skipcal.serving.ranks import first_decides
-    from skipcal.serving.runner import watched_runner
+    from skipcal.serving.runner import watch
 
-    runner = worker.model_runner
-    blocks = blocks_of(runner.get_model(), worker.model_config.hf_text_config.model_type)
     config = worker.vllm_config
-    watched = watched_runner(
-        runner,
-        ServingHost(
-            blocks,
-            plan.policy,
-            policy_at=plan.policy_at,
-            gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
-            agreed=first_decides if config.parallel_config.tensor_parallel_size > 1 else None,
-        ),
+    worker.skipcal = watch(
+        worker,
+        plan.policy,
+        policy_at=plan.policy_at,
+        gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
+        agreed=first_decides if config.parallel_config.tensor_parallel_size > 1 else None,
     )
-    watched.attach()
-    worker.skipcal = watched
     if worker.device.type != "cpu" or config.use_v2_model_runner:
         _logger().warning(
             "skipcal has served on CPUs with model runner V1 only so far; nothing is known of %s, runner %s",
@@ -200,7 +191,7 @@ def _refusing_streams(own: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
-        if kwargs.get("resumable") and settings_of(self.vllm_config.additional_config) is not None:
+        if kwargs.get("resumable") and self.skipcal is not None:
             raise VLLMValidationError(STREAMED_INPUT)
         return own(self, *args, **kwargs)
 
@@ -218,7 +209,7 @@ def _validating(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refusing_beams(own: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_watermarking(self: Any, params: Any) -> Any:  # what both of vLLM's beam searches ask first
-        if settings_of(self.vllm_config.additional_config) is not None:
+        if self.skipcal is not None:
             check_no_beams(params)
         return own(self, params)
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from skipcal.arch.patch import InstancePatches
+from skipcal.core.policy import Policy
 from skipcal.errors import SessionError
+from skipcal.serving.blocks import blocks_of
 from skipcal.serving.clock import BatchTokens, Clock
 from skipcal.serving.host import ServingHost
 from skipcal.serving.requests import target_asked
@@ -124,6 +126,19 @@ class WatchedRunnerV2(WatchedRunner):
             targets=[self._targets[name] for name in names],
             alive=self._targets,
         )
+
+
+def watch(worker: Any, policy: Policy, **how: Any) -> WatchedRunner:
+    """Have the model of a worker skip by `policy` until `detach`; how: as `ServingHost` takes it.
+
+    Raises UnsupportedModel for another model than those that can be served, ProfileMismatch for a policy of
+    another model.
+    """
+    runner = worker.model_runner
+    blocks = blocks_of(runner.get_model(), worker.model_config.hf_text_config.model_type)
+    watched = watched_runner(runner, ServingHost(blocks, policy, **how))
+    watched.attach()
+    return watched
 
 
 def watched_runner(runner: Any, host: ServingHost) -> WatchedRunner:
