@@ -51,7 +51,9 @@ def fit_windows(windows: int) -> None:
     rows = torch.randint(3, 1000, (windows, WINDOW_TOKENS)).tolist()
     ids = (torch.tensor([row]) for row in rows[:8])
     damage = fisher_damage(model, architecture, ids, first=26, seed=0)
-    sweep = Sweep(architecture, rows, layers=range(1, 5), damage=damage, rank=16, first=26, batch_size=4)
+    sweep = Sweep(
+        architecture, rows, layers=range(1, 5), damage=damage, rank=16, maps=8, first=26, batch_size=4
+    )
     fitted = sweep.fit()
     sweep.fit(fitted.gates, fitted.scores.threshold(0.25))
     print(peak_memory(input_device(model))["bytes"])

@@ -87,6 +87,14 @@ SurrogateBudget = Annotated[
 Rank = Annotated[
     int | None, option("--rank", metavar="N", help="Rank of the surrogates, instead of a budget.")
 ]
+Maps = Annotated[
+    int | None,
+    option(
+        "--maps",
+        metavar="N",
+        help="Maps of a surrogate, of which a token reads one. Default: 8, or 1 of a set.",
+    ),
+]
 Sweeps = Annotated[
     int | None,
     option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 1."),

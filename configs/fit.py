@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
-SURROGATE_BUDGET = 0.05  # bytes of a surrogate over those of its FFN
+SURROGATE_BUDGET = 0.05  # bytes that a token reads of a surrogate over those of its FFN
+MAPS = 8  # of a surrogate, of which a token reads one: with this budget some 12 % of a model's bytes
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -25,7 +26,9 @@ class FitConfig(CalibrationSettings):
     prompt_tokens:    tokens of a window.
     target_skip_ratio: of a gate, share of all FFNs skipped in the sweep on policy. Serves smaller ratios
                       well, larger ones less so. Of fixed sets, that of the largest.
-    surrogate_budget: bytes of a surrogate over those of its FFN; rank: instead of it.
+    surrogate_budget: bytes that a token reads of a surrogate over those of its FFN; rank: instead of it.
+    maps:             low-rank maps of a surrogate, of which a token reads one; None: 8 for a gate, 1 for
+                      fixed sets. Memory grows with them, and what a token reads does not.
     sweeps:           of a gate, sweeps with skipping on, after one without.
     damage:           "fisher" needs one backward pass; "relative-error" needs none.
     damage_prompts:   windows per corpus for it.
@@ -43,6 +46,7 @@ class FitConfig(CalibrationSettings):
     target_skip_ratio: Fraction = 0.25
     surrogate_budget: Fraction = SURROGATE_BUDGET
     rank: PositiveInt | None = None
+    maps: Annotated[int, Field(ge=1, le=256)] | None = None
     sweeps: Annotated[int, Field(ge=0)] = 1
     damage: Literal["fisher", "relative-error"] = "fisher"
     damage_prompts: PositiveInt = 8
@@ -62,6 +66,10 @@ class FitConfig(CalibrationSettings):
                 "corpus; raise --prompts or lower --damage-prompts"
             )
         return self
+
+    def maps_each(self) -> int:
+        """Maps of a surrogate."""
+        return self.maps or (MAPS if self.method == "gate" else 1)
 
     def windows(self) -> int:
         """Windows per corpus to fit on."""

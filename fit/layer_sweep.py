@@ -210,13 +210,12 @@ class RowSweep:
         for number, kept in store.read(self.device):
             store.write(number, stream=self._runner.run(block, kept["stream"])[2])
 
-    def open(self, block: Block, store: StreamStore) -> Iterator[tuple[Tensor, Tensor]]:
-        """h and f of a layer, batch by batch, [batch, seq, hidden]; they are kept until `close`."""
+    def open(self, block: Block, store: StreamStore) -> None:
+        """Run a layer and keep h and f of every batch, [batch, seq, hidden], until `close`."""
         for number, kept in store.read(self.device):
             h, f, _ = self._runner.run(block, kept["stream"])
             again = {} if block.returns_the_sum else {"stream": kept["stream"]}
             store.write(number, h=h, f=f, **again)
-            yield h, f
 
     def close(
         self, block: Block, store: StreamStore, number: int, kept: dict[str, Tensor], added: Tensor

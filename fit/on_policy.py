@@ -9,7 +9,7 @@ fitted on, and the share it skipped is no extrapolation from a clean trace.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.locate import Architecture, Block
 from skipcal.core.gate import NEVER, GateRule, Gates
-from skipcal.core.surrogates import LowRank, Surrogates, direction
+from skipcal.core.surrogates import Surrogate, Surrogates, direction
 from skipcal.fit.damage import Damage
 from skipcal.fit.gate import fit_gate, gate_inputs, residual_variance, sharpened
 from skipcal.fit.layer_sweep import RowSweep, StreamStore
 from skipcal.fit.moments import Linear, Moments
-from skipcal.fit.surrogate import fit_low_rank, unexplained
+from skipcal.fit.surrogate import fit_surrogate
 
 # Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
 RUN_WEIGHT = 0.05
@@ -75,7 +75,7 @@ class Fitted:
 class LayerFit:
     """Surrogate and gate of one layer."""
 
-    surrogate: LowRank
+    surrogate: Surrogate
     gate: Linear
     r_squared: float
     surrogate_error: float
@@ -95,6 +95,7 @@ class Sweep:
         layers: Sequence[int],
         damage: Damage,
         rank: int,
+        maps: int,
         first: int,
         batch_size: int,
     ) -> None:
@@ -102,6 +103,7 @@ class Sweep:
         self._layers = tuple(layers)
         self._damage = damage
         self._rank = rank
+        self._maps = maps
         self._sweep = RowSweep(architecture, rows, first=first, batch_size=batch_size)
 
     @torch.no_grad()
@@ -128,26 +130,42 @@ class Sweep:
     def _fit_layer(
         self, block: Block, store: StreamStore, rule: GateRule | None, threshold: float
     ) -> LayerFit:
-        hidden, counted = self._sweep.architecture.hidden_size, self._sweep.counted
-        moments = Moments.empty(hidden, hidden, self._sweep.device)
-        for h, f in self._sweep.open(block, store):
-            tokens, targets = counted(h), counted(f)
-            weights = None
-            if rule is not None and block.index in rule.layers:
-                below = torch.as_tensor(rule.scores(block.index, tokens)) < threshold
-                weights = torch.where(below, 1.0, RUN_WEIGHT)
-            moments.add(direction(tokens), targets, weights)
-        surrogate = fit_low_rank(moments, self._rank)
-        probed = Moments.empty(hidden + 1, 1, self._sweep.device)
-        for _, kept in store.read(self._sweep.device):
-            tokens = counted(kept["h"])
-            missed = counted(kept["f"]).float() - surrogate(direction(tokens))
-            damage = self._damage(block.index, missed, tokens)
-            probed.add(gate_inputs(tokens), damage.log()[:, None])
+        hidden, device = self._sweep.architecture.hidden_size, self._sweep.device
+        self._sweep.open(block, store)
+
+        def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            return ((direction(h), f, w) for h, f, w in self._tokens(block, store, rule, threshold))
+
+        metric = self._damage.metric(block.index)
+        surrogate = fit_surrogate(
+            samples, hidden, rank=self._rank, maps=self._maps, metric=metric, device=device
+        )
+        probed, targets = Moments.empty(hidden + 1, 1, device), Moments.empty(0, hidden, device)
+        left = 0.0
+        for h, f, w in self._tokens(block, store, rule, threshold):
+            u = direction(h)
+            missed = f.float() - surrogate(u)
+            damage = self._damage(block.index, missed, h)
+            probed.add(gate_inputs(h), damage.log()[:, None])
+            targets.add(u[:, :0], f, w)
+            left += float(w.double() @ missed.double().square().sum(-1))
         gate = fit_gate(probed)
         sharp = sharpened(gate, self._damage.sensitivity(block.index))
         explained = 1 - float(residual_variance(probed, gate)[0] / probed.variance()[0].clamp_min(1e-30))
-        return LayerFit(surrogate, sharp, explained, unexplained(moments, surrogate))
+        total = float(targets.variance().sum() * targets.weight)
+        return LayerFit(surrogate, sharp, explained, left / max(total, 1e-30))
+
+    def _tokens(
+        self, block: Block, store: StreamStore, rule: GateRule | None, threshold: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """h, f and weight of an opened layer's tokens, in batches; those that will skip weigh 1."""
+        for _, kept in store.read(self._sweep.device):
+            h, f = self._sweep.counted(kept["h"]), self._sweep.counted(kept["f"])
+            w = torch.ones(len(h), device=h.device)
+            if rule is not None and block.index in rule.layers:
+                below = torch.as_tensor(rule.scores(block.index, h)) < threshold
+                w = torch.where(below, 1.0, RUN_WEIGHT)
+            yield h, f, w
 
     def _apply(
         self, block: Block, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram

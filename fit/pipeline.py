@@ -80,6 +80,7 @@ def _sweep(prepared: Prepared, rows: list[list[int]], damage: Damage) -> Sweep:
         layers=prepared.layers,
         damage=damage,
         rank=prepared.rank,
+        maps=prepared.maps,
         first=prepared.first,
         batch_size=prepared.config.batch_size,
     )

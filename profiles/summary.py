@@ -9,6 +9,7 @@ from skipcal.files.reading import printable
 from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
     CalibrationInfo,
+    Fit,
     GatePoint,
     GateSettings,
     OperatingPoint,
@@ -139,7 +140,7 @@ def _fixed_sets(profile: ProfileData) -> str:
     texts = ", ".join(c.name for c in fit.corpora)
     facts = [
         ("fitted sets", f"on {fit.tokens:,} tokens of {texts}; warm-up {fixed.warm_up_tokens} tokens"),
-        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("surrogates", _surrogates(fit)),
         ("tensors", fixed.tensors),
     ]
     lines = [
@@ -158,6 +159,14 @@ def _fixed_sets(profile: ProfileData) -> str:
     return "\n".join(lines)
 
 
+def _surrogates(fit: Fit) -> str:
+    """How large they are, and what a token reads of them."""
+    share = f"{100 * fit.surrogate_share:.1f} % of their FFN's bytes"
+    if fit.maps == 1:
+        return f"rank {fit.rank}, {share}"
+    return f"rank {fit.rank}, {fit.maps} maps each; a token reads one, {share}"
+
+
 def _gate(profile: ProfileData) -> str:
     """What was fitted, on what, and how well."""
     gate = profile.gate
@@ -171,7 +180,7 @@ def _gate(profile: ProfileData) -> str:
         ("gate", f"{rule}, in {len(gate.layers)} layers: {ranges(gate.layers)}"),
         ("fitted on", f"{fit.tokens:,} tokens of {texts}"),
         ("sweeps", f"{len(fit.sweeps)}, skipping {skipped}"),
-        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("surrogates", _surrogates(fit)),
         ("error", f"{span(fit.surrogate_error)} of the variance of f is left"),
         ("damage", f"by {damage}; R2 of the gates {span(fit.gate_r_squared)}"),
         ("warm-up", f"{gate.warm_up_tokens} tokens"),

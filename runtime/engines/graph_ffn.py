@@ -133,7 +133,7 @@ def add_surrogate(surrogates: Surrogates, layer: int, h: Tensor, skip: Tensor) -
     """
     found = surrogates.maps.get(layer)
     if found is not None:
-        low_rank(h, found.down, found.up, found.bias, skip)
+        low_rank(h, found.down, found.up, found.bias, skip, getattr(found, "route_bias", None))
 
 
 def fused_weights(block: Block, rows: int) -> FFNWeights | str:
