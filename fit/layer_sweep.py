@@ -176,6 +176,13 @@ class StreamStore:
         return self._folder / f"{number}.safetensors"
 
 
+def made(folder: str, name: str) -> Path:
+    """A folder in another, made."""
+    path = Path(folder, name)
+    path.mkdir()
+    return path
+
+
 class RowSweep:
     """What sweeps over rows of equal length do alike, layer by layer, with the streams on disk.
 
@@ -225,6 +232,14 @@ class RowSweep:
             store.write(number, stream=kept["h"] + added)
         else:  # the layer goes on with the sum
             store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
+
+    def streams(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:
+        """By batch of `store`, the stream [batch, seq, hidden] that `full` has; None where it is no other."""
+        if full is None:
+            yield from [None] * len(store)
+            return
+        for _, kept in full.read(self.device):
+            yield kept["stream"]
 
     def counted(self, x: Tensor) -> Tensor:
         """Tokens past the warm-up: [batch, seq, hidden] -> [tokens, hidden]."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from skipcal.arch.locate import Block
 from skipcal.core.surrogates import Surrogate, direction
 from skipcal.fit.damage import Damage
-from skipcal.fit.layer_sweep import RowSweep, StreamStore
+from skipcal.fit.layer_sweep import RowSweep, StreamStore, made
 from skipcal.fit.surrogate import fit_surrogate
 
 
@@ -65,14 +64,14 @@ class SetSweep:
         surrogates = {layer: found for layer, found in before.surrogates.items() if layer < changed}
         damage = {layer: found for layer, found in before.damage.items() if layer < changed}
         with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
-            store = self._rows.embedded(_made(Path(folder, "skipping")))
+            store = self._rows.embedded(made(folder, "skipping"))
             full: StreamStore | None = None  # the full model's streams, once they are others
             for block in tqdm(
                 self._rows.architecture.blocks, desc="fixed set", unit="layer", leave=False, disable=None
             ):
                 skip = block.index in skipped
                 if skip and full is None:
-                    full = store.copied(_made(Path(folder, "full")))
+                    full = store.copied(made(folder, "full"))
                 if full is not None:
                     self._rows.run(block, full)
                 known = block.index < changed
@@ -102,7 +101,7 @@ class SetSweep:
         self._rows.open(block, store)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for (_, kept), wanted in zip(store.read(device), self._wanted(store, full), strict=True):
+            for (_, kept), wanted in zip(store.read(device), self._rows.streams(store, full), strict=True):
                 h, f = kept["h"], kept["f"]
                 target = counted(f if wanted is None else wanted.float() - h.float())
                 yield direction(counted(h)), target, torch.ones(len(target), device=device)
@@ -116,7 +115,7 @@ class SetSweep:
         """Let the layer's streams go on, with the surrogate where it is skipped; its mean damage."""
         total, counted = 0.0, self._rows.counted
         for (number, kept), wanted in zip(
-            store.read(self._rows.device), self._wanted(store, full), strict=True
+            store.read(self._rows.device), self._rows.streams(store, full), strict=True
         ):
             h, f = kept["h"], kept["f"]
             s = surrogate(direction(h))
@@ -126,16 +125,3 @@ class SetSweep:
                 total += sign * float(self._damage(block.index, off, counted(h)).sum())
             self._rows.close(block, store, number, kept, self._past_the_warm_up(s, f) if skip else f)
         return total / self._rows.tokens
-
-    def _wanted(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:
-        """By batch, the full model's stream after the layer; None: nothing has been skipped yet."""
-        if full is None:
-            yield from [None] * len(store)
-            return
-        for _, kept in full.read(self._rows.device):
-            yield kept["stream"]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
