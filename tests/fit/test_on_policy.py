@@ -15,8 +15,8 @@ from swept import FIRST, ROWS, WARM_UP
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block, locate, observe
-from skipcal.core.gate import GatePolicy, GateRule
-from skipcal.core.surrogates import RoutedLowRank, direction
+from skipcal.core.gate import NEVER, GatePolicy, GateRule, Gates
+from skipcal.core.surrogates import RoutedLowRank, Surrogates, direction
 from skipcal.fit.damage import FisherDamage, fisher_damage
 from skipcal.fit.gate import fit_gate, gate_inputs, sharpened
 from skipcal.fit.layer_sweep import LayerRunner, StreamStore
@@ -207,6 +207,32 @@ def test_the_first_candidate_is_fitted_as_written_down_naively(model: Any, damag
     left = float(w @ (f - surrogate(direction(h))).square().sum(-1))
     total = float(w @ (f - w @ f / w.sum()).square().sum(-1))
     assert found.surrogate_error[0] == pytest.approx(left / total, abs=1e-3)
+
+
+def test_a_later_surrogate_aims_half_way_to_the_full_stream(model: Any, damage: FisherDamage) -> None:
+    """On the stream that the first candidate's skips leave, by a session with that gate alone."""
+    prior = sweep(model, damage).fit()
+    clean_h, clean_f = stream_and_output(model, 1)
+    threshold = float(torch.as_tensor(GateRule(prior.gates, NEVER).scores(1, clean_h)).median())
+    found = sweep(model, damage).fit(prior.gates, threshold)
+    first = Gates((1,), found.gates.weight[:1], found.gates.log_norm_weight[:1], found.gates.bias[:1])
+    policy = GatePolicy(
+        gates=first,
+        surrogates=Surrogates({1: found.surrogates.maps[1]}),
+        threshold=threshold,
+        warm_up_tokens=WARM_UP,
+    )
+    clean_h, clean_f = stream_and_output(model, 2)
+    with skipping(model, policy=policy, teacher_forced=True) as run:
+        h, f = stream_and_output(model, 2)
+    assert run.report.skipped_blocks > 0 and not torch.allclose(h, clean_h, atol=1e-3)
+    wanted = 0.5 * f + 0.5 * (clean_h + clean_f - h)
+    below = torch.as_tensor(GateRule(prior.gates, threshold).scores(2, h)) < threshold
+    moments = Moments.empty(32, 32)
+    moments.add(direction(h), wanted, torch.where(below, 1.0, RUN_WEIGHT))
+    expected = fit_low_rank(moments, 3, metric=damage.metric(2))
+    u = direction(h)
+    torch.testing.assert_close(found.surrogates.maps[2](u), expected(u), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 10])
