@@ -97,7 +97,7 @@ Maps = Annotated[
 ]
 Sweeps = Annotated[
     int | None,
-    option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 1."),
+    option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 2."),
 ]
 FitMethod = Annotated[
     str | None,

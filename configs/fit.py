@@ -29,7 +29,8 @@ class FitConfig(CalibrationSettings):
     surrogate_budget: bytes that a token reads of a surrogate over those of its FFN; rank: instead of it.
     maps:             low-rank maps of a surrogate, of which a token reads one; None: 8 for a gate, 1 for
                       fixed sets. Memory grows with them, and what a token reads does not.
-    sweeps:           of a gate, sweeps with skipping on, after one without.
+    sweeps:           of a gate, sweeps with skipping on, after one without. All but the last say which tokens
+                      skip.
     damage:           "fisher" needs one backward pass; "relative-error" needs none.
     damage_prompts:   windows per corpus for it.
     closed_loop_prompts: windows per corpus, not fitted on, over which a gate's realised ratios are measured,
@@ -47,7 +48,7 @@ class FitConfig(CalibrationSettings):
     surrogate_budget: Fraction = SURROGATE_BUDGET
     rank: PositiveInt | None = None
     maps: Annotated[int, Field(ge=1, le=256)] | None = None
-    sweeps: Annotated[int, Field(ge=0)] = 1
+    sweeps: Annotated[int, Field(ge=0)] = 2
     damage: Literal["fisher", "relative-error"] = "fisher"
     damage_prompts: PositiveInt = 8
     closed_loop_prompts: PositiveInt | None = None

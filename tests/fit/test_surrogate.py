@@ -194,6 +194,19 @@ def test_a_region_without_tokens_gets_the_map_of_all(sample: tuple[Tensor, Tenso
     assert torch.equal(found.up[1], one.up) and torch.equal(found.bias[1], one.bias)
 
 
+def test_a_region_of_one_token_gets_about_the_map_of_all_through_that_token(
+    sample: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    u, f, w = (part.float() for part in sample)
+    moments, own = Moments.empty(HIDDEN, HIDDEN), Moments.empty(4, HIDDEN)
+    moments.add(u, f, w)
+    one = fit_low_rank(moments, 4)
+    own.add(u[:1] @ one.down.T, f[:1], torch.ones(1))
+    found = fit_routed(one, u[:1], [own])
+    torch.testing.assert_close(found.up[0], one.up, atol=1e-2, rtol=2 * RIDGE)
+    torch.testing.assert_close(found(u[:1]), f[:1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [3, 50])
 def test_centers_are_those_of_lloyds_iteration(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same tokens, by distances and means one by one; 0 weighs nothing."""
