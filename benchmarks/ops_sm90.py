@@ -27,7 +27,7 @@ from sm90 import Usage, without_device
 from torch import Tensor
 
 from skipcal.files.writing import dump_json, write_text_atomic
-from skipcal.runtime.ops import (
+from skipcal.ops import (
     arm,
     count,
     decode_attention,

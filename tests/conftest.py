@@ -83,7 +83,7 @@ APART = ("test_notebooks.py",)  # files whose tests share nothing and take long
 LONG = (
     "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "runtime/test_graph_engine.py",
     "speed/test_gpu_visit.py", "core/test_methods.py", "runtime/test_skip_rule.py",
-    "evaluation/test_sweep.py", "runtime/test_step_proof.py", "runtime/ops/test_compiled.py",
+    "evaluation/test_sweep.py", "runtime/test_step_proof.py", "ops/test_compiled.py",
     "profiles/test_mutations.py",
     "calibrate/test_pipeline.py", "runtime/test_recorded.py", "calibrate/test_large_runs.py",
     "arch/test_architectures.py", "test_cli_terminal.py", "runtime/test_session.py", "test_cli.py",

@@ -1,6 +1,6 @@
 """One FFN block of a captured decode step, whose weights are not read when every row skips it.
 
-`FusedFFN` is runtime.ops.ffn, for blocks that are an RMSNorm and three plain linears with a SiLU.
+`FusedFFN` is skipcal.ops.ffn, for blocks that are an RMSNorm and three plain linears with a SiLU.
 `ModuleFFN` is any other: the model's own modules in the body of an IF node of the CUDA graph.
 Either stands on the modules of the block's chain as their `forward` while a step runs, as the eager
 engine does, so that the layer's own code goes on around it.
@@ -20,10 +20,10 @@ from skipcal.arch.locate import Block
 from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import is_wrapper
 from skipcal.core.surrogates import Surrogates
+from skipcal.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
+from skipcal.ops.low_rank import low_rank
 from skipcal.runtime.engines.graph_rules import StepRule
 from skipcal.runtime.engines.if_node import IfNode
-from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
-from skipcal.runtime.ops.low_rank import low_rank
 
 _PROOF_ROWS = 4
 
@@ -137,7 +137,7 @@ def add_surrogate(surrogates: Surrogates, layer: int, h: Tensor, skip: Tensor) -
 
 
 def fused_weights(block: Block, rows: int) -> FFNWeights | str:
-    """The weights for runtime.ops.ffn, or why the block cannot run in it.
+    """The weights for skipcal.ops.ffn, or why the block cannot run in it.
 
     The names are only a guess: on a few random rows the op has to give what the modules give.
     """

@@ -11,9 +11,9 @@ from skipcal.core.cosine import CosineRule
 from skipcal.core.gate import GateRule
 from skipcal.core.host import PassTokens
 from skipcal.core.rule import Rule
-from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
-from skipcal.runtime.ops.count import count
-from skipcal.runtime.ops.gate import gate
+from skipcal.ops.arm import SPENT, UNLIMITED, WATCHING, arm
+from skipcal.ops.count import count
+from skipcal.ops.gate import gate
 
 
 class StepInputs:
@@ -67,7 +67,7 @@ class StepRule(Protocol):
         """Rows [batch] bool that skip FFN `layer`, also kept in `skips`. h: [batch, hidden]."""
 
     def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
-        """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as runtime.ops.ffn makes them."""
+        """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as skipcal.ops.ffn makes them."""
 
 
 class Unasked:

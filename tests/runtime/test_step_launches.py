@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipcal.core.gate import GatePolicy, Gates
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.surrogates import Surrogates
-from skipcal.runtime.ops import (
+from skipcal.ops import (
     arm,
     count,
     decode_attention,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skipcal.core.batch_rule import BATCH_RULES, judged_together
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 WATCHING, SPENT = 0, -1
 UNLIMITED = 2**30  # `max_skips=None`, and more than any model has layers
@@ -31,7 +31,7 @@ def arm(
     limit: Tensor,
     batch_rule: str = "rows",
 ) -> None:
-    """Write `left` [rows] int32 and `skip_next` [rows] bool, from sums [parts, 3, rows] of runtime.ops.ffn.
+    """Write `left` [rows] int32 and `skip_next` [rows] bool, from sums [parts, 3, rows] of skipcal.ops.ffn.
 
     skip:      [rows] bool, rows that skipped this FFN. live: [rows] bool, rows whose text goes on.
     threshold: [1] float32; limit: [1] int32, skips of an armed row. Both are read on the device.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from skipcal.runtime.ops import ffn as module
-from skipcal.runtime.ops.ffn import FFNWeights, ffn, reference
+from skipcal.ops import ffn as module
+from skipcal.ops.ffn import FFNWeights, ffn, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A norm of the error, relative to that of f: float32 sums in another order, or a and f rounded once.

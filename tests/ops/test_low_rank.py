@@ -11,8 +11,8 @@ from interpreted import Reads
 from torch import Tensor
 
 from skipcal.core.surrogates import LowRank, Surrogates
-from skipcal.runtime.ops import low_rank as module
-from skipcal.runtime.ops.low_rank import low_rank, reference
+from skipcal.ops import low_rank as module
+from skipcal.ops.low_rank import low_rank, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,7 +8,7 @@ gets f = 0 too; the weights are read once for all rows.
 
 A single row goes through plain multiply-adds, several through matrix products with the weights as
 the left operand. On the way out come the partial sums of <h, h>, <h, h + f> and <h + f, h + f>
-in float32, of which runtime.ops.arm makes the cosine.
+in float32, of which skipcal.ops.arm makes the cosine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.runtime.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
+from skipcal.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
 # By kernel: rows of W a block has, columns of W it takes at a time, warps, pipeline stages. With n stages

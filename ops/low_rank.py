@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skipcal.core.surrogates import direction
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 _TINY = torch.finfo(torch.float32).tiny
 # At rank 64 and hidden 4096 these make 128 programs of either kernel, as many as a large GPU has

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.gate import gate, reference
+from skipcal.ops.gate import gate, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skipcal.core.batch_rule import BATCH_RULES
-from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm, reference
+from skipcal.ops.arm import SPENT, UNLIMITED, WATCHING, arm, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

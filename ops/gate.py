@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skipcal.core.surrogates import direction
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 _TINY = torch.finfo(torch.float32).tiny
 _WARPS = 8  # a row of 4096 is then 16 values a thread; not yet tuned on a device
