@@ -25,19 +25,23 @@ _TILE = 2048  # elements of up a program reads
 _WARPS = 4
 
 
-def low_rank(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor) -> None:
+def low_rank(
+    h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor, *, onto: Tensor | None = None
+) -> None:
     """Add the surrogate to the rows of h that skip, in place; the others stay as they are, bit for bit.
 
     h: [batch, hidden], the stream that enters the FFN block (in a row that skips also what leaves it).
     down: [rank, hidden], up: [hidden, rank], bias: [hidden], contiguous, any float dtypes. skip:
-    [batch], bool or integer, a row skips where it is > 0. All on h's device; no host sync. Sums are
-    float32, and s is rounded to h's dtype before it is added, as a layer does with an FFN's output.
+    [batch], bool or integer, a row skips where it is > 0. onto: [batch, hidden], contiguous, in h's dtype:
+    what s is added to instead of h itself. All on h's device; no host sync. Sums are float32, and s is
+    rounded to h's dtype before it is added, as a layer does with an FFN's output.
     ValueError: shapes or strides other than these.
     """
     _check(h, down, up, bias, skip)
     if not runs_kernels(h):
-        reference(h, down, up, bias, skip)
+        reference(h, down, up, bias, skip, onto=onto)
         return
+    y = h if onto is None else onto
     batch, hidden = h.shape
     rank = len(down)
     chunks = -(-hidden // _CHUNK)
@@ -50,15 +54,18 @@ def low_rank(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor) ->
     )
     block = max(1, _TILE // padded(rank))
     _up[(-(-hidden // block),)](
-        h, up, bias, flags, dots, squares, h.stride(0), **shape, RANK_P=padded(rank),
+        y, up, bias, flags, dots, squares, y.stride(0), **shape, RANK_P=padded(rank),
         CHUNKS=chunks, CHUNKS_P=padded(chunks), BLOCK=block, TINY=_TINY, num_warps=_WARPS,
     )  # fmt: skip
 
 
-def reference(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor) -> None:
+def reference(
+    h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor, *, onto: Tensor | None = None
+) -> None:
     """The same in torch."""
     s = direction(h) @ down.float().T @ up.float().T + bias.float()
-    h.copy_(torch.where((skip > 0)[:, None], h + s.to(h.dtype), h))
+    y = h if onto is None else onto
+    y.copy_(torch.where((skip > 0)[:, None], y + s.to(h.dtype), y))
 
 
 def _check(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor) -> None:

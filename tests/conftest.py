@@ -57,6 +57,7 @@ if not HANDS_OUT:
 
     import matplotlib
     import warm_python
+    from interpreted import Reads
     from transformers import PreTrainedModel
 
     from skipcal.arch.check import tiny_model
@@ -164,6 +165,24 @@ def attentive(model: Any) -> Any:
         if "attn" in name and parameter.dim() == 2:
             parameter.mul_(10.0)
     return model
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """What interpreted kernels read."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("only interpreted kernels can be watched")
+    from triton.runtime import interpreter
+
+    found = Reads()
+    load = interpreter._interpreter.load
+
+    def watched(addresses: Any, mask: Any, *rest: Any) -> Any:
+        found.add(addresses, mask)
+        return load(addresses, mask, *rest)
+
+    monkeypatch.setattr(interpreter._interpreter, "load", watched)
+    return found
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from skipcal.errors import first_words
 from skipcal.ops.ffn import FFNWeights, ffn
 from skipcal.ops.project import project
 from skipcal.ops.rotary_cache import HeadNorms, rotary_cache
+from skipcal.ops.rules import StepRule, Unasked
+from skipcal.ops.stand_in import add_surrogate
 from skipcal.runtime.engines.graph_attention import Sight
-from skipcal.runtime.engines.graph_ffn import add_surrogate
-from skipcal.runtime.engines.graph_rules import StepRule, Unasked
 from skipcal.runtime.engines.step_cache import StepLayer
 from skipcal.runtime.engines.step_proof import added_error
 

@@ -27,6 +27,7 @@ from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
 from skipcal.ops.ffn import FFNWeights
+from skipcal.ops.rules import FusedCosine, FusedGate, StepRule, Unasked
 from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_layer import (
@@ -35,15 +36,7 @@ from skipcal.runtime.engines.graph_layer import (
     attention_weights,
 )
 from skipcal.runtime.engines.graph_outside import Outside
-from skipcal.runtime.engines.graph_rules import (
-    AnyRule,
-    FusedCosine,
-    FusedGate,
-    StepCounts,
-    StepInputs,
-    StepRule,
-    Unasked,
-)
+from skipcal.runtime.engines.graph_rules import AnyRule, StepCounts, StepInputs
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
@@ -182,11 +175,12 @@ class DecodeStep(PreparedStep):
         found = {block.index: fused_weights(block, self.batch) for block in architecture.blocks}
         asked = {index: found[index] for index in rule.layers}
         modules = {index: why for index, why in asked.items() if isinstance(why, str)}
+        active, live = self.inputs.active_static, self.inputs.counted_static
         step_rule: StepRule
         if isinstance(rule, CosineRule) and not modules:
-            step_rule = FusedCosine(rule, self.inputs, self._skips)
+            step_rule = FusedCosine(rule, active=active, live=live, skips=self._skips)
         elif isinstance(rule, GateRule):
-            step_rule = FusedGate(rule, self.inputs, self._skips)
+            step_rule = FusedGate(rule, active=active, skips=self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []

@@ -105,6 +105,18 @@ def test_rows_that_may_not_skip_do_not(interpreted: str, monkeypatch: pytest.Mon
     assert flags.tolist() == [[True] * 4, active.tolist(), [True] * 4]
 
 
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_rows_that_are_nobodys_stay_so(interpreted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    h = torch.randn(4, 40, device=DEVICE)
+    h[3] = math.nan
+    active = torch.tensor([1, 0, -1, -1], dtype=torch.int8, device=DEVICE)
+    skip = torch.full((4,), 9, dtype=torch.int8, device=DEVICE)
+    gate(h, **probe(40, threshold=scalar(math.inf)), active=active, skip=skip)
+    assert skip.tolist() == [1, 0, -1, -1]
+
+
 def test_a_row_may_lie_in_a_wider_buffer() -> None:
     wide = torch.randn(3, 100, device=DEVICE)
     model = probe(60)

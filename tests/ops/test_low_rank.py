@@ -174,3 +174,19 @@ def test_unfit_tensors_are_refused() -> None:
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T, bias, flags(1))
     with pytest.raises(ValueError, match="contiguous"):
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T.contiguous().T, bias, flags(1))
+
+
+@pytest.mark.parametrize("op", [low_rank, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_surrogate_may_be_added_elsewhere(op: Any, dtype: torch.dtype) -> None:
+    """To what is in place of f, then: h stays, and so do rows that run or are nobody's."""
+    h = (torch.randn(4, 70, device=DEVICE) * 3).to(dtype)
+    f, before, model = torch.randn_like(h), h.clone(), weights(5, 70)
+    skip = torch.tensor([1, 0, -1, 1], dtype=torch.int8, device=DEVICE)
+    f[[0, 3]] = 0.0
+    others = f[[1, 2]].clone()
+    op(h, *model, skip, onto=f)
+    s = exact(before, *model) - before.double()
+    assert ((f.double() - s).abs() <= rounding(s, dtype) + 4e-6)[[0, 3]].all()
+    assert torch.equal(f[[1, 2]], others)
+    assert torch.equal(h, before)
