@@ -60,7 +60,14 @@ def launch_ffn(hidden: int, width: int, rows: int) -> None:
     ffn.ffn(bf16(rows, hidden), flags(rows), weights, adds=True)
 
 
-def launch_arm(hidden: int, rows: int) -> None:
+def launch_normed_ffn(hidden: int, width: int, rows: int) -> None:
+    gate_up, down = bf16(width, hidden), bf16(hidden, width)
+    weights = ffn.FFNWeights(None, 0.0, gate_up, gate_up, down)
+    h, some = bf16(rows, hidden), torch.zeros(rows, dtype=torch.int8)
+    ffn.ffn(h, some, weights, x=h)
+
+
+def launch_arm(hidden: int, rows: int, each: int = 1) -> None:
     parts = -(-hidden // (ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS)["down"][0])
     arm.arm(
         torch.zeros(parts, 3, rows),
@@ -68,8 +75,8 @@ def launch_arm(hidden: int, rows: int) -> None:
         flags(rows),
         flags(rows),
         live=flags(rows),
-        threshold=torch.zeros(1),
-        limit=torch.zeros(1, dtype=torch.int32),
+        threshold=torch.zeros(each),
+        limit=torch.zeros(each, dtype=torch.int32),
     )
 
 
@@ -120,6 +127,9 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"{size}, ffn, rows {rows}"] = partial(launch_ffn, hidden, width, rows)
             found[f"{size}, q k v, rows {rows}"] = partial(launch_qkv, hidden, rows)
             found[f"{size}, o, rows {rows}"] = partial(launch_o, hidden, rows)
+        for rows in (1, 8, 64):
+            found[f"{size}, ffn of a norm's x, rows {rows}"] = partial(launch_normed_ffn, hidden, width, rows)
+        found[f"{size}, arm by rows, rows 8"] = partial(launch_arm, hidden, 8, 8)
         for rows in (1, 8):
             found[f"{size}, arm, rows {rows}"] = partial(launch_arm, hidden, rows)
             found[f"{size}, gate, rows {rows}"] = partial(launch_gate, hidden, rows)

@@ -221,6 +221,32 @@ def test_requests_with_targets_of_their_own_decode_as_alone_with_that_target(
         assert len(set(lone)) == 3  # so that the wrong rule would show
 
 
+ON_DEVICE = tuple(method for method in METHODS if method != "full")
+
+
+def test_decisions_on_the_device_decode_and_skip_as_alone(llama: Served, tmp_path: Path) -> None:
+    """Passes that only decode, as graphs hold them: the ops' references, in vLLM's eager mode."""
+    low, high = ASKED["gate"]
+    asked = [None, low, high, 0, None, high]
+    extra = [None if x is None else {"skipcal": x} for x in asked]
+    alone_at_the_end = [14, 30, 9, 24, 16, 11]
+    runs = [llama.run(method, new=alone_at_the_end) for method in ON_DEVICE]
+    runs += [llama.run("gate", extra=extra)]
+    job = [{"model": llama.folder, "options": TOGETHER, "runs": [{**run, "on_device": True} for run in runs]}]
+    [answers] = in_vllm({"engines": job}, tmp_path)
+    for method, got in zip(ON_DEVICE, answers, strict=False):
+        assert {1, 4} <= {*got["replays"]}
+        assert_equal(got, llama.alone(method, new=alone_at_the_end), warm_up=3)
+    by_target = {target: llama.alone("gate", target=target) for target in (None, low, high)}
+    nothing, _ = llama.alone("full")
+    got, each = answers[-1], [request for [request] in answers[-1]["requests"]]
+    for n, target in enumerate(asked):
+        texts, skipped = by_target[target] if target != 0 else (nothing, [[0] * 8] * len(asked))
+        assert got["tokens"][n] == texts[n]
+        assert each[n]["skipped_per_layer"] == skipped[n]
+    assert len(got["replays"]) > max(NEW)
+
+
 # One place more than adapters: on CPUs vLLM 0.32 gives requests without one what its last place holds.
 WITH_ADAPTERS = {**TOGETHER, "enable_lora": True, "max_loras": 3, "max_lora_rank": RANK}
 
