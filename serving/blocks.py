@@ -88,6 +88,8 @@ class ServedBlock:
     def own_ffn(self) -> OwnFFN:
         """What makes f of x as the modules are now, whatever is set on them later."""
         forwards = [module.forward for module in self.chain]
+        if len(forwards) == 1:
+            return forwards[0]
 
         def ffn(x: Tensor) -> Tensor:
             for forward in forwards:

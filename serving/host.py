@@ -51,6 +51,7 @@ class ServingHost:
         policy.check_layers(len(blocks))
         self._tally = Tally(policy.method, len(blocks))
         self._blocks = tuple(blocks)
+        self._device = blocks[0].place[0] if blocks else torch.device("cpu")
         self._rules, self._other_targets = TargetRules(policy, policy_at, blocks), policy_at is not None
         own = self._rules.of(None)
         self._rule = own.rule  # of the tokens of this pass
@@ -211,20 +212,18 @@ class ServingHost:
 
     def _end_pass(self) -> None:
         self._rows = self._state = None
-        self._asked = 0
-
-    @property
-    def _device(self) -> torch.device:
-        return self._blocks[0].place[0] if self._blocks else torch.device("cpu")
+        self._size = self._asked = 0
 
     # What stands on the modules
 
     def _ffn(self, block: ServedBlock) -> FFN:
-        own = block.own_ffn()
+        own, index = block.own_ffn(), block.index
 
         def ffn(x: Tensor, stream: Tensor) -> Tensor:
+            if self._size == 1 and x.shape[0] == 1:
+                return self._one(index, own, x, stream)
             if self._captured is not None and capturing(x):
-                f = self._captured.ffn_no_sync(block.index, x, stream)
+                f = self._captured.ffn_no_sync(index, x, stream)
                 return own(x) if f is None else f
             if self._rows is None:
                 return own(x)
@@ -232,32 +231,35 @@ class ServingHost:
                 f = torch.zeros_like(x)
                 f[: self._size] = ffn(x[: self._size], stream[: self._size])
                 return f
-            self._asked += 1
-            if block.index not in self._rule.layers:
-                return own(x)
-            h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
-            decision, self._state = self._rule.before(block.index, self._state, h)
-            skip = decision if self._agreed is None else self._agreed(decision)
-            self._decided[block.index] = skip
-            if len(x) == 1:
-                return self._one(block.index, own, x, h, bool(skip))
-            mask = torch.as_tensor(skip, device=h.device).reshape(-1)  # one token may be answered by a bool
-            return self._many(block.index, own, x, h, mask)
+            return self._many(index, own, x, stream)
 
         return ffn
 
-    def _one(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: bool) -> Tensor:
-        """What the FFN adds in a pass of a single token."""
+    def _one(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor) -> Tensor:
+        """What the FFN adds in a pass of a single token, where on a CPU every small operation shows."""
+        self._asked += 1
+        rule = self._rule
+        if layer not in rule.layers:
+            return own(x)
+        decision, self._state = rule.before(layer, self._state, h)
+        skip = self._decided[layer] = bool(decision if self._agreed is None else self._agreed(decision))
         if skip:
             return self._in_place_of(layer, h)
         f = own(x)
-        if self._rule.learns:
-            self._state = self._rule.after(layer, self._state, h, f, True)
+        if rule.learns:
+            self._state = rule.after(layer, self._state, h, f, True)
         return f
 
-    def _many(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor, skip: Tensor) -> Tensor:
+    def _many(self, layer: int, own: OwnFFN, x: Tensor, stream: Tensor) -> Tensor:
         """What the FFN adds in a pass of several tokens, [tokens, hidden]."""
         assert self._rows is not None
+        self._asked += 1
+        if layer not in self._rule.layers:
+            return own(x)
+        h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
+        decision, self._state = self._rule.before(layer, self._state, h)
+        decided = self._decided[layer] = decision if self._agreed is None else self._agreed(decision)
+        skip = torch.as_tensor(decided, device=h.device).reshape(-1)  # one token may be answered by a bool
         skipping = int(skip.sum())
         if skipping == 0:
             f = own(x)

@@ -59,7 +59,8 @@ class Tally:
                 self.report.decode_steps += decoded
                 self.report.decode_steps_after_warm_up += past
         if ruled.any():
-            self._add_skips(tokens, ruled, skipped, each)
+            add_skips = self._add_skips_of_one if len(ruled) == 1 else self._add_skips
+            add_skips(tokens, ruled, skipped, each)
         return each
 
     def add_later(self, skipped: Iterable[tuple[RequestReport, list[int]]], unread: list[int]) -> None:
@@ -90,6 +91,21 @@ class Tally:
         _add(self.report.skipped_per_layer, once.sum(axis=1).tolist())
         for n in np.unique(owner):
             _add(each[n].skipped_per_layer, once[:, owner == n].sum(axis=1).tolist())
+
+    def _add_skips_of_one(
+        self,
+        tokens: BatchTokens,
+        ruled: Bools,
+        skipped: Mapping[int, Tensor | bool],
+        each: Sequence[RequestReport],
+    ) -> None:
+        """The same for a pass of a single token, the usual one of a lone request."""
+        self.report.passes += 1
+        once = bool(tokens.counted[0])
+        for layer in [layer for layer, skip in skipped.items() if skip]:
+            self.report.unread_per_layer[layer] += 1
+            self.report.skipped_per_layer[layer] += once
+            each[0].skipped_per_layer[layer] += once
 
     def _of(self, tokens: BatchTokens, place: int, method: str) -> RequestReport:
         name, target = tokens.requests[place], tokens.targets[place]

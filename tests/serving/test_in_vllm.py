@@ -244,7 +244,7 @@ def test_decisions_on_the_device_decode_and_skip_as_alone(llama: Served, tmp_pat
         texts, skipped = by_target[target] if target != 0 else (nothing, [[0] * 8] * len(asked))
         assert got["tokens"][n] == texts[n]
         assert each[n]["skipped_per_layer"] == skipped[n]
-    assert len(got["replays"]) > max(NEW)
+    assert 4 in got["replays"]
 
 
 # One place more than adapters: on CPUs vLLM 0.32 gives requests without one what its last place holds.
