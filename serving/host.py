@@ -56,7 +56,8 @@ class ServingHost:
         own = self._rules.of(None)
         self._rule = own.rule  # of the tokens of this pass
         self._stand_in: StandIn = own.surrogates  # for what they skip
-        self._gathers, self._agreed = gathers, agreed
+        self._gathers = gathers and not any(block.whole for block in blocks)
+        self._agreed = agreed
         self._proven = False
         self._captured: CapturedPasses | None = None  # None: no graph holds a whole pass
         self._patches = InstancePatches()
@@ -217,13 +218,13 @@ class ServingHost:
     # What stands on the modules
 
     def _ffn(self, block: ServedBlock) -> FFN:
-        own, index = block.own_ffn(), block.index
+        own = block.own_ffn()
 
         def ffn(x: Tensor, stream: Tensor) -> Tensor:
             if self._size == 1 and x.shape[0] == 1:
-                return self._one(index, own, x, stream)
+                return self._one(block, own, x, stream)
             if self._captured is not None and capturing(x):
-                f = self._captured.ffn_no_sync(index, x, stream)
+                f = self._captured.ffn_no_sync(block.index, x, stream)
                 return own(x) if f is None else f
             if self._rows is None:
                 return own(x)
@@ -231,29 +232,30 @@ class ServingHost:
                 f = torch.zeros_like(x)
                 f[: self._size] = ffn(x[: self._size], stream[: self._size])
                 return f
-            return self._many(index, own, x, stream)
+            return self._many(block, own, x, stream)
 
         return ffn
 
-    def _one(self, layer: int, own: OwnFFN, x: Tensor, h: Tensor) -> Tensor:
-        """What the FFN adds in a pass of a single token, where on a CPU every small operation shows."""
+    def _one(self, block: ServedBlock, own: OwnFFN, x: Tensor, h: Tensor) -> Tensor:
+        """What the FFN makes in a pass of a single token, where on a CPU every small operation shows."""
         self._asked += 1
-        rule = self._rule
+        rule, layer = self._rule, block.index
         if layer not in rule.layers:
             return own(x)
         decision, self._state = rule.before(layer, self._state, h)
         skip = self._decided[layer] = bool(decision if self._agreed is None else self._agreed(decision))
         if skip:
-            return self._in_place_of(layer, h)
-        f = own(x)
+            return self._in_place_of(block, h)
+        made = own(x)
         if rule.learns:
-            self._state = rule.after(layer, self._state, h, f, True)
-        return f
+            self._state = rule.after(layer, self._state, h, _scaled(made, block.scale), True)
+        return made
 
-    def _many(self, layer: int, own: OwnFFN, x: Tensor, stream: Tensor) -> Tensor:
-        """What the FFN adds in a pass of several tokens, [tokens, hidden]."""
+    def _many(self, block: ServedBlock, own: OwnFFN, x: Tensor, stream: Tensor) -> Tensor:
+        """What the FFN makes in a pass of several tokens, [tokens, hidden]."""
         assert self._rows is not None
         self._asked += 1
+        layer = block.index
         if layer not in self._rule.layers:
             return own(x)
         h = stream[self._rows]  # [ruled, hidden]; later norms may add to it in place
@@ -262,28 +264,33 @@ class ServingHost:
         skip = torch.as_tensor(decided, device=h.device).reshape(-1)  # one token may be answered by a bool
         skipping = int(skip.sum())
         if skipping == 0:
-            f = own(x)
+            made = own(x)
         elif skipping == len(x):
-            f = self._in_place_of(layer, h)
+            made = self._in_place_of(block, h)
         elif not self._gathers:
-            f = own(x)
-            f[self._rows] = torch.where(skip[:, None], self._in_place_of(layer, h), f[self._rows])
+            made = own(x)
+            made[self._rows] = torch.where(skip[:, None], self._in_place_of(block, h), made[self._rows])
         else:
             running = torch.ones(len(x), dtype=torch.bool, device=x.device)
             running[self._rows] = ~skip
             rows = running.nonzero().squeeze(-1)
-            f = torch.zeros_like(x)
-            f[self._rows] = self._in_place_of(layer, h)
-            f.index_copy_(0, rows, own(x[rows]))
+            made = torch.zeros_like(x)
+            made[self._rows] = self._in_place_of(block, h)
+            made.index_copy_(0, rows, own(x[rows]))
         if self._rule.learns:
             ran: Tensor | bool = ~skip if len(h) > 1 else not skipping
-            self._state = self._rule.after(layer, self._state, h, f[self._rows], ran)
-        return f
+            f = _scaled(made[self._rows], block.scale)
+            self._state = self._rule.after(layer, self._state, h, f, ran)
+        return made
 
-    def _in_place_of(self, layer: int, h: Tensor) -> Tensor:
-        """What tokens that skip add: their surrogate, or zeros that nothing else holds."""
-        s = self._stand_in(layer, h)
-        return torch.zeros_like(h) if s is None else s
+    def _in_place_of(self, block: ServedBlock, h: Tensor) -> Tensor:
+        """For tokens that skip: their surrogate, or zeros that nothing else holds."""
+        s = self._stand_in(block.index, h)
+        return torch.zeros_like(h) if s is None else _scaled(s, 1 / block.scale)
+
+
+def _scaled(made: Tensor, scale: float) -> Tensor:
+    return made if scale == 1 else made * scale
 
 
 def _full(block: ServedBlock) -> FFN:

@@ -20,6 +20,8 @@ def plain_weights(block: ServedBlock) -> FFNWeights | str:
     Names are only a guess: on a few random rows the op has to give what the module gives.
     """
     kind = type(block.chain[0]).__name__
+    if block.scale != 1:
+        return f"what {kind} makes is scaled as it is added"
     if len(block.chain) > 1:
         return f"{kind} is followed by a norm"
     linears: list[Any] = [getattr(block.chain[0], name, None) for name in ("gate_up_proj", "down_proj")]

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vllm_for_gpus import cut, second_runner, whole
 
@@ -147,7 +149,8 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         worker.vllm_config.additional_config = {"skipcal": run["skipcal"]}
         start_skipping(worker)
         llm.llm_engine.input_processor.skipcal = plan_for(worker.vllm_config)
-    replays = _decide_on_device(worker) if run.get("on_device") else []
+    until = ExitStack()
+    replays, graphs = _decide_on_device(worker, until) if run.get("on_device") else ([], "")
     before, adapters = _preemptions(llm), run.get("adapters", [None] * len(run["prompts"]))
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in run["prompts"]]
     if run.get("embedded"):
@@ -165,6 +168,7 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         ],
         use_tqdm=False,
     )
+    until.close()
     refused = [_error(_generating(extra), llm, run["prompts"][0]) for extra in run.get("refused", ())]
     if refused:
         refused += [_error(ask, llm, run["prompts"][0]) for ask in _ASKED_WRONGLY]
@@ -176,14 +180,19 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         "preemptions": _preemptions(llm) - before,
         "compiled": _compiled(worker.model_runner.get_model()) if worker else None,
         "replays": replays,
+        "graphs": graphs,
     }
 
 
-def _decide_on_device(worker: Any) -> list[int]:
-    """Have passes that only decode run as graphs of whole ones hold them, without graphs; rows of each."""
+def _decide_on_device(worker: Any, until: ExitStack) -> tuple[list[int], str]:
+    """Have passes that only decode run as graphs of whole ones hold them, without graphs; rows of each.
+
+    And what is said of graphs, where FFNs cannot be in them. until: undoes it.
+    """
     from types import SimpleNamespace
 
     import torch
+    from vllm.config import CUDAGraphMode
 
     from skipcal.serving.graphs import WholePasses
     from skipcal.serving.requests import target_asked
@@ -191,19 +200,18 @@ def _decide_on_device(worker: Any) -> list[int]:
     modules: list[Any] = [import_module(f"skipcal.serving.{name}") for name in ("plugin", "runner", "host")]
     plugin, runner_module, host_module = modules
     worker.skipcal.detach()
-    runner, rows = worker.model_runner, []
+    rows: list[int] = []
+    runner, inside = worker.model_runner, [False]
     layers = runner.get_model().model.layers
-    for layer in layers:
-        for linear in (layer.mlp.gate_up_proj, layer.mlp.down_proj):
-            if not linear.weight.numel():  # on CPUs vLLM packs it away
-                eye = torch.eye(linear.input_size, dtype=torch.float32)
-                linear.weight = torch.nn.Parameter(linear(eye)[0].T.contiguous(), requires_grad=False)
-    plugin.whole_passes = lambda config: WholePasses(SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4]))
-    plugin.start_skipping(worker)
-    host, inside = worker.skipcal.host, [False]
-    host._captured._captured = {n: set(range(len(layers))) for n in range(1, 5)}
-    host_module.capturing = lambda x: inside[0]
-    own = host.replay
+    for linear in [
+        getattr(layer.mlp, name, None) for layer in layers for name in ("gate_up_proj", "down_proj")
+    ]:
+        if linear is not None and not linear.weight.numel():  # on CPUs vLLM packs it away
+            eye = torch.eye(linear.input_size, dtype=torch.float32)
+            linear.weight = torch.nn.Parameter(linear(eye)[0].T.contiguous(), requires_grad=False)
+    graphs = WholePasses(
+        SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4], cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    )
 
     def rows_of_graph() -> int | None:
         batch = runner.input_batch
@@ -219,9 +227,18 @@ def _decide_on_device(worker: Any) -> list[int]:
         finally:
             inside[0] = False
 
-    runner_module._rows_of_graph = rows_of_graph
-    host.replay = replay
-    return rows
+    for module, name, value in (
+        (plugin, "whole_passes", lambda config: graphs),
+        (host_module, "capturing", lambda x: inside[0]),
+        (runner_module, "_rows_of_graph", rows_of_graph),
+    ):
+        until.enter_context(patch.object(module, name, value))
+    plugin.start_skipping(worker)
+    host = worker.skipcal.host
+    if host.captures:
+        host._captured._captured = {n: set(range(len(layers))) for n in range(1, 5)}
+        own, host.replay = host.replay, replay
+    return rows, graphs.outcome
 
 
 def _error(ask: Callable[[Any, list[int]], None], llm: Any, prompt: list[int]) -> str:

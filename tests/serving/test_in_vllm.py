@@ -36,6 +36,21 @@ def models(
     }
 
 
+WHOLE = "static, in whole graphs"
+# What is said where it cannot be, for its FFN is another.
+IN_PIECES = {
+    "gemma": "GemmaMLP computes something else than skipcal's op",
+    "gemma2": "Gemma2MLP is followed by a norm",
+    "gemma3_text": "Gemma3MLP is followed by a norm",
+    "glm4": "LlamaMLP is followed by a norm",
+    "granite": "what GraniteMLP makes is scaled as it is added",
+    "mixtral": "MixtralMoE has no gate_up_proj and down_proj",
+    "qwen2_moe": "Qwen2MoeSparseMoeBlock has no gate_up_proj and down_proj",
+    "qwen3_moe": "Qwen3MoeSparseMoeBlock has no gate_up_proj and down_proj",
+    "nemotron": "NemotronMLP has no gate_up_proj and down_proj",
+}
+
+
 def methods_of(name: str) -> tuple[str, ...]:
     return tuple(METHODS) if name == "llama" else ("ffn-skip", "static")
 
@@ -43,11 +58,14 @@ def methods_of(name: str) -> tuple[str, ...]:
 def answered(models: dict[str, Served], options: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """By family and method, what vLLM made of it."""
     job = [
-        {"model": model.folder, "options": options, "runs": [model.run(m) for m in methods_of(name)]}
+        {
+            "model": model.folder, "options": options,
+            "runs": [*map(model.run, methods_of(name)), {**model.run("static"), "on_device": True}],
+        }
         for name, model in models.items()
-    ]
+    ]  # fmt: skip
     return {
-        name: dict(zip(methods_of(name), answers, strict=True))
+        name: dict(zip((*methods_of(name), WHOLE), answers, strict=True))
         for name, answers in zip(models, in_vllm({"engines": job}, folder), strict=True)
     }
 
@@ -80,10 +98,13 @@ def test_every_family_decodes_and_skips_as_alone_in_transformers(
     name: str, models: dict[str, Served], eager: dict[str, Any]
 ) -> None:
     for method, got in eager[name].items():
-        expected = models[name].alone(method)
+        expected = models[name].alone(method.removesuffix(", in whole graphs"))
         assert not got["compiled"]
         assert_equal(got, expected, warm_up=3)
         assert (sum(summed(expected[1])) > 0) == (method != "full")
+        if method == WHOLE:
+            assert bool(got["replays"]) == (name not in IN_PIECES)
+            assert IN_PIECES.get(name, "decided within") in got["graphs"]
 
 
 COMPILED = {**TOGETHER, "enforce_eager": False}
@@ -99,7 +120,7 @@ def test_compiled_passes_decide_and_skip_as_eager_ones(models: dict[str, Served]
     for name, answers in answered(some, TRACED, tmp_path).items():
         for method, got in answers.items():  # what was compiled for the first serves all of them
             assert got["compiled"]
-            assert_equal(got, models[name].alone(method), warm_up=3)
+            assert_equal(got, models[name].alone(method.removesuffix(", in whole graphs")), warm_up=3)
 
 
 def test_what_compilers_keep_on_disk_serves_another_profile_under_the_same_settings(
