@@ -12,12 +12,13 @@ of them (`skipcal.serving.captured`); else such passes are run in pieces as well
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skipcal.ops.ffn import MAX_ROWS
-from skipcal.serving.host import ServingHost
 from skipcal.serving.operator import OPERATOR
 from skipcal.serving.refusals import COMPILED_IN_PIECES
+
+if TYPE_CHECKING:
+    from skipcal.serving.host import ServingHost
 
 
 def cut_at_ffns(config: Any) -> str | None:
@@ -68,6 +69,8 @@ class WholePasses:
 
     def prepare(self, host: ServingHost) -> None:
         """Have the decisions in the graphs, or none captured. Before vLLM captures any."""
+        from skipcal.ops.ffn import MAX_ROWS  # where vLLM is only configured, no kernel is looked at
+
         reason = host.prepare_graphs(self.compilation.cudagraph_capture_sizes)
         if reason is not None:
             self.outcome = _in_pieces(self.compilation, reason)
