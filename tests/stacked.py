@@ -156,7 +156,8 @@ def batch(
 def hosted(stack: Stack, policy: Policy, **more: Any) -> ServingHost:
     host = ServingHost(stack.blocks, policy, **more)
     host.attach()
-    host.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))  # a prompt, on which all is proven
+    stream = torch.randn(2, HIDDEN, device=stack.last.weight.device)
+    host.run(batch([-2, -1]), None, lambda: stack(stream))  # a prompt, on which all is proven
     for ffn in stack.ffns:
         if isinstance(ffn, FFN):
             ffn.calls.clear()

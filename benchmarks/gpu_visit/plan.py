@@ -25,6 +25,7 @@ def check(visit: Visit) -> list[Step]:
         Step("versions", 60, "gpu_visit.device:versions"),
         Step("if_node", 60, "gpu_visit.device:if_node"),
         _tests("captured", 120, "tests/runtime/test_graph_capture.py", processes, left_out=none),
+        _tests("served", 60, "tests/serving/test_captured.py", processes, left_out=none),
         Step("bench", 110, "gpu_visit.bench:bench", {"settings": {"engine": "graph", **decoded}}),
         Step("ffn", 60, "gpu_visit.ops:ffns", {"rows": 1, **matrix}, env=kernels),
         Step("trace", 75, "gpu_visit.trace:trace", traced),

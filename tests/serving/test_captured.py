@@ -128,15 +128,37 @@ class Launches:
         return out
 
 
-def on_device(stack: Stack, policy: Policy, **more: Any) -> ServingHost:
+class RealGraph:
+    """One of CUDA."""
+
+    def __init__(self, stack: Stack, rows: int) -> None:
+        self.rows, self._stream_static = rows, torch.zeros(rows, HIDDEN, device="cuda")
+        stack(self._stream_static)  # libraries are set up lazily
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out_static = stack(self._stream_static)
+
+    def replay(self, stream: Tensor) -> Tensor:
+        self._stream_static.fill_(torch.nan)
+        self._stream_static[: len(stream)] = stream
+        self._graph.replay()
+        out: Tensor = self._out_static.clone()
+        return out
+
+
+def on_device(stack: Stack, policy: Policy, *, sizes: Sequence[int] = (1, 4), **more: Any) -> ServingHost:
     found = ServingHost(stack.blocks, policy, **more)
-    assert found.prepare_graphs([1, 4]) is None
+    assert found.prepare_graphs(sizes) is None
     found.attach()
-    found.run(batch([-2, -1]), None, lambda: stack(torch.randn(2, HIDDEN)))  # on which all is proven
+    stream = torch.randn(2, HIDDEN, device=stack.last.weight.device)
+    found.run(batch([-2, -1]), None, lambda: stack(stream))  # on which all is proven
     return found
 
 
-def replayed(found: ServingHost, graph: Graph | Launches, tokens: BatchTokens, stream: Tensor) -> Tensor:
+def replayed(
+    found: ServingHost, graph: Graph | Launches | RealGraph, tokens: BatchTokens, stream: Tensor
+) -> Tensor:
     out: Tensor = found.replay(tokens, graph.rows, partial(graph.replay, stream))
     return out[: len(stream)]
 
@@ -193,6 +215,23 @@ def test_so_do_the_kernels(name: str, rows: int, of_graph: int, stack: Stack) ->
     for (tokens, stream), rows_expected in zip(given, expected, strict=True):
         got = replayed(inside, launches, tokens, stream)
         assert_equal_but_for_rounding(got, rows_expected)
+    assert_same(inside, outside)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("rows", "of_graph"), [(1, 1), (6, 16)])
+def test_so_do_graphs_of_a_gpu(name: str, rows: int, of_graph: int, stack: Stack) -> None:
+    stack.cuda()
+    given = [(tokens, stream.cuda()) for tokens, stream in passes(rows, targets=True)]
+    outside = hosted(stack, OWN[name], policy_at=TARGETS[name].__getitem__)
+    expected = [outside.run(tokens, None, partial(stack, stream)) for tokens, stream in given]
+    outside.detach()
+    inside = on_device(stack, OWN[name], sizes=[of_graph], policy_at=TARGETS[name].__getitem__)
+    graph = RealGraph(stack, of_graph)
+    for (tokens, stream), rows_expected in zip(given, expected, strict=True):
+        assert_equal_but_for_rounding(replayed(inside, graph, tokens, stream), rows_expected)
     assert_same(inside, outside)
 
 
