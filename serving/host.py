@@ -104,8 +104,11 @@ class ServingHost:
     def detach(self) -> None:
         """Put back what `attach` found. A second call does nothing.
 
-        What has been compiled goes on asking by name, and gets the model's own FFNs.
+        What has been compiled goes on asking by name, and gets the model's own FFNs; graphs are told that the
+        full model runs.
         """
+        if self._captured is not None:
+            self._captured.say_full_no_sync()
         self._patches.restore()
         self._registry.update(self._registered)
         self._registered.clear()

@@ -313,7 +313,7 @@ def test_passes_are_replayed_only_where_the_graph_decides_for_all_of_them(stack:
 
 
 @pytest.mark.usefixtures("references")
-def test_a_replay_of_nobodys_is_the_full_model(stack: Stack) -> None:
+def test_a_replay_of_nobodys_or_after_the_host_is_the_full_model(stack: Stack) -> None:
     stream = torch.randn(4, HIDDEN)
     full = stack(stream)
     found = on_device(stack, OWN["static+surrogates"])
@@ -323,6 +323,9 @@ def test_a_replay_of_nobodys_is_the_full_model(stack: Stack) -> None:
     got = found.replay(None, 4, partial(graph.replay, stream))
     assert_equal_but_for_rounding(got, full)
     assert found.report.skipped_per_layer == counts and sum(counts) > 0
+    replayed(found, graph, batch([9] * 3), stream[:3])
+    found.detach()
+    assert_equal_but_for_rounding(graph.replay(stream), full)
 
 
 class Other(GatedFFN):
