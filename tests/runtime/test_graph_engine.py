@@ -20,11 +20,11 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
+from skipcal.ops import decode_attention as attention
+from skipcal.ops import ffn, project
+from skipcal.ops.decode_attention import decode_attention
 from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
-from skipcal.runtime.ops import decode_attention as attention
-from skipcal.runtime.ops import ffn, project
-from skipcal.runtime.ops.decode_attention import decode_attention
 from skipcal.runtime.session import skipping
 
 pytestmark = pytest.mark.usefixtures("references", "small_caches")

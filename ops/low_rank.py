@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skipcal.core.surrogates import direction
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 _TINY = torch.finfo(torch.float32).tiny
 # At rank 64 and hidden 4096 these make 128 programs of either kernel, as many as a large GPU has
@@ -28,21 +28,30 @@ _WARPS = 4
 
 
 def low_rank(
-    h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor, route_bias: Tensor | None = None
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    *,
+    route_bias: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> None:
     """Add the surrogate to the rows of h that skip, in place; the others stay as they are, bit for bit.
 
     h: [batch, hidden], the stream that enters the FFN block (in a row that skips also what leaves it).
     down: [rank, hidden], up: [hidden, rank], bias: [hidden], contiguous, any float dtypes. skip:
     [batch], bool or integer, a row skips where it is > 0. With route_bias [maps]: down [rank + maps, hidden],
-    up [maps, hidden, rank], bias [maps, hidden]. All on h's device; no host sync. Sums are
-    float32, and s is rounded to h's dtype before it is added, as a layer does with an FFN's output.
+    up [maps, hidden, rank], bias [maps, hidden]. onto: [batch, hidden], contiguous, in h's dtype: what s is
+    added to instead of h itself. All on h's device; no host sync. Sums are float32, and s is rounded to h's
+    dtype before it is added, as a layer does with an FFN's output.
     ValueError: shapes or strides other than these.
     """
     _check(h, down, up, bias, skip, route_bias)
     if not runs_kernels(h):
-        reference(h, down, up, bias, skip, route_bias)
+        reference(h, down, up, bias, skip, route_bias=route_bias, onto=onto)
         return
+    y = h if onto is None else onto
     batch, hidden = h.shape
     rows, rank = len(down), up.shape[-1]
     routes = rows - rank
@@ -56,14 +65,21 @@ def low_rank(
     )
     block = max(1, _TILE // padded(rank))
     _up[(-(-hidden // block),)](
-        h, up, bias, bias if route_bias is None else route_bias, flags, dots, squares, h.stride(0), **shape,
+        y, up, bias, bias if route_bias is None else route_bias, flags, dots, squares, y.stride(0), **shape,
         RANK=rank, RANK_P=padded(rank), ROUTES=routes, ROUTES_P=padded(max(routes, 1)),
         CHUNKS=chunks, CHUNKS_P=padded(chunks), BLOCK=block, TINY=_TINY, num_warps=_WARPS,
     )  # fmt: skip
 
 
 def reference(
-    h: Tensor, down: Tensor, up: Tensor, bias: Tensor, skip: Tensor, route_bias: Tensor | None = None
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    *,
+    route_bias: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> None:
     """The same in torch."""
     rank = up.shape[-1]
@@ -72,8 +88,10 @@ def reference(
         s = both @ up.float().T + bias.float()
     else:
         chosen = (both[:, rank:] + route_bias.float()).argmax(-1)
-        s = (up[chosen].float() @ both[:, :rank, None])[:, :, 0] + bias[chosen].float()
-    h.copy_(torch.where((skip > 0)[:, None], h + s.to(h.dtype), h))
+        own_up, own_bias = up.index_select(0, chosen).float(), bias.index_select(0, chosen).float()
+        s = (own_up @ both[:, :rank, None])[:, :, 0] + own_bias
+    y = h if onto is None else onto
+    y.copy_(torch.where((skip > 0)[:, None], y + s.to(h.dtype), y))
 
 
 def _check(

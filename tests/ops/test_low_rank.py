@@ -11,8 +11,8 @@ from interpreted import Reads
 from torch import Tensor
 
 from skipcal.core.surrogates import LowRank, RoutedLowRank, Surrogates
-from skipcal.runtime.ops import low_rank as module
-from skipcal.runtime.ops.low_rank import low_rank, reference
+from skipcal.ops import low_rank as module
+from skipcal.ops.low_rank import low_rank, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -191,7 +191,7 @@ def test_of_several_maps_each_row_gets_its_own(
 ) -> None:
     h = (torch.randn(12, hidden, device=DEVICE) * 3).to(dtype)
     before, model = h.clone(), routed(rank, hidden, maps)
-    op(h, model.down, model.up, model.bias, flags(*[1, 1, 0] * 4), model.route_bias)
+    op(h, model.down, model.up, model.bias, flags(*[1, 1, 0] * 4), route_bias=model.route_bias)
     chosen = [exact_map(row, model) for row in before]
     want = torch.stack(
         [
@@ -209,7 +209,7 @@ def test_of_several_maps_each_row_gets_its_own(
 def test_maps_that_no_row_has_are_not_read(reads: Reads) -> None:
     h, model = torch.randn(3, 50), routed(4, 50, 6)
     chosen = [exact_map(row, model) for row in h]
-    low_rank(h, model.down, model.up, model.bias, flags(1, 0, 1), model.route_bias)
+    low_rank(h, model.down, model.up, model.bias, flags(1, 0, 1), route_bias=model.route_bias)
     times = torch.tensor([sum(k == chosen[row] for row in (0, 2)) for k in range(6)])
     assert (reads.of(model.up) == times[:, None, None]).all()
     assert (reads.of(model.bias) == times[:, None]).all()
@@ -220,8 +220,31 @@ def test_unfit_tensors_are_refused() -> None:
     down, up, bias = weights(3, 50)
     several = routed(3, 50, 4)
     with pytest.raises(ValueError, match=r"\[\[7, 50\], \[4, 50, 3\]"):
-        low_rank(torch.zeros(1, 50, device=DEVICE), down, several.up, several.bias, flags(1), torch.zeros(4))
+        low_rank(
+            torch.zeros(1, 50, device=DEVICE),
+            down,
+            several.up,
+            several.bias,
+            flags(1),
+            route_bias=torch.zeros(4),
+        )
     with pytest.raises(ValueError, match=r"\[\[50, 50\], \[50, 50\], \[50\], \[1\]"):
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T, bias, flags(1))
     with pytest.raises(ValueError, match="contiguous"):
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T.contiguous().T, bias, flags(1))
+
+
+@pytest.mark.parametrize("op", [low_rank, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_surrogate_may_be_added_elsewhere(op: Any, dtype: torch.dtype) -> None:
+    """To what is in place of f, then: h stays, and so do rows that run or are nobody's."""
+    h = (torch.randn(4, 70, device=DEVICE) * 3).to(dtype)
+    f, before, model = torch.randn_like(h), h.clone(), weights(5, 70)
+    skip = torch.tensor([1, 0, -1, 1], dtype=torch.int8, device=DEVICE)
+    f[[0, 3]] = 0.0
+    others = f[[1, 2]].clone()
+    op(h, *model, skip, onto=f)
+    s = exact(before, *model) - before.double()
+    assert ((f.double() - s).abs() <= rounding(s, dtype) + 4e-6)[[0, 3]].all()
+    assert torch.equal(f[[1, 2]], others)
+    assert torch.equal(h, before)
