@@ -162,7 +162,15 @@ MaxPerplexityIncrease = Annotated[
 ]
 MinSpeedup = Annotated[
     float | None,
-    option("--min-speedup", metavar="X", help="Least speed-up, if time were bytes read at batch 1."),
+    option("--min-speedup", metavar="X", help="Least speed-up, if time were bytes read."),
+]
+Requests = Annotated[
+    int | None,
+    option(
+        "--requests",
+        metavar="N",
+        help="Requests decoded together: weights stay unread where all skip. Default: 1.",
+    ),
 ]
 Rules = Annotated[
     str | None,

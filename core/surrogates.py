@@ -36,15 +36,14 @@ class _Map:
 
     down: Tensor
 
-    @property
-    def elements(self) -> int:
-        """Numbers that a token reads where the map runs."""
+    def elements(self, tokens: int = 1) -> int:
+        """Numbers that are read where so many tokens are given what stands in, at most."""
         raise NotImplementedError
 
     @property
     def weight_bytes(self) -> int:
-        """Their bytes."""
-        return self.elements * self.down.element_size()
+        """Bytes that a token reads."""
+        return self.elements() * self.down.element_size()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same map elsewhere, or in another precision."""
@@ -75,10 +74,9 @@ class LowRank(_Map):
         token = h[0]
         return torch.addmv(self.bias, self.up, torch.mv(self.down, token), alpha=_to_direction(token))[None]
 
-    @property
-    def elements(self) -> int:
-        """All of them."""
-        return self.down.numel() + self.up.numel() + self.bias.numel()
+    def elements(self, tokens: int = 1) -> int:
+        """All of them, once."""
+        return self.down.numel() + self.up.numel() + self.bias.numel() if tokens else 0
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,10 @@ class RoutedLowRank(_Map):
         k = int(torch.add(self.route_bias, both[rank:], alpha=scale).argmax())
         return torch.addmv(self.bias[k], self.up[k], both[:rank], alpha=scale)[None]
 
-    @property
-    def elements(self) -> int:
-        """Those of one map, and of the route."""
-        return self.down.numel() + self.up[0].numel() + self.bias[0].numel() + self.route_bias.numel()
+    def elements(self, tokens: int = 1) -> int:
+        """Those of a map for each token, as far as there are so many, and what all maps share."""
+        own = min(tokens, len(self.up)) * (self.up[0].numel() + self.bias[0].numel())
+        return own + self.down.numel() + self.route_bias.numel() if tokens else 0
 
 
 Surrogate: TypeAlias = LowRank | RoutedLowRank
@@ -152,10 +150,10 @@ class Surrogates:
         found = self.maps.get(layer)
         return 0 if found is None else found.weight_bytes
 
-    def bytes_at(self, block: BlockWeights) -> int:
-        """`weight_bytes` of the block's map in the precision in which its layer computes."""
+    def bytes_at(self, block: BlockWeights, tokens: int = 1) -> int:
+        """What so many tokens read at most, in the precision in which the block's layer computes."""
         found = self.maps.get(block.index)
-        return 0 if found is None else found.elements * block.place[1].itemsize
+        return 0 if found is None else found.elements(tokens) * block.place[1].itemsize
 
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""

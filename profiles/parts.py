@@ -336,7 +336,8 @@ class TunedPoint(Part):
     line:        whose curve it is on. rule: gate, cosine, static, static+surrogates, static+fitted or random.
     kl:          to the full model, nats per decoded token, those of the warm-up included.
     excess_nll:  loss over the full model's, the same. `_low`, `_high`: 95 % bootstrap interval over windows.
-    ideal_speed_up: over the full model if time were bytes read, batch 1; surrogates are counted.
+    ideal_speed_up: over the full model if time were bytes read, past the warm-up, of the `requests` in the
+                 search's configuration that run together (one where it names none); surrogates are counted.
     on_front:    nothing that was measured skips as much with less divergence.
     loses_to_random: random skipping of as many FFNs diverges less.
     """

@@ -110,6 +110,8 @@ def tuning_table(profile: ProfileData) -> str:
             f"{interval:>16}{point.ideal_speed_up:>9.3f}{mark}"
         )
     note = "ratio: of all FFNs and decoded tokens; KL: nats per decoded token; ideal x: if time were bytes"
+    requests = tuning.config.get("requests", 1)
+    note += f", {requests} requests together" if requests > 1 else ""
     lines.append(textwrap.fill(note, WIDTH))
     losers = dict.fromkeys(point.line for point in tuning.points if point.loses_to_random)
     warnings = [_warning(f"{name} diverges more than skipping as many FFNs at random") for name in losers]
