@@ -35,7 +35,12 @@ def numbers(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def gate() -> pd.DataFrame:
-    table = pd.read_csv(RESULTS / "smollm2_gate" / "results.csv")
+    """The shipped gate's results, and those of other methods; `gate, one map` is what was shipped before."""
+    new, old = (
+        pd.read_csv(RESULTS / name / "results.csv") for name in ("smollm2_gate_maps", "smollm2_gate")
+    )
+    before = old.method.replace({"gate": "gate, one map"})
+    table = pd.concat([new, old.assign(method=before)[before != "static+surrogates"]])
     return table[table.subset == "all"]
 
 
@@ -69,9 +74,9 @@ def test_the_readme_tells_what_was_measured_of_quality(gate: pd.DataFrame) -> No
 
 def test_the_gates_page_tells_what_was_measured(gate: pd.DataFrame) -> None:
     rows = list(rows_of("docs/gate.md", "method | asked for | realised"))
-    assert len(rows) == 15
+    assert len(rows) == 18
     for method, target, *cells in rows:
-        check_loss(cells, method.strip("`"), float(target), gate)
+        check_loss(cells, method.replace("`", ""), float(target), gate)
 
 
 def test_the_comparison_is_what_was_measured() -> None:
