@@ -203,9 +203,9 @@ def _decide_on_device(worker: Any, until: ExitStack) -> tuple[list[int], str]:
     rows: list[int] = []
     runner, inside = worker.model_runner, [False]
     layers = runner.get_model().model.layers
-    for linear in [
-        getattr(layer.mlp, name, None) for layer in layers for name in ("gate_up_proj", "down_proj")
-    ]:
+    ffns = [getattr(layer, "mlp", None) for layer in layers]  # Mixtral's has another name
+    names = ("gate_up_proj", "down_proj")
+    for linear in [getattr(ffn, name, None) for ffn in ffns for name in names]:
         if linear is not None and not linear.weight.numel():  # on CPUs vLLM packs it away
             eye = torch.eye(linear.input_size, dtype=torch.float32)
             linear.weight = torch.nn.Parameter(linear(eye)[0].T.contiguous(), requires_grad=False)
