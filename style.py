@@ -19,7 +19,7 @@ THRESHOLD = "#333333"
 REGION_ALPHA = 0.14
 BAND_ALPHA = 0.22
 PALETTE = "colorblind"
-MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X", "<", ">", "h", "p")
+MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X", "<", ">", "h", "p", "d")
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 # The same figure gives the same file: no dates inside.

@@ -18,11 +18,13 @@ from skipcal.arch.limits import check_angles, check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.checkpoint import Checkpoint
+from skipcal.calibrate.damage_rule import damage_policy, losses_of_one
 from skipcal.calibrate.gather import first_rows, gather
 from skipcal.calibrate.passes import ENDED_EARLY, Passes, progress, skip_ratio
 from skipcal.calibrate.processes import ALONE, Counts, Processes
 from skipcal.calibrate.provenance import corpus_info, environment, model_info, what_decides
 from skipcal.calibrate.recommend import (
+    LastCosinePrediction,
     Prediction,
     arming_layers,
     check_reachable,
@@ -35,7 +37,7 @@ from skipcal.configs.run import ProfileConfig
 from skipcal.core.policy import FULL_MODEL_THRESHOLD, SkipPolicy
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.profiles.data import PROFILE_FORMAT
-from skipcal.profiles.parts import CalibrationInfo, LayerStatistics, OperatingPoint, Regions
+from skipcal.profiles.parts import CalibrationInfo, DamageRule, LayerStatistics, OperatingPoint, Regions
 from skipcal.profiles.policies import threshold_for
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.greedy import warn_of_overruled
@@ -246,6 +248,7 @@ class _Calibrator:
         pooled = pooled_statistics(traces)
         regions = self._regions(traces, pooled)
         policy, points = self._recommend(regions, traces, ask)
+        damage_rule = self._damage_rule(traces, pooled, ask) if config.by_damage else None
         if config.verify:
             points = self._verify(policy, points, ask)
         return SkipProfile(
@@ -264,6 +267,7 @@ class _Calibrator:
             regions=regions,
             policy=policy,
             operating_points=points,
+            damage_rule=damage_rule,
             environment=environment(architecture, started=started, processes=self._processes.size),
             config=config.recorded(),
         )
@@ -315,8 +319,23 @@ class _Calibrator:
         threshold = threshold_for(points, default if wanted is None else wanted, never=FULL_MODEL_THRESHOLD)
         return replace(base, threshold=threshold), points
 
+    def _damage_rule(self, traces: list[Trace], pooled: LayerStatistics, ask: Ask) -> DamageRule:
+        """What skipping each FFN alone loses, and operating points of the rule that weighs layers by it."""
+        warm_up, layers = self._config.warm_up_tokens, self._architecture.num_layers
+        excess, tokens = losses_of_one(
+            self._loaded.model,
+            self._architecture,
+            self._rows,
+            prompt_tokens=self._passes.prompt_tokens,
+            warm_up_tokens=warm_up,
+        )
+        policy = damage_policy(pooled.mean, excess, warm_up)
+        prediction = LastCosinePrediction(lambda: _past_warm_up(traces, policy), policy, layers)
+        points = self._operating_points(prediction, target_ratios(policy, layers), ask)
+        return DamageRule(excess_nll=excess, tokens=tokens, policy=policy, operating_points=points)
+
     def _operating_points(
-        self, prediction: Prediction, targets: list[float], ask: Ask
+        self, prediction: Prediction | LastCosinePrediction, targets: list[float], ask: Ask
     ) -> list[OperatingPoint]:
         curve = cosine_curve(prediction, lambda policy: self._ratio(ask, policy, self._config.closed_loop))
         points = []

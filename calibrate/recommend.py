@@ -22,6 +22,8 @@ from skipcal.errors import TargetOutOfReach
 
 TARGET_STEP = 0.05
 _SLACK = 1e-9  # ratios are quotients of counts; 0.1 + 0.2 style rounding is no reason to refuse one
+_LEAST_ANGLE = 1e-9  # 1 - cosine of tokens that are told apart: float32 ends at 6e-8
+_HALVINGS = 24  # of its logarithm: a skip ratio moves by less than 0.001 in the last
 _ROUNDING = 1e-12  # of a target that is itself a quotient of counts
 
 
@@ -71,6 +73,59 @@ class Prediction:
         return self._maxima.largest(min(max(skips, 1), len(self._maxima)))
 
 
+class LastCosinePrediction:
+    """The same of a policy with tolerances, whose ratio is that of no multiset: the rule itself is walked.
+
+    The ratio is only nearly monotone in the threshold, for a skip keeps a cosine from being seen.
+    """
+
+    def __init__(
+        self, blocks: Callable[[], Iterable[np.ndarray]], policy: SkipPolicy, num_layers: int
+    ) -> None:
+        """Nothing is read yet; the rest is Prediction's."""
+        self.policy, self.num_layers = policy, num_layers
+        self._blocks = blocks
+        self._ratios: dict[float, float] = {}
+
+    def skip_ratio(self, threshold: float) -> float:
+        """Share of all FFNs that are skipped: one pass over the trace, if the threshold is new."""
+        if threshold not in self._ratios:
+            policy, skipped, tokens = replace(self.policy, threshold=threshold), 0, 0
+            for block in self._blocks():
+                tokens += block.shape[1]
+                skipped += _walked(block, policy)
+            self._ratios[threshold] = skipped / (self.num_layers * tokens)
+        return self._ratios[threshold]
+
+    def threshold(self, target: float) -> float:
+        """A threshold whose skip ratio reaches `target`, and that a little above it would not."""
+        check_reachable(self.policy, target, self.num_layers)
+        low, high = math.log(_LEAST_ANGLE), math.log(2.0)  # of 1 - threshold: all saturate at -1
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if self.skip_ratio(1 - math.exp(middle)) < target - _SLACK:
+                low = middle
+            else:
+                high = middle
+        return max(1 - math.exp(high), -1.0)
+
+
+def _walked(cosine: np.ndarray, policy: SkipPolicy) -> int:
+    """FFNs that tokens skip on a clean trace. cosine: [layers of `arming_layers`, tokens]."""
+    assert policy.tolerances is not None
+    last = np.full(cosine.shape[1], -np.inf, np.float32)
+    row, total = np.zeros(cosine.shape[1], np.int32), 0
+    most = policy.cold_e if policy.max_skips is None else policy.max_skips
+    for layer in range(policy.cold_s, policy.cold_e):
+        reach = np.float32(1 - (1 - policy.threshold) * policy.tolerances[layer])
+        skip = (last >= reach) & (row < most)
+        total += int(skip.sum())
+        row = np.where(skip, row + 1, 0)
+        if layer - policy.cold_s < len(cosine):  # the last FFN arms nothing
+            last = np.where(skip, last, cosine[layer - policy.cold_s])
+    return total
+
+
 def arming_layers(policy: SkipPolicy) -> slice:
     """The layers whose cosines decide: the last FFN of the region arms nothing that is skipped."""
     return slice(policy.cold_s, max(policy.cold_e - 1, policy.cold_s))
@@ -106,7 +161,9 @@ def target_ratios(policy: SkipPolicy, num_layers: int) -> list[float]:
     return steps or ([largest] if largest else [])
 
 
-def cosine_curve(prediction: Prediction, measure: Callable[[SkipPolicy], float]) -> RealisedCurve:
+def cosine_curve(
+    prediction: Prediction | LastCosinePrediction, measure: Callable[[SkipPolicy], float]
+) -> RealisedCurve:
     """Realised ratios of the rule `cosine`, from what a clean trace predicts.
 
     The largest ratio is realised as predicted: every token is armed by the region's first FFN.

@@ -46,6 +46,10 @@ ClosedLoop = Annotated[
         complete=completion.one_of("teacher-forced", "decode"),
     ),
 ]
+ByDamage = Annotated[
+    bool,
+    option("--by-damage", help="Also find the method ffn-skip+damage: measure what each FFN alone loses."),
+]
 Verify = Annotated[
     bool, option("--verify", help="Decode held-out prompts with skipping, record their ratio.")
 ]

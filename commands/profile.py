@@ -40,6 +40,7 @@ def profile(
     cold_s: own.ColdS = None,
     cold_e: own.ColdE = None,
     closed_loop: own.ClosedLoop = None,
+    by_damage: own.ByDamage = False,
     verify: own.Verify = False,
     output: opt.Output = None,
     trace: own.Trace = None,

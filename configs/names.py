@@ -10,6 +10,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("bitsandbytes:int8", "bitsandbytes:nf4", "torchao:int8")
 SURROGATES = "+surrogates"  # after the name of a method that chooses FFNs: surrogates stand in for them
 FITTED = "static+fitted"  # a fixed set whose layers and surrogates were fitted together
+DAMAGE = "ffn-skip+damage"  # the rule cosine with tolerances: layers weighed by what skipping them loses
 METHODS = (
     "full",
     "ffn-skip",
@@ -21,6 +22,7 @@ METHODS = (
     "skipdecode",
     *(f"{name}{SURROGATES}" for name in ("ffn-skip", "random", "no-input-adaptive", "static")),
     FITTED,
+    DAMAGE,
 )
 
 

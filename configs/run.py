@@ -96,6 +96,8 @@ class ProfileConfig(CalibrationSettings):
                fast and comparable. "decode": over what the policy itself writes, which is what
                generation will see; slower by an order of magnitude.
     closed_loop_prompts: per corpus, over which they are measured; 0 for not at all.
+    by_damage: also measure, on the same text, what skipping each FFN alone loses, and find operating points
+               of the rule that weighs layers by it.
     """
 
     _places: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "trace"})
@@ -114,6 +116,7 @@ class ProfileConfig(CalibrationSettings):
     cold_e: PositiveInt | None = None
     closed_loop: Literal["teacher-forced", "decode"] = "teacher-forced"
     closed_loop_prompts: Annotated[int, Field(ge=0)] = 16
+    by_damage: bool = False
     verify: bool = False
     verify_prompts: PositiveInt = 16
     trace: str | None = None
@@ -122,6 +125,10 @@ class ProfileConfig(CalibrationSettings):
     def _options_fit_together(self) -> Self:
         if (self.cold_s is None) != (self.cold_e is None):
             raise ValueError("cold_s and cold_e belong together; give both --cold-s and --cold-e, or neither")
+        if self.by_damage and not self.closed_loop_prompts:
+            raise ValueError(
+                "by_damage is measured on closed_loop_prompts, and there are none; give 1 or more"
+            )
         if self.closed_loop == "decode" and self.mode == "prefill":
             raise ValueError("closed_loop decode needs generated text; it does not go with mode prefill")
         if self.chat_template and self.mode == "prefill":

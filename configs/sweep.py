@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from skipcal.configs.names import VLLM_ENGINE
+from skipcal.configs.names import DAMAGE, VLLM_ENGINE
 from skipcal.configs.run import (
     HostName,
     ModelSettings,
@@ -20,7 +20,7 @@ from skipcal.configs.run import (
 )
 from skipcal.errors import ConfigError, suggestion
 
-MATCHED = ("ffn-skip", "ffn-skip+surrogates", "gate")  # methods whose ratio follows from a threshold
+MATCHED = ("ffn-skip", "ffn-skip+surrogates", DAMAGE, "gate")  # methods whose ratio follows from a threshold
 TASKS = ("perplexity", "continuation", "freebaseqa", "summarization", "mtbench")
 Ratio = Annotated[float, Field(gt=0, le=1)]
 

@@ -71,7 +71,11 @@ def threshold_scale(policy: Policy, profile: SkipProfile) -> ThresholdScale:
         thresholds = (inner[0] - BEYOND, *inner, inner[-1] + BEYOND)
         return ThresholdScale(thresholds, len(policy.gates.layers) / layers)
     assert isinstance(policy, SkipPolicy)
-    points = sorted(profile.operating_points, key=lambda point: point.target_skip_ratio)
+    known = profile.operating_points
+    if policy.tolerances is not None:
+        assert profile.damage_rule is not None
+        known = profile.damage_rule.operating_points
+    points = sorted(known, key=lambda point: point.target_skip_ratio)
     if not points:
         raise TargetOutOfReach("the profile has no operating point to start from; profile again")
     thresholds = (1.0, *(point.threshold for point in points), -1.0)

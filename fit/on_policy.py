@@ -31,8 +31,8 @@ Tokens: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
 
 # Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
 RUN_WEIGHT = 0.05
-# How far a surrogate aims from f towards the full model's stream. Of 0 and 0.5 the latter lost less on text of
-# SmolLM2's that was not fitted on.
+# How far a surrogate aims from f towards the full model's stream. Of 0 and 0.5 the latter loses less, on
+# text of SmolLM2 that nothing was fitted on.
 AIM = 0.5
 
 

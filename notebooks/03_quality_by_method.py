@@ -41,7 +41,7 @@ print("methods:", *METHODS)
 # A window is run teacher-forced: one parallel pass, with the decisions that decoding the same text would
 # make. Its first 8 tokens are the prompt and 4 more the warm-up (whole-layer methods, `shortgpt` and
 # `skipdecode`, have none). The full model always runs, to compare with; `static+fitted` needs sets that
-# `skipcal fit --method static` makes first.
+# `skipcal fit --method static` makes first, `ffn-skip+damage` a profile made with `--by-damage`.
 #
 # A sweep writes a record of every item into its folder and goes on from there when it is run again. This
 # one goes into a temporary folder.
@@ -50,7 +50,7 @@ print("methods:", *METHODS)
 text = PerplexitySettings(corpus=["embedded"], windows=2, window_tokens=48, prompt_tokens=8, warm_up_tokens=4)
 config = skipcal.SweepConfig(
     profile="smollm2-135m-instruct",
-    methods=[method for method in METHODS if method not in ("full", "static+fitted")],
+    methods=[method for method in METHODS if method not in ("full", "static+fitted", "ffn-skip+damage")],
     ratios=[0.1, 0.25],
     tasks=TaskSettings(perplexity=text),
 )

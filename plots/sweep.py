@@ -31,6 +31,7 @@ METHOD_ORDER = (
     "no-input-adaptive+surrogates",
     "ffn-skip+surrogates",
     "static+fitted",
+    "ffn-skip+damage",
 )
 LABELS = {
     "perplexity": "perplexity",
@@ -49,7 +50,7 @@ LABELS = {
 FIGURES = tuple(
     f"{stem}.png" for stem in ("quality", "warm_up", "figure_3_summarization", "figure_5_mtbench")
 )
-_MORE = ("#332288", "#661100")  # the palette has ten colours, and would begin again
+_MORE = ("#332288", "#661100", "#999933")  # the palette has ten colours, and would begin again
 _LOGARITHMIC = ("perplexity", "perplexity_after_warm_up")
 # Methods differ by powers of ten here too, but the full model's own value is 0.
 _LINEAR_BELOW = {"kl": 0.01, "excess_nll": 0.01}

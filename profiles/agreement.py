@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def check_agreement(profile: ProfileData) -> None:
     """Raise ValueError, naming the field, when two parts of the profile contradict each other."""
     checks: tuple[Callable[[ProfileData], None], ...] = (
-        _layers, _regions, _policy, _gate, _fixed_sets, _points,
+        _layers, _regions, _policy, _damage_rule, _gate, _fixed_sets, _points,
     )  # fmt: skip
     for check in checks:
         check(profile)
@@ -66,10 +66,23 @@ def _policy(profile: ProfileData) -> None:
     if profile.paper_policy is None and not isinstance(policy, SkipPolicy):
         raise ValueError("paper_policy: expected an entry beside a policy of another rule than 'cosine'")
     for name, cosine in (("policy", policy), ("paper_policy", profile.paper_policy)):
+        if isinstance(cosine, SkipPolicy) and cosine.tolerances is not None:
+            raise ValueError(f"{name}.tolerances: expected none; a rule with tolerances is in damage_rule")
         if isinstance(cosine, SkipPolicy) and cosine.cold_e > count:
             raise ValueError(
                 f"{name}.cold_e: expected at most {count} (model.num_layers), got {cosine.cold_e}"
             )
+
+
+def _damage_rule(profile: ProfileData) -> None:
+    found, count = profile.damage_rule, profile.model.num_layers
+    if found is None:
+        return
+    tolerances = found.policy.tolerances
+    if tolerances is None or len(tolerances) != count or found.policy.cold_e > count:
+        raise ValueError(f"damage_rule.policy: expected a region and tolerances of {count} layers")
+    if len(found.excess_nll) != count:
+        raise ValueError(f"damage_rule.excess_nll: expected {count} values, got {len(found.excess_nll)}")
 
 
 def _gate(profile: ProfileData) -> None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, ValidationError
 
-from skipcal.core.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy, without_absent_tolerances
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.files.reading import check_before_validation, parse_object, shown, validation_message
 from skipcal.files.writing import dump_json
 from skipcal.profiles.fixed_sets import FixedSets
 from skipcal.profiles.parts import (
     CalibrationInfo,
+    DamageRule,
     Environment,
     GateInfo,
     GateSettings,
@@ -57,6 +58,7 @@ class ProfileData(BaseModel):
     tuning:           a search for the policy within a budget, and all it measured.
     paper_policy:     the policy of the rule `cosine`, where `policy` is of another.
     fixed_sets:       sets of FFNs with surrogates of their own, in a second file beside this one.
+    damage_rule:      the rule `cosine` with layers weighed by damage, with operating points of its own.
     """
 
     # "constants": else NaN would be written as null, which means "not measured"
@@ -85,6 +87,7 @@ class ProfileData(BaseModel):
     tuning: Tuning | None = None
     paper_policy: SkipPolicy | None = None
     fixed_sets: FixedSets | None = None
+    damage_rule: DamageRule | None = None
     _tensors: GateTensors | None = PrivateAttr(default=None)
     _set_tensors: SetTensors | None = PrivateAttr(default=None)
     _folder: Path | None = PrivateAttr(default=None)
@@ -188,9 +191,12 @@ class ProfileData(BaseModel):
     def to_json(self) -> str:
         """The text of the file."""
         fields = self.model_dump(mode="json")
-        for name in ("gate", "tuning", "paper_policy", "fixed_sets"):
+        for name in ("gate", "tuning", "paper_policy", "fixed_sets", "damage_rule"):
             if fields[name] is None:  # so that profiles from before there were any stay as they are
                 del fields[name]
+        for name in ("policy", "paper_policy"):
+            if name in fields:
+                fields[name] = without_absent_tolerances(fields[name])
         return dump_json(fields)
 
     def checked_json(self, where: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from skipcal.configs.names import DAMAGE
 from skipcal.configs.names import FITTED as FITTED
 from skipcal.configs.names import METHODS as METHODS
 from skipcal.configs.names import SURROGATES as SURROGATES
@@ -72,6 +73,8 @@ def make_policy(method: str, profile: SkipProfile, ask: Ask) -> Policy:
     target = recommended_ratio(profile) if ask.target_skip_ratio is None else ask.target_skip_ratio
     if method == FITTED:
         return profile.fitted_policy(target, warm_up)
+    if method == DAMAGE:
+        return replace(profile.damage_policy(target), warm_up_tokens=warm_up)
     if not 0 < target <= 1:
         raise ConfigError(f"target skip ratio {target:g} for {method}: expected a fraction within (0, 1]")
     layers = profile.model.num_layers

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from skipcal.core.policy import SkipPolicy
+
 MAX_MAPS = 256  # of a surrogate
 HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -181,6 +183,20 @@ class OperatingPoint(Part):
     predicted_skip_ratio: Ratio
     realised_skip_ratio: Ratio | None = None
     verified_skip_ratio: Ratio | None = None
+
+
+class DamageRule(Part):
+    """The rule `cosine` with tolerances: layers weighed by what skipping their FFN alone loses.
+
+    excess_nll: by layer, nats per token past the warm-up, over the closed loop's text.
+    tokens:     over which it is the mean.
+    policy:     its region, bound and tolerances; each of the operating points is a threshold of it.
+    """
+
+    excess_nll: List[float]
+    tokens: Annotated[int, Field(ge=1)]
+    policy: SkipPolicy
+    operating_points: List[OperatingPoint]
 
 
 class Environment(Part):

@@ -47,6 +47,20 @@ class ProfilePolicies(ProfileData):
         threshold = threshold_for(self.operating_points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
         return replace(policy, threshold=threshold)
 
+    def damage_policy(self, target_skip_ratio: float) -> SkipPolicy:
+        """The rule with layers weighed by damage at a skip ratio; see `policy_for`.
+
+        Raises ConfigError if the profile has none.
+        """
+        if self.damage_rule is None:
+            raise ConfigError(
+                "this profile has not measured what each FFN loses; make it again with: "
+                "skipcal profile --by-damage"
+            )
+        points = self.damage_rule.operating_points
+        threshold = threshold_for(points, target_skip_ratio, never=FULL_MODEL_THRESHOLD)
+        return replace(self.damage_rule.policy, threshold=threshold)
+
     def gate_policy(self, target_skip_ratio: float | None = None) -> GatePolicy:
         """The rule `gate` at a skip ratio; see `policy_for`. Raises ConfigError if there is no gate."""
         from skipcal.core.gate import NEVER, GatePolicy

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 
+from skipcal.configs.names import DAMAGE
 from skipcal.core.policy import SkipPolicy
 from skipcal.files.reading import printable
 from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
     CalibrationInfo,
+    DamageRule,
     Fit,
     GatePoint,
     GateSettings,
@@ -25,6 +27,8 @@ def summarize(profile: ProfileData, *, by_layer: bool = False) -> str:
     if by_layer:
         parts.append(_layers(profile))
     parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
+    if profile.damage_rule is not None:
+        parts.append(_damage_rule(profile.damage_rule))
     if profile.gate is not None:
         parts += [_gate(profile), _gate_points(profile)]
     if profile.fixed_sets is not None:
@@ -93,6 +97,20 @@ def _points(profile: ProfileData) -> str:
     held_out = "not measured (--verify)" if unverified else "prompts decoded"
     note = f"predicted: on the clean trace; realised: {measured}; held-out: {held_out}"
     lines.append(textwrap.fill(note, WIDTH, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def _damage_rule(rule: DamageRule) -> str:
+    """What each FFN alone loses, and thresholds of the method that weighs layers by it."""
+    losses = ", ".join(f"{loss:.3f}" for loss in rule.excess_nll)
+    what = f"skipping one FFN alone loses, by layer, in nats/token over {rule.tokens:,} tokens: {losses}"
+    lines = [textwrap.fill(what, WIDTH), f"{DAMAGE}, {rule.policy.max_skips} skips in a row at most:"]
+    lines.append(f"{'skip ratio':<12}{'threshold':>10}{'predicted':>11}{'realised':>10}")
+    for point in rule.operating_points:
+        lines.append(
+            f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
+            f"{ratio(point.realised_skip_ratio):>10}"
+        )
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from skipcal.configs.names import FITTED
+from skipcal.configs.names import DAMAGE, FITTED
 from skipcal.core.policy import Policy
 from skipcal.errors import ConfigError, asking
 from skipcal.files.reading import shown, validation_message
@@ -15,7 +15,7 @@ from skipcal.profiles.methods import METHODS, Ask, make_policy
 from skipcal.profiles.schema import SkipProfile
 
 KEY = "skipcal"  # of vLLM's additional_config, and of a request's extra_args
-SERVED = ("full", "ffn-skip", "gate", "static", "static+surrogates", FITTED)
+SERVED = ("full", "ffn-skip", "gate", "static", "static+surrogates", FITTED, DAMAGE)
 
 
 class ServingSettings(BaseModel):

@@ -16,6 +16,7 @@ from skipcal.runtime.session import skipping
 
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
 SOME = SkipPolicy(cold_s=0, cold_e=4, threshold=0.55, warm_up_tokens=1)
+TOLERANCES = (1.0, 1.0, 1.5, 1.2)
 ALWAYS = SkipPolicy(cold_s=1, cold_e=4, threshold=-1.0, warm_up_tokens=0)
 
 
@@ -50,7 +51,11 @@ def assert_engines_agree(
 
 
 def policies(
-    region: tuple[int, int], max_skips: int | None, warm_up: int, thresholds: Iterable[float]
+    region: tuple[int, int],
+    max_skips: int | None,
+    warm_up: int,
+    thresholds: Iterable[float],
+    tolerances: tuple[float, ...] | None = None,
 ) -> Iterator[SkipPolicy]:
     """One policy for each threshold."""
     for threshold in thresholds:
@@ -60,6 +65,7 @@ def policies(
             threshold=threshold,
             max_skips=max_skips,
             warm_up_tokens=warm_up,
+            tolerances=tolerances,
         )
 
 

@@ -85,6 +85,7 @@ def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: Any | None)
     if size > 1:
         mask = torch.full((size, size), float("-inf")).triu(1)[None, None]
     armed, count = False, 0
+    last = float("-inf")  # with tolerances: the cosine of the region's last FFN that ran
     skipped: list[int] = []
     cosines: list[float] = []
     for i, layer in enumerate(stack.layers):
@@ -99,6 +100,8 @@ def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: Any | None)
         inside = may = False
         if isinstance(rule, SkipPolicy):
             inside = rule.cold_s <= i < rule.cold_e
+            if rule.tolerances is not None:
+                armed = last >= 1 - (1 - rule.threshold) * rule.tolerances[i]
             may = inside and armed and (rule.max_skips is None or count < rule.max_skips)
         elif isinstance(rule, GatePolicy):
             may = i in rule.gates.layers and score(rule, i, h[0, -1]) < rule.threshold
@@ -114,7 +117,9 @@ def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: Any | None)
         f = layer.mlp(layer.post_attention_layernorm(h))
         value = cosine(h[0, -1], f[0, -1])
         cosines.append(value)
-        if isinstance(rule, SkipPolicy) and inside and not armed and value >= rule.threshold:
+        if isinstance(rule, SkipPolicy) and inside and rule.tolerances is not None:
+            last, count = value, 0
+        elif isinstance(rule, SkipPolicy) and inside and not armed and value >= rule.threshold:
             armed = True
         h = h + f
     return model.lm_head(stack.norm(h))[0, -1], skipped, cosines

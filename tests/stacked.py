@@ -107,9 +107,13 @@ def surrogates(layers: Sequence[int] = (1, 2, 4), seed: int = 4, maps: int = 1) 
 
 
 STATIC = ChosenFFNs(method="static", layers=(1, 3, 4), probability=1.0, warm_up_tokens=2)
+TOLERANCES = (1.0, 1.0, 2.0, 1.0, 1.5, 1.0)
 POLICIES: dict[str, Policy] = {
     "cosine": SkipPolicy(cold_s=0, cold_e=6, threshold=0.9, warm_up_tokens=2),
     "cosine, two at most": SkipPolicy(cold_s=1, cold_e=6, threshold=0.85, warm_up_tokens=2, max_skips=2),
+    "cosine, tolerances": SkipPolicy(
+        cold_s=1, cold_e=6, threshold=0.8, warm_up_tokens=2, max_skips=1, tolerances=TOLERANCES
+    ),
     "gate": GatePolicy(
         gates=random_gates((1, 2, 4)), surrogates=surrogates(), threshold=0.5, warm_up_tokens=2
     ),

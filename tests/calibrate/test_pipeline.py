@@ -13,9 +13,13 @@ from conftest import lively
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.capture import capture
+from skipcal.calibrate.damage_rule import damage_policy
+from skipcal.calibrate.gather import first_rows
 from skipcal.calibrate.pipeline import Calibration, calibrate_model
 from skipcal.configs.run import ProfileConfig
-from skipcal.errors import TargetOutOfReach
+from skipcal.errors import ConfigError, TargetOutOfReach
+from skipcal.profiles.methods import Ask, make_policy
+from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping
 
 
@@ -193,3 +197,73 @@ def test_nothing_is_left_on_the_model(loaded: LoadedModel, texts: list[str]) -> 
     calibrate(loaded, texts, verify=True, verify_prompts=3)
     after = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     assert before == after
+
+
+def naive_loss_of_one(
+    model: Any, rows: list[list[int]], first: int, skipped: int | None
+) -> tuple[float, int]:
+    """Summed loss past the warm-up with one FFN's output taken away there, by a hook: no session, no rule."""
+    total, count = 0.0, 0
+
+    def take_away(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat((output[:, :first], torch.zeros_like(output[:, first:])), dim=1)
+
+    handle = None if skipped is None else model.model.layers[skipped].mlp.register_forward_hook(take_away)
+    for row in rows:
+        with torch.no_grad():
+            found = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
+        for place in range(first, len(row) - 1):
+            total -= float(found[place, row[place + 1]])
+            count += 1
+    if handle:
+        handle.remove()
+    return total, count
+
+
+def test_a_rule_by_damage_is_measured_and_has_operating_points(loaded: LoadedModel, texts: list[str]) -> None:
+    result = calibrate(loaded, texts, by_damage=True)
+    profile = result.profile
+    rule = profile.damage_rule
+    assert rule is not None and rule.policy.tolerances is not None
+
+    rows = [row for trace in result.traces for row in first_rows(trace, 16)]
+    full, count = naive_loss_of_one(loaded.model, rows, 8 + 2, None)
+    assert rule.tokens == count
+    for layer in range(8):
+        lost = (naive_loss_of_one(loaded.model, rows, 8 + 2, layer)[0] - full) / count
+        assert rule.excess_nll[layer] == pytest.approx(lost, abs=1e-5)
+
+    mean = profile.layers["pooled"].mean
+    least = 0.1 * float(np.median(rule.excess_nll[2:7]))
+    shares = [(1 - mean[j - 1]) / max(rule.excess_nll[j], least) for j in range(2, 7)]
+    assert rule.policy.tolerances[2:7] == pytest.approx([share / min(shares) for share in shares])
+    assert (rule.policy.cold_s, rule.policy.cold_e, rule.policy.max_skips) == (1, 7, 2)
+
+    for point in rule.operating_points:
+        policy = profile.damage_policy(point.target_skip_ratio)
+        with skipping(loaded.model, policy=policy, teacher_forced=True, prompt_tokens=8) as run:
+            for row in rows:
+                loaded.model(torch.tensor([row]), use_cache=False)
+        assert run.report.skip_ratio == pytest.approx(point.realised_skip_ratio, abs=1e-9)
+
+
+def test_a_rule_by_damage_leaves_the_rest_of_the_profile_as_it_is(
+    loaded: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    plain, found = (calibrate(loaded, texts, by_damage=each).profile for each in (False, True))
+    assert "damage_rule" not in plain.to_json() and "tolerances" not in plain.to_json()
+    assert found.operating_points == plain.operating_points
+    assert found.policy == plain.policy
+    found.save(tmp_path / "found.json")
+    assert SkipProfile.load(tmp_path / "found.json") == found
+    ask = Ask(target_skip_ratio=0.25, new_tokens=8, warm_up_tokens=3)
+    policy = make_policy("ffn-skip+damage", found, ask)
+    assert policy.method == "ffn-skip+damage" and policy.warm_up_tokens == 3
+    with pytest.raises(ConfigError, match="--by-damage"):
+        make_policy("ffn-skip+damage", plain, ask)
+
+
+def test_ffns_that_lose_nothing_or_gain_are_no_more_tolerant_than_a_tenth_of_the_median() -> None:
+    policy = damage_policy([0.0, 0.9, 0.9, 0.9, 0.9, 0.0], [9.0, 9.0, 0.1, -0.5, 0.1, 9.0], 4)
+    assert policy.tolerances == pytest.approx((1, 1, 1, 10, 1, 1))
+    assert policy.warm_up_tokens == 4 and policy.method == "full"

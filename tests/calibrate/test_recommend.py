@@ -9,6 +9,7 @@ import pytest
 
 from skipcal.calibrate.closed_loop import CLOSED_LOOP_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.calibrate.recommend import (
+    LastCosinePrediction,
     Prediction,
     arming_layers,
     check_reachable,
@@ -200,3 +201,48 @@ def test_the_largest_ratio_of_a_curve_is_a_share_of_the_layers() -> None:
     policy = SkipPolicy(cold_s=1, cold_e=10, threshold=0.0)
     curve = cosine_curve(in_memory(clean(layers=30), policy), lambda tried: 0.0)
     assert curve.largest == 8 / 30
+
+
+def naive_ratio_with_tolerances(cosine: np.ndarray, policy: SkipPolicy) -> float:
+    assert policy.tolerances is not None
+    skipped = 0
+    for token in cosine:
+        last, row = -np.inf, 0
+        for layer in range(policy.cold_s, policy.cold_e):
+            reach = np.float32(1 - (1 - policy.threshold) * policy.tolerances[layer])
+            if last >= reach and (policy.max_skips is None or row < policy.max_skips):
+                skipped, row = skipped + 1, row + 1
+            else:
+                last, row = token[layer], 0
+    return skipped / cosine.size
+
+
+def last_cosine(cosine: np.ndarray, policy: SkipPolicy) -> LastCosinePrediction:
+    halves = np.array_split(cosine[:, arming_layers(policy)].T, 2, axis=1)
+    return LastCosinePrediction(lambda: halves, policy, cosine.shape[1])
+
+
+WITH_TOLERANCES = [
+    replace(policy, tolerances=tuple(1 + layer % 3 / 2 for layer in range(12)))
+    for policy in POLICIES
+    if policy.cold_s < policy.cold_e
+]
+
+
+@pytest.mark.parametrize("policy", WITH_TOLERANCES)
+@pytest.mark.parametrize("threshold", [-1.0, 0.1, 0.6, 0.93, 1.5])
+def test_the_predicted_ratio_with_tolerances_is_that_of_the_rule(
+    policy: SkipPolicy, threshold: float
+) -> None:
+    expected = naive_ratio_with_tolerances(clean(), replace(policy, threshold=threshold))
+    assert last_cosine(clean(), policy).skip_ratio(threshold) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("policy", [p for p in WITH_TOLERANCES if p.cold_e - p.cold_s > 2])
+def test_a_threshold_with_tolerances_just_reaches_its_target(policy: SkipPolicy) -> None:
+    found = last_cosine(clean(), policy)
+    for target in target_ratios(policy, 12):
+        assert target - 1e-9 <= found.skip_ratio(found.threshold(target)) < target + 0.01
+    assert found.skip_ratio(-1.0) == pytest.approx(policy.most_skips() / 12)
+    with pytest.raises(TargetOutOfReach):
+        found.threshold(policy.most_skips() / 12 + 0.01)

@@ -46,7 +46,7 @@ def naive(policy: SkipPolicy, token: int) -> list[int]:
 def walked(policy: SkipPolicy, tokens: list[int], **announced: Any) -> tuple[list[list[int]], CosineState]:
     """The layers that each of the tokens skips when they go through together, and the last state."""
     h, f = streams()
-    rule = policy.make_rule()
+    rule: Any = policy.make_rule()
     state = rule.start(PassTokens(active=torch.ones(len(tokens), dtype=torch.bool), **announced), CPU)
     skipped: list[list[int]] = [[] for _ in tokens]
     for layer in rule.layers:

@@ -27,6 +27,8 @@ POLICY = SkipPolicy(cold_s=2, cold_e=10, threshold=0.9)
         ({"cold_s": -1}, "cold_s -1"),
         ({"warm_up_tokens": -1}, "warm_up_tokens -1 is negative"),
         ({"max_skips": -1}, "max_skips -1 is negative"),
+        ({"tolerances": (1.0, 0.9)}, "tolerances .* are not all 1 or more"),
+        ({"tolerances": (1.0, math.inf)}, "tolerances .* are not all 1 or more"),
         ({"rule": "entropy"}, "rule 'entropy' is not known"),
     ],
 )
@@ -106,3 +108,10 @@ def test_a_region_beyond_the_model_is_refused() -> None:
 def test_a_policy_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         POLICY.threshold = 0.5  # type: ignore[misc]
+
+
+def test_tolerances_of_another_number_of_layers_are_refused() -> None:
+    policy = replace(POLICY, tolerances=(1.0,) * 12)
+    policy.check_layers(12)
+    with pytest.raises(ProfileMismatch, match="tolerances for 12 layers, and the model has 13"):
+        policy.check_layers(13)

@@ -36,9 +36,7 @@ def numbers(text: str) -> list[str]:
 @pytest.fixture(scope="module")
 def gate() -> pd.DataFrame:
     """The shipped gate's results, and those of other methods; `gate, one map` is what was shipped before."""
-    new, old = (
-        pd.read_csv(RESULTS / name / "results.csv") for name in ("smollm2_gate_maps", "smollm2_gate")
-    )
+    new, old = (pd.read_csv(RESULTS / name / "results.csv") for name in ("smollm2_gate_maps", "smollm2_gate"))
     before = old.method.replace({"gate": "gate, one map"})
     table = pd.concat([new, old.assign(method=before)[before != "static+surrogates"]])
     return table[table.subset == "all"]

@@ -13,6 +13,7 @@ from skipcal.calibrate.closed_loop import BENT_PASSES, CLOSED_LOOP_TOLERANCE
 from skipcal.core.substituted import Substituted
 from skipcal.errors import TargetOutOfReach
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
+from skipcal.profiles.parts import DamageRule, OperatingPoint
 from skipcal.profiles.schema import SkipProfile
 
 SHIPPED = SkipProfile.load("smollm2-135m-instruct")
@@ -131,3 +132,15 @@ def test_without_operating_points_there_is_no_scale() -> None:
 def test_a_ratio_beyond_the_region_is_refused() -> None:
     with pytest.raises(TargetOutOfReach, match="out of reach"):
         match_threshold(SCALE, 0.9, lambda threshold: 0.0)
+
+
+def test_a_rule_by_damage_is_matched_by_its_own_points() -> None:
+    policy = replace(SHIPPED.cosine_policy, tolerances=(1.0,) * 30, max_skips=1, cold_s=1, cold_e=29)
+    points = [
+        OperatingPoint(target_skip_ratio=at, threshold=threshold, predicted_skip_ratio=at)
+        for at, threshold in ((0.1, 0.999), (0.2, 0.99))
+    ]
+    rule = DamageRule(excess_nll=[0.1] * 30, tokens=5, policy=policy, operating_points=points)
+    scale = threshold_scale(policy, SHIPPED.model_copy(update={"damage_rule": rule}))
+    assert scale.thresholds == (1.0, 0.999, 0.99, -1.0)
+    assert scale.reachable == pytest.approx(14 / 30)  # every second one of the 27 after the first

@@ -37,7 +37,7 @@ def surrogates() -> Surrogates:
     return Surrogates({1: random_map(HIDDEN, 2, 1, random), 2: random_map(HIDDEN, 2, 4, random)})
 
 
-def read_by(found: Any, rows: int) -> int:
+def read_by(found: Any, rows: int) -> Any:
     """Bytes of a surrogate that so many rows read at most, by its tensors."""
     if found is None or rows == 0:
         return 0

@@ -217,3 +217,56 @@ def test_a_profile_that_an_editor_marked_is_the_same_profile(tmp_path: Path) -> 
     path.write_bytes(b"\xef\xbb\xbf" + shipped.to_json().encode())
     marked = SkipProfile.load(path)
     assert marked.to_json() == shipped.to_json()
+
+
+def by_damage(**changes: Any) -> dict[str, Any]:
+    """A document with a rule by damage."""
+    policy = {
+        "cold_s": 1,
+        "cold_e": LAYERS - 1,
+        "threshold": 2.0,
+        "max_skips": 2,
+        "tolerances": [1.5] * LAYERS,
+    }
+    points = [
+        {
+            "target_skip_ratio": at,
+            "threshold": threshold,
+            "predicted_skip_ratio": at,
+            "realised_skip_ratio": at,
+        }
+        for at, threshold in ((0.1, 0.99), (0.2, 0.98))
+    ]
+    rule = {"excess_nll": [0.5] * LAYERS, "tokens": 7, "policy": policy, "operating_points": points}
+    return {**document(), "damage_rule": {**rule, **changes}}
+
+
+def test_a_rule_by_damage_has_thresholds_of_its_own(tmp_path: Path, profile: SkipProfile) -> None:
+    found = SkipProfile.load(write(tmp_path / "by-damage.json", by_damage()))
+    assert found.damage_policy(0.1).threshold == 0.99
+    assert found.damage_policy(0.15).threshold == pytest.approx(0.985)
+    assert found.damage_policy(0).method == "full"
+    assert found.policy_for(None) == profile.policy_for(None)
+    with pytest.raises(TargetOutOfReach):
+        found.damage_policy(0.3)
+    with pytest.raises(ConfigError, match="--by-damage"):
+        profile.damage_policy(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (by_damage(excess_nll=[0.5]), "damage_rule.excess_nll: expected"),
+        (by_damage(policy={"cold_s": 0, "cold_e": 1, "threshold": 1.0}), "damage_rule.policy: expected"),
+        (by_damage(tokens=0), "damage_rule.tokens"),
+        (
+            {**document(), "policy": {**document()["policy"], "tolerances": [1.0] * LAYERS}},
+            "policy.tolerances",
+        ),
+    ],
+)
+def test_a_rule_by_damage_that_does_not_fit_is_refused(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ProfileError, match=message):
+        SkipProfile.load(write(tmp_path / "wrong.json", changed))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DENSE, attentive, left_padded, lively
-from engines import ALWAYS, ROWS, SOME, assert_engines_agree, counts, generated, policies
+from engines import ALWAYS, ROWS, SOME, TOLERANCES, assert_engines_agree, counts, generated, policies
 from gated import random_map
 from sessions import Heard
 from transformers import LogitsProcessor, StoppingCriteria
@@ -55,6 +55,13 @@ def test_a_spent_row_does_not_arm_again() -> None:
     policy = SkipPolicy(cold_s=1, cold_e=9, threshold=-1.0, max_skips=2, warm_up_tokens=0)
     report = assert_engines_agree(model, policy)
     assert report.skipped_per_layer == (0, 0, 33, 33, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("max_skips", [None, 1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_with_tolerances_equals_the_eager_engine(tiny: Any, max_skips: int | None, rows: int) -> None:
+    for policy in policies((0, 4), max_skips, 1, (-1.0, 0.6, 2.0), TOLERANCES):
+        assert_engines_agree(tiny, policy, ROWS[:rows], max_new_tokens=8)
 
 
 @pytest.mark.parametrize("model_type", [*DENSE, "mixtral", "gpt_oss"])

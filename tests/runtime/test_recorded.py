@@ -14,6 +14,7 @@ from engines import (
     ALWAYS,
     ROWS,
     SOME,
+    TOLERANCES,
     assert_engines_agree,
     assert_left_to_the_eager_engine,
     counts,
@@ -54,6 +55,13 @@ def test_equals_the_eager_engine(
     tiny: Any, region: tuple[int, int], max_skips: int | None, warm_up: int, rows: int
 ) -> None:
     for policy in policies(region, max_skips, warm_up, (-1.0, 0.6, 2.0)):
+        agree(tiny, policy, ROWS[:rows], max_new_tokens=8)
+
+
+@pytest.mark.parametrize("max_skips", [None, 1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_with_tolerances_equals_the_eager_engine(tiny: Any, max_skips: int | None, rows: int) -> None:
+    for policy in policies((0, 4), max_skips, 1, (-1.0, 0.6, 2.0), TOLERANCES):
         agree(tiny, policy, ROWS[:rows], max_new_tokens=8)
 
 

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import lively
-from engines import policies
+from engines import TOLERANCES, policies
 
 from skipcal.arch.loading import LoadedModel
 from skipcal.calibrate.capture import capture
@@ -78,6 +78,24 @@ def test_equals_the_oracle_token_for_token_and_ffn_for_ffn(
 ) -> None:
     for policy in policies(region, max_skips, warm_up, (-1.0, middling_threshold(model), 2.0)):
         assert_equals_oracle(model, PROMPT, policy, NEW)
+
+
+@pytest.mark.parametrize("region", [(0, 4), (1, 4), (1, 1)])
+@pytest.mark.parametrize("max_skips", [None, 0, 1, 2])
+def test_with_tolerances_equals_the_oracle(
+    model: Any, region: tuple[int, int], max_skips: int | None
+) -> None:
+    for policy in policies(region, max_skips, 1, (-1.0, middling_threshold(model), 2.0), TOLERANCES):
+        assert_equals_oracle(model, PROMPT, policy, NEW)
+
+
+def test_with_tolerances_a_token_skips_again_after_an_ffn_that_ran() -> None:
+    model = lively("llama", num_hidden_layers=10)
+    policy = SkipPolicy(
+        cold_s=1, cold_e=9, threshold=-1.0, max_skips=2, warm_up_tokens=0, tolerances=(1.0,) * 10
+    )
+    skipped = assert_equals_oracle(model, PROMPT, policy, NEW)
+    assert all(layers == [2, 3, 5, 6, 8] for layers in skipped)
 
 
 def test_the_grid_has_partial_skipping(model: Any) -> None:
@@ -152,12 +170,13 @@ def assert_logits_agree(mine: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(mine, theirs, atol=limit, rtol=0.0)
 
 
+@pytest.mark.parametrize("tolerances", [None, TOLERANCES])
 @pytest.mark.parametrize("max_skips", [None, 1])
 @pytest.mark.parametrize("warm_up", [0, 3])
-def test_teacher_forcing_equals_stepping(model: Any, max_skips: int | None, warm_up: int) -> None:
-    policy = SkipPolicy(
-        cold_s=0, cold_e=4, threshold=middling_threshold(model), max_skips=max_skips, warm_up_tokens=warm_up
-    )
+def test_teacher_forcing_equals_stepping(
+    model: Any, max_skips: int | None, warm_up: int, tolerances: tuple[float, ...] | None
+) -> None:
+    (policy,) = policies((0, 4), max_skips, warm_up, [middling_threshold(model)], tolerances)
     output, stepped = generate(model, PROMPT, policy, NEW)
     text = output.sequences[:, :-1]
     logits, forced = teacher_forced(model, text, policy, len(PROMPT))

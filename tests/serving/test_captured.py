@@ -45,7 +45,7 @@ from skipcal.serving.host import ServingHost
 
 GATES, MAPS, SEVERAL = random_gates((1, 2, 4)), surrogates(), surrogates(maps=4)
 OWN: dict[str, Policy] = {
-    **POLICIES,
+    **{name: policy for name, policy in POLICIES.items() if name != "cosine, tolerances"},
     "gate": GatePolicy(gates=GATES, surrogates=MAPS, threshold=0.5, warm_up_tokens=2),
     "gate of several maps": GatePolicy(gates=GATES, surrogates=SEVERAL, threshold=0.5, warm_up_tokens=2),
     "static+surrogates": Substituted(STATIC, MAPS),
@@ -211,6 +211,11 @@ def test_replays_decide_and_count_as_passes_outside_do(
         assert_equal_but_for_rounding(got, rows_expected)
     assert_same(inside, outside)
     assert (sum(outside.report.skipped_per_layer) > 0) == (name != "full")
+
+
+def test_a_rule_that_only_the_host_knows_is_not_put_into_graphs(stack: Stack) -> None:
+    host = hosted(stack, POLICIES["cosine, tolerances"])
+    assert host.prepare_graphs((1, 4)) == "ffn-skip+damage is not decided on the device"
 
 
 @pytest.mark.parametrize("name", KERNELS)

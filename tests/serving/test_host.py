@@ -16,6 +16,7 @@ from stacked import (
     POLICIES,
     STATIC,
     STEPS,
+    TOLERANCES,
     Stack,
     alone,
     assert_equal_but_for_rounding,
@@ -62,6 +63,10 @@ TARGETS: dict[str, dict[float, Policy]] = {
     "cosine, two at most": {
         0.2: SkipPolicy(cold_s=1, cold_e=6, threshold=0.95, warm_up_tokens=2, max_skips=2),
         0.5: SkipPolicy(cold_s=1, cold_e=6, threshold=0.6, warm_up_tokens=2, max_skips=3),
+    },
+    "cosine, tolerances": {
+        0.2: SkipPolicy(cold_s=1, cold_e=6, threshold=0.95, warm_up_tokens=2, tolerances=TOLERANCES),
+        0.5: SkipPolicy(cold_s=0, cold_e=6, threshold=0.6, warm_up_tokens=1, tolerances=TOLERANCES),
     },
     **{
         name: {

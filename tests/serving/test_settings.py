@@ -89,6 +89,9 @@ def test_a_method_without_what_it_needs_is_refused(method: str, tmp_path: Path) 
     elif method == "static+fitted":
         with pytest.raises(ConfigError, match="this profile has no fitted sets; fit some with: skipcal fit"):
             policy(path, method=method, target_skip_ratio=0.2)
+    elif method == "ffn-skip+damage":
+        with pytest.raises(ConfigError, match="make it again with: skipcal profile --by-damage"):
+            policy(path, method=method, target_skip_ratio=0.2)
     elif method != "full":
         with pytest.raises(TargetOutOfReach, match=r"target skip ratio 0\.9 is out of reach"):
             policy(path, method=method, target_skip_ratio=0.9)
