@@ -22,7 +22,7 @@ from common import save
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import input_device, locate
-from skipcal.configs.fit import SURROGATE_BUDGET
+from skipcal.configs.fit import MAPS, SURROGATE_BUDGET, FitConfig
 from skipcal.core.surrogates import rank_for
 from skipcal.fit.damage import fisher_damage
 from skipcal.fit.on_policy import Sweep
@@ -51,7 +51,9 @@ def fit_windows(windows: int) -> None:
     rows = torch.randint(3, 1000, (windows, WINDOW_TOKENS)).tolist()
     ids = (torch.tensor([row]) for row in rows[:8])
     damage = fisher_damage(model, architecture, ids, first=26, seed=0)
-    sweep = Sweep(architecture, rows, layers=range(1, 5), damage=damage, rank=16, first=26, batch_size=4)
+    sweep = Sweep(
+        architecture, rows, layers=range(1, 5), damage=damage, rank=16, maps=8, first=26, batch_size=4
+    )
     fitted = sweep.fit()
     sweep.fit(fitted.gates, fitted.scores.threshold(0.25))
     print(peak_memory(input_device(model))["bytes"])
@@ -99,34 +101,41 @@ def computed(shape: str, element_bytes: int) -> dict[str, Any]:
     in_layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
     ffn = 3 * hidden * config.intermediate_size + hidden
     candidates = layers - 2
-    rank = rank_for(SURROGATE_BUDGET, hidden, ffn * element_bytes, element_bytes)
+    rank = rank_for(SURROGATE_BUDGET, hidden, ffn * element_bytes, element_bytes, maps=MAPS)
     tokens = CALIBRATION["windows"] * CALIBRATION["window_tokens"]
     damage_tokens = CALIBRATION["damage_windows"] * CALIBRATION["window_tokens"]
     loop_tokens = CALIBRATION["loop_windows"] * CALIBRATION["window_tokens"] * CALIBRATION["loop_passes"]
-    swept = 1.5 * tokens  # a sweep over half of the windows, then one over all
-    per_token = candidates * (2 * hidden**2 + 2 * 2 * rank * hidden)  # damage of each token, two surrogates
+    sweeps = FitConfig().sweeps
+    on_policy = (1 + (sweeps - 1) / 2) * tokens  # the last over all windows, those before over half
+    swept = on_policy + tokens / 2
+    # Of a token in a layer: its damage, its surrogate twice, its region and `down` for the fit of its map.
+    per_token = hidden**2 + 2 * (2 * rank + MAPS) * hidden + (rank + MAPS) * hidden
     float32 = 2 * (
         3 * damage_tokens * (in_layers + head)
         + damage_tokens * layers * hidden**2
-        + swept * (in_layers + per_token / 2)
+        + (swept + on_policy) * in_layers  # with skipping on, the full model's stream as well
+        + swept * candidates * per_token
         + loop_tokens * in_layers
     )
-    # Sums of u uT, u fT, and of the gate's inputs twice: for its fit and for the tokens' sensitivity.
-    float64 = 2 * hidden**2 * (3 * swept * candidates + damage_tokens * layers)
+    # Sums of u uT, u fT, and of the gate's inputs twice: for its fit and for the tokens' sensitivity; of
+    # down u with itself and with f for the maps.
+    maps = rank**2 + rank * hidden
+    float64 = 2 * (swept * candidates * (3 * hidden**2 + maps) + damage_tokens * layers * hidden**2)
     weights = sum(p.numel() for p in model.parameters()) * element_bytes
     fisher = layers * (4 * hidden**2 + 8 * (hidden + 1) ** 2)
-    moments = 4 * 2 * 8 * hidden**2  # two matrices, and as much three times over while they are solved
+    # Two matrices, and as much three times over while they are solved; and those of each map.
+    moments = 8 * (4 * 2 * hidden**2 + MAPS * maps)
     logits = 3 * 4 * CALIBRATION["window_tokens"] * config.vocab_size
     return {
         "shape": shape,
         "rank": rank,
         "float32_flop": float32,
         "float64_flop": float64,
-        "eigendecompositions": 2 * candidates,
+        "eigendecompositions": 2 * (sweeps + 1) * candidates,  # of the damage, and of what is predicted
         "bytes": {"weights": weights, "damage": fisher, "moments": moments, "logits": logits},
         "bytes_total": weights + fisher + moments + logits,
-        "disk_bytes": 2 * tokens * hidden * element_bytes,
-        "surrogate_bytes": candidates * (2 * rank + 1) * hidden * element_bytes,
+        "disk_bytes": 3 * tokens * hidden * element_bytes,  # h and f, and the full model's stream
+        "surrogate_bytes": candidates * element_bytes * ((rank + MAPS) * hidden + MAPS * (rank + 1) * hidden),
     }
 
 
@@ -144,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--fitted", default="smollm2-135m-instruct", help="profile whose fit is compared with"
     )
+    parser.add_argument("--how", default="", help="what has to be said of that fit: precision, threads")
     options = parser.parse_args()
     if options.windows is not None:
         fit_windows(options.windows)
@@ -158,13 +168,18 @@ def main() -> None:
     assert gate is not None
     save(
         "fit_cost",
-        f"python benchmarks/fit_cost.py --fitted {Path(options.fitted).name}",
+        f"python benchmarks/fit_cost.py --fitted {Path(options.fitted).name} --how '{options.how}'",
         {
             "memory": measured_memory(),
             "rates": rate,
             "calibration": CALIBRATION,
             "computed": shapes,
-            "fit_of_smollm2": {"seconds": gate.fit.seconds, "peak_memory_bytes": gate.fit.peak_memory_bytes},
+            "fit_of_smollm2": {
+                "seconds": gate.fit.seconds,
+                "peak_memory_bytes": gate.fit.peak_memory_bytes,
+                "tokens": gate.fit.tokens,
+                "how": options.how,
+            },
         },
     )
 

@@ -26,8 +26,9 @@ import triton
 from sm90 import Usage, without_device
 from torch import Tensor
 
+from skipcal.configs.fit import MAPS
 from skipcal.files.writing import dump_json, write_text_atomic
-from skipcal.runtime.ops import (
+from skipcal.ops import (
     arm,
     count,
     decode_attention,
@@ -60,7 +61,14 @@ def launch_ffn(hidden: int, width: int, rows: int) -> None:
     ffn.ffn(bf16(rows, hidden), flags(rows), weights, adds=True)
 
 
-def launch_arm(hidden: int, rows: int) -> None:
+def launch_normed_ffn(hidden: int, width: int, rows: int) -> None:
+    gate_up, down = bf16(width, hidden), bf16(hidden, width)
+    weights = ffn.FFNWeights(None, 0.0, gate_up, gate_up, down)
+    h, some = bf16(rows, hidden), torch.zeros(rows, dtype=torch.int8)
+    ffn.ffn(h, some, weights, x=h)
+
+
+def launch_arm(hidden: int, rows: int, each: int = 1) -> None:
     parts = -(-hidden // (ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS)["down"][0])
     arm.arm(
         torch.zeros(parts, 3, rows),
@@ -68,8 +76,8 @@ def launch_arm(hidden: int, rows: int) -> None:
         flags(rows),
         flags(rows),
         live=flags(rows),
-        threshold=torch.zeros(1),
-        limit=torch.zeros(1, dtype=torch.int32),
+        threshold=torch.zeros(each),
+        limit=torch.zeros(each, dtype=torch.int32),
     )
 
 
@@ -106,6 +114,11 @@ def launch_low_rank(hidden: int, rows: int) -> None:
     low_rank.low_rank(bf16(rows, hidden), bf16(RANK, hidden), bf16(hidden, RANK), bf16(hidden), flags(rows))
 
 
+def launch_routed(hidden: int, rows: int) -> None:
+    down, up = bf16(RANK + MAPS, hidden), bf16(MAPS, hidden, RANK)
+    low_rank.low_rank(bf16(rows, hidden), down, up, bf16(MAPS, hidden), flags(rows), route_bias=bf16(MAPS))
+
+
 def launch_count(layers: int, rows: int) -> None:
     per_layer, agreement = (torch.zeros(*shape, dtype=torch.long) for shape in ((3, layers), (2,)))
     skips, row, ruled = flags(layers, rows), flags(rows), flags(layers)
@@ -120,6 +133,9 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"{size}, ffn, rows {rows}"] = partial(launch_ffn, hidden, width, rows)
             found[f"{size}, q k v, rows {rows}"] = partial(launch_qkv, hidden, rows)
             found[f"{size}, o, rows {rows}"] = partial(launch_o, hidden, rows)
+        for rows in (1, 8, 64):
+            found[f"{size}, ffn of a norm's x, rows {rows}"] = partial(launch_normed_ffn, hidden, width, rows)
+        found[f"{size}, arm by rows, rows 8"] = partial(launch_arm, hidden, 8, 8)
         for rows in (1, 8):
             found[f"{size}, arm, rows {rows}"] = partial(launch_arm, hidden, rows)
             found[f"{size}, gate, rows {rows}"] = partial(launch_gate, hidden, rows)
@@ -128,6 +144,9 @@ def cases() -> dict[str, Callable[[], None]]:
                 launch_rotary_cache, heads, heads, 128, rows
             )
             found[f"{size}, low_rank {RANK}, rows {rows}"] = partial(launch_low_rank, hidden, rows)
+            found[f"{size}, low_rank {RANK} of {MAPS} maps, rows {rows}"] = partial(
+                launch_routed, hidden, rows
+            )
             found[f"{size}, count, rows {rows}"] = partial(launch_count, layers, rows)
         for padded in (False, True):
             launch = partial(launch_attention, heads, heads, 128, padded)

@@ -55,7 +55,7 @@ def fit_table(result: dict[str, Any]) -> str:
     text, env = result["calibration"], result["environment"]
     peaks = ", ".join(f"{row['peak_bytes'] / 1e6:,.0f} MB with {row['tokens']:,} tokens" for row in memory)
     lines = [
-        f"Measured ({env['torch_threads']} threads of {env['cpu']}): a fit of SmolLM2-135M in float32 took "
+        f"Measured ({env['cpu']}): a fit of SmolLM2 to {fitted['tokens']:,} tokens ({fitted['how']}) took "
         f"{fitted['seconds']:,.0f} s and {fitted['peak_memory_bytes'] / 1e9:.1f} GB at its peak. "
         f"Damage and two sweeps of a small model: {peaks}.",
         "",

@@ -91,9 +91,17 @@ SurrogateBudget = Annotated[
 Rank = Annotated[
     int | None, option("--rank", metavar="N", help="Rank of the surrogates, instead of a budget.")
 ]
+Maps = Annotated[
+    int | None,
+    option(
+        "--maps",
+        metavar="N",
+        help="Maps of a surrogate, of which a token reads one. Default: 8, or 1 of a set.",
+    ),
+]
 Sweeps = Annotated[
     int | None,
-    option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 1."),
+    option("--sweeps", metavar="N", help="Sweeps with skipping on, after one without. Default: 2."),
 ]
 FitMethod = Annotated[
     str | None,
@@ -158,7 +166,15 @@ MaxPerplexityIncrease = Annotated[
 ]
 MinSpeedup = Annotated[
     float | None,
-    option("--min-speedup", metavar="X", help="Least speed-up, if time were bytes read at batch 1."),
+    option("--min-speedup", metavar="X", help="Least speed-up, if time were bytes read."),
+]
+Requests = Annotated[
+    int | None,
+    option(
+        "--requests",
+        metavar="N",
+        help="Requests decoded together: weights stay unread where all skip. Default: 1.",
+    ),
 ]
 Rules = Annotated[
     str | None,

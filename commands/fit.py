@@ -27,6 +27,7 @@ def fit(
     target_skip_ratio: own.FitRatio = None,
     surrogate_budget: own.SurrogateBudget = None,
     rank: own.Rank = None,
+    maps: own.Maps = None,
     sweeps: own.Sweeps = None,
     damage: own.DamageKind = None,
     damage_prompts: own.DamageWindows = None,

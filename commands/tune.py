@@ -20,6 +20,7 @@ def tune(
     max_kl: own.MaxKl = None,
     max_perplexity_increase: own.MaxPerplexityIncrease = None,
     min_speedup: own.MinSpeedup = None,
+    requests: own.Requests = None,
     rules: own.Rules = None,
     max_skips: own.MaxSkipsTried = None,
     warm_up_tokens: own.WarmUpsTried = None,

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
-SURROGATE_BUDGET = 0.05  # bytes of a surrogate over those of its FFN
+SURROGATE_BUDGET = 0.05  # bytes that a token reads of a surrogate over those of its FFN
+MAPS = 8  # of a surrogate, of which a token reads one: with this budget some 12 % of a model's bytes
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -25,8 +26,11 @@ class FitConfig(CalibrationSettings):
     prompt_tokens:    tokens of a window.
     target_skip_ratio: of a gate, share of all FFNs skipped in the sweep on policy. Serves smaller ratios
                       well, larger ones less so. Of fixed sets, that of the largest.
-    surrogate_budget: bytes of a surrogate over those of its FFN; rank: instead of it.
-    sweeps:           of a gate, sweeps with skipping on, after one without.
+    surrogate_budget: bytes that a token reads of a surrogate over those of its FFN; rank: instead of it.
+    maps:             low-rank maps of a surrogate, of which a token reads one; None: 8 for a gate, 1 for
+                      fixed sets. Memory grows with them, and what a token reads does not.
+    sweeps:           of a gate, sweeps with skipping on, after one without. All but the last say which tokens
+                      skip.
     damage:           "fisher" needs one backward pass; "relative-error" needs none.
     damage_prompts:   windows per corpus for it.
     closed_loop_prompts: windows per corpus, not fitted on, over which a gate's realised ratios are measured,
@@ -43,7 +47,8 @@ class FitConfig(CalibrationSettings):
     target_skip_ratio: Fraction = 0.25
     surrogate_budget: Fraction = SURROGATE_BUDGET
     rank: PositiveInt | None = None
-    sweeps: Annotated[int, Field(ge=0)] = 1
+    maps: Annotated[int, Field(ge=1, le=256)] | None = None
+    sweeps: Annotated[int, Field(ge=0)] = 2
     damage: Literal["fisher", "relative-error"] = "fisher"
     damage_prompts: PositiveInt = 8
     closed_loop_prompts: PositiveInt | None = None
@@ -62,6 +67,10 @@ class FitConfig(CalibrationSettings):
                 "corpus; raise --prompts or lower --damage-prompts"
             )
         return self
+
+    def maps_each(self) -> int:
+        """Maps of a surrogate."""
+        return self.maps or (MAPS if self.method == "gate" else 1)
 
     def windows(self) -> int:
         """Windows per corpus to fit on."""

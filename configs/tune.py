@@ -20,7 +20,9 @@ class TuneConfig(CalibrationSettings):
 
     max_kl:            KL to the full model, nats per decoded token, its interval's upper end included.
     max_perplexity_increase: perplexity over the full model's, less 1; the same.
-    min_speedup:       over the full model if time were bytes read, batch 1.
+    min_speedup:       over the full model if time were bytes read.
+    requests:          that are decoded together: weights are left unread where all of them skip. Above 1 the
+                       fastest within the budget is chosen by bytes, for it need not be what skips most.
     rules:             of RULES; None: all that the profile has.
     max_skips:         bounds k of the rule cosine that are tried besides the profile's own.
     warm_up_tokens:    warm-ups that are tried; None: the profile's.
@@ -38,6 +40,7 @@ class TuneConfig(CalibrationSettings):
     max_kl: Positive | None = None
     max_perplexity_increase: Positive | None = None
     min_speedup: Annotated[float, Field(gt=1)] | None = None
+    requests: PositiveInt = 1
     rules: list[str] | None = None
     max_skips: list[PositiveInt] = Field(default_factory=lambda: [3])
     warm_up_tokens: list[Annotated[int, Field(ge=0)]] | None = None

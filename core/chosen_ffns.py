@@ -77,6 +77,7 @@ class ChoiceRule:
     def __init__(self, policy: ChosenFFNs) -> None:
         """Take layers, probability and seed from `policy`."""
         self.layers: Collection[int] = frozenset(policy.layers)
+        self.always = policy.probability == 1  # every token skips all of them
         self._below = round(policy.probability * (_MASK + 1))
         self._seed = policy.seed
 

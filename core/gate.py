@@ -139,7 +139,7 @@ class GateRule:
 
     def scores(self, layer: int, h: Tensor) -> Tensor | float:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
-        if len(h) > 1 or h.device.type != "cpu":
+        if h.shape[0] > 1 or not h.is_cpu:
             return self._scores_no_sync(layer, h)
         slope, bias = self._rest[layer]  # two small operations, the rest is Python's
         token = h[0].float()

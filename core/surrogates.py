@@ -7,7 +7,8 @@ and drops its length. So a surrogate is given the direction too,
     s_i(u) = up_i (down_i u) + bias_i   (rank r: 2 r hidden + hidden weights)
 
 and stands in for the whole block: norm, FFN, and what may come after. Nothing of the block is
-read for a token that skips it, whatever the family of the model.
+read for a token that skips it, whatever the family of the model. One map is an average over all tokens; of
+several that share `down` a token reads one, so it reads as much, and only memory grows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,16 +31,39 @@ if TYPE_CHECKING:
 _TINY = torch.finfo(torch.float32).tiny
 
 
+class _Map:
+    """What one layer's tensors have in common, however many maps they are."""
+
+    down: Tensor
+
+    def elements(self, tokens: int = 1) -> int:
+        """Numbers that are read where so many tokens are given what stands in, at most."""
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a token reads."""
+        return self.elements() * self.down.element_size()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same map elsewhere, or in another precision."""
+        return type(self)(*(t.to(device, dtype) for t in vars(self).values()))
+
+    def on(self, device: torch.device) -> Self:
+        """The same map on `device`."""
+        return self if self.down.device == device else self.to(device, self.down.dtype)
+
+
 @dataclass(frozen=True)
-class LowRank:
-    """One layer's map. down: [rank, hidden], up: [hidden, rank], bias: [hidden]."""
+class LowRank(_Map):
+    """One layer's map. down: [rank, hidden], up: [hidden, rank], bias: [hidden]; all of one dtype."""
 
     down: Tensor
     up: Tensor
     bias: Tensor
 
     def __call__(self, u: Tensor) -> Tensor:
-        """s(u), [tokens, hidden], of directions u [tokens, hidden]."""
+        """s(u), [..., hidden], of directions u [..., hidden]."""
         return F.linear(F.linear(u, self.down), self.up, self.bias)
 
     def of_one(self, h: Tensor) -> Tensor:
@@ -48,34 +72,69 @@ class LowRank:
         The same map in a third of the operations: what scales u is left to the last one.
         """
         token = h[0]
-        norm = length_of_one(token)
-        scale = math.sqrt(len(token)) / norm if norm > _TINY else 0.0
-        return torch.addmv(self.bias, self.up, torch.mv(self.down, token), alpha=scale)[None]
+        return torch.addmv(self.bias, self.up, torch.mv(self.down, token), alpha=_to_direction(token))[None]
 
-    @property
-    def elements(self) -> int:
-        """Numbers that a token reads where the map runs."""
-        return self.down.numel() + self.up.numel() + self.bias.numel()
+    def elements(self, tokens: int = 1) -> int:
+        """All of them, once."""
+        return self.down.numel() + self.up.numel() + self.bias.numel() if tokens else 0
 
-    @property
-    def weight_bytes(self) -> int:
-        """Their bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.down, self.up, self.bias))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
-        """The same map elsewhere, or in another precision."""
-        return LowRank(*(t.to(device, dtype) for t in (self.down, self.up, self.bias)))
+@dataclass(frozen=True)
+class RoutedLowRank(_Map):
+    """One layer's maps, of which a token reads one: that of the region of directions it lies in.
 
-    def on(self, device: torch.device) -> LowRank:
-        """The same map on `device`."""
-        return self if self.down.device == device else self.to(device, self.down.dtype)
+        k = argmax_k (route_k u + route_bias_k)      s(u) = up_k (down u) + bias_k
+
+    down: [rank + maps, hidden]: the rows that all maps share, and under them those of the route, so that one
+    product gives both. up: [maps, hidden, rank], bias: [maps, hidden], route_bias: [maps]; all of one dtype.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    route_bias: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """s(u), [..., hidden], of directions u [..., hidden]."""
+        maps, hidden, rank = self.up.shape
+        both = F.linear(u.reshape(-1, hidden), self.down)
+        z, chosen = both[:, :rank], (both[:, rank:] + self.route_bias).argmax(-1)
+        if len(z) <= maps:  # the maps of so few tokens are gathered; of more, tokens are by their map
+            s = torch.baddbmm(self.bias[chosen][:, :, None], self.up[chosen], z[:, :, None])
+            return s.view(u.shape)
+        s = torch.empty_like(u).view(-1, hidden)
+        for k in range(maps):
+            own = chosen == k
+            s[own] = F.linear(z[own], self.up[k], self.bias[k])
+        return s.view(u.shape)
+
+    def of_one(self, h: Tensor) -> Tensor:
+        """s(direction(h)) [1, hidden] of a single token h [1, hidden] in the maps' precision, on a CPU."""
+        token, rank = h[0], self.up.shape[-1]
+        both, scale = torch.mv(self.down, token), _to_direction(token)
+        k = int(torch.add(self.route_bias, both[rank:], alpha=scale).argmax())
+        return torch.addmv(self.bias[k], self.up[k], both[:rank], alpha=scale)[None]
+
+    def elements(self, tokens: int = 1) -> int:
+        """Those of a map for each token, as far as there are so many, and what all maps share."""
+        own = min(tokens, len(self.up)) * (self.up[0].numel() + self.bias[0].numel())
+        return own + self.down.numel() + self.route_bias.numel() if tokens else 0
+
+
+Surrogate: TypeAlias = LowRank | RoutedLowRank
+
+
+def _to_direction(token: Tensor) -> float:
+    """What h [hidden] is multiplied by to make its direction; 0 of a zero vector."""
+    norm = length_of_one(token)
+    return math.sqrt(len(token)) / norm if norm > _TINY else 0.0
 
 
 @dataclass(frozen=True)
 class Surrogates:
     """A surrogate for some layers of a model; a skipped FFN of any other layer adds nothing."""
 
-    maps: Mapping[int, LowRank]
+    maps: Mapping[int, Surrogate]
 
     def __call__(self, layer: int, h: Tensor) -> Tensor | None:
         """What stands in for f, [tokens, hidden] in h's dtype; None where the layer has no surrogate."""
@@ -91,10 +150,10 @@ class Surrogates:
         found = self.maps.get(layer)
         return 0 if found is None else found.weight_bytes
 
-    def bytes_at(self, block: BlockWeights) -> int:
-        """`weight_bytes` of the block's map in the precision in which its layer computes."""
+    def bytes_at(self, block: BlockWeights, tokens: int = 1) -> int:
+        """What so many tokens read at most, in the precision in which the block's layer computes."""
         found = self.maps.get(block.index)
-        return 0 if found is None else found.elements * block.place[1].itemsize
+        return 0 if found is None else found.elements(tokens) * block.place[1].itemsize
 
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""
@@ -134,11 +193,15 @@ def direction(h: Tensor) -> Tensor:
     return u
 
 
-def rank_for(budget: float, hidden: int, ffn_bytes: int, element_bytes: int) -> int:
-    """The largest rank whose map takes at most `budget` of the FFN's bytes, but 1 at least."""
+def rank_for(budget: float, hidden: int, ffn_bytes: int, element_bytes: int, *, maps: int = 1) -> int:
+    """The largest rank of which a token reads at most `budget` of the FFN's bytes, but 1 at least.
+
+    maps: how many there are, of which it reads one; several have a route.
+    """
     if not 0 < budget < 1:
         raise ConfigError(
             f"surrogate budget {budget:g} is not within (0, 1); it is a share of the FFN's bytes"
         )
-    rank = int((budget * ffn_bytes / element_bytes - hidden) // (2 * hidden))
+    route = maps * (hidden + 1) if maps > 1 else 0
+    rank = int((budget * ffn_bytes / element_bytes - hidden - route) // (2 * hidden))
     return min(max(rank, 1), hidden)

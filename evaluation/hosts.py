@@ -21,7 +21,7 @@ from skipcal.configs.names import VLLM_ENGINE
 from skipcal.core.host import PlacedBlock
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import Surrogate, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.runtime.greedy import final_ids, greedy_decoding, until_stop
 from skipcal.runtime.session import idle_report, skipping
@@ -168,7 +168,7 @@ class InVllm:
 class CountedSurrogates(Surrogates):
     """Surrogates that count the bytes which are read of them: a map's once for each pass that asks it."""
 
-    def __init__(self, maps: Mapping[int, LowRank], read: Counter[int]) -> None:
+    def __init__(self, maps: Mapping[int, Surrogate], read: Counter[int]) -> None:
         """read: by layer; it is added to."""
         super().__init__(maps)
         object.__setattr__(self, "_read", read)

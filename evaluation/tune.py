@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -25,11 +26,13 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.report import SkipReport
 from skipcal.core.substituted import Substituted
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.evaluation.statistics import Share, estimate
 from skipcal.evaluation.tasks.answers import Subject
 from skipcal.evaluation.tasks.perplexity import Perplexity, load_perplexity
 from skipcal.evaluation.tasks.task import Record
+from skipcal.evaluation.together import SkipsByPosition, unread_bytes
 from skipcal.profiles.fits import warn_of_other_opening
 from skipcal.profiles.methods import largest
 from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint, Tuning
@@ -65,7 +68,7 @@ def tune_profile(loaded: LoadedModel, profile: SkipProfile, config: TuneConfig) 
         max_perplexity_increase=config.max_perplexity_increase,
         min_speedup=config.min_speedup,
     )
-    chosen = choose(points, budget)
+    chosen = choose(points, budget, requests=config.requests)
     tuning = Tuning(
         budget=budget,
         text=run.task.header(),
@@ -79,8 +82,11 @@ def tune_profile(loaded: LoadedModel, profile: SkipProfile, config: TuneConfig) 
     return profile.with_tuning(tuning, found)
 
 
-def choose(points: list[TunedPoint], budget: Budget) -> int:
-    """Index of the point that skips most among those within the budget; among equals the least divergent."""
+def choose(points: list[TunedPoint], budget: Budget, *, requests: int = 1) -> int:
+    """Index of the point that skips most among those within the budget; among equals the least divergent.
+
+    Of several requests that run together: the one that leaves most unread, by its ideal speed-up.
+    """
     within = [n for n, point in enumerate(points) if point.rule != "random" and meets(point, budget)]
     if not within:
         best = min(
@@ -93,7 +99,8 @@ def choose(points: list[TunedPoint], budget: Budget) -> int:
             f"(up to {best.kl_high:.4f})" if best else "no point is that fast"
         )  # fmt: skip
         raise TargetOutOfReach(f"no operating point is within the budget; {closest}; widen the budget")
-    return max(within, key=lambda n: (points[n].skip_ratio_all, -points[n].kl))
+    gain = operator.attrgetter("skip_ratio_all" if requests == 1 else "ideal_speed_up")
+    return max(within, key=lambda n: (gain(points[n]), -points[n].kl))
 
 
 def meets(point: TunedPoint, budget: Budget) -> bool:
@@ -129,8 +136,13 @@ class _Tuner:
         )
         self.task: Perplexity = load_perplexity(text, self._subject, config.seed)
         self._bytes = step_bytes(
-            loaded.model, self._architecture, batch_size=1, tokens=config.prompt_tokens / 2
+            loaded.model, self._architecture, batch_size=config.requests, tokens=config.prompt_tokens / 2
         )
+        if config.requests > len(self.task.ids):
+            raise ConfigError(
+                f"{config.requests} requests are more than the {len(self.task.ids)} windows of text; "
+                "raise --prompts, or lower --requests"
+            )
         self._rules = self._chosen_rules()
 
     def _chosen_rules(self) -> list[str]:
@@ -233,7 +245,11 @@ class _Tuner:
             yield Candidate("random", policy, None)
 
     def _point(self, candidate: Candidate, warm_up: int) -> TunedPoint:
-        task = replace(self.task, warm_up_tokens=warm_up)
+        width = self._config.prompt_tokens
+        seen = SkipsByPosition(
+            self._architecture.num_layers, width=width, first=self.task.prompt_tokens + warm_up
+        )
+        task = replace(self.task, warm_up_tokens=warm_up, watcher=seen.see)
         records: list[Record] = []
         reports: list[SkipReport] = []
         for found, report in task.run(self._subject, candidate.policy, task.ids, self._config.batch_size):
@@ -244,7 +260,13 @@ class _Tuner:
         excess = estimate(
             [Share(r["nll"] - r["full_nll"], r["tokens"]) for r in records], seed=self._config.seed
         )
-        saved = report.skip_ratio_bytes * sum(block.layer_bytes for block in self._architecture.blocks)
+        saved = unread_bytes(
+            seen.skips,
+            len(task.ids),
+            self._config.requests,
+            self._architecture.blocks,
+            getattr(candidate.policy, "surrogates", Surrogates({})),
+        )
         policy = candidate.policy.policy if isinstance(candidate.policy, Substituted) else candidate.policy
         return TunedPoint(
             line=candidate.line,

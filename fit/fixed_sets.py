@@ -20,7 +20,7 @@ from skipcal.configs.fit import FitConfig
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import Policy
 from skipcal.core.substituted import Substituted
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import Surrogate, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.fit.held_out import HeldOutLoss
 from skipcal.fit.layer_sweep import RowSweep
@@ -83,16 +83,16 @@ def fit_fixed_sets(loaded: LoadedModel, profile: SkipProfile, config: FitConfig)
     return profile.with_fixed_sets(fixed, policy, tensors)
 
 
-def _grown(prepared: Prepared, count: int) -> list[Mapping[int, LowRank]]:
+def _grown(prepared: Prepared, count: int) -> list[Mapping[int, Surrogate]]:
     """Sets of 1 to `count` FFNs, each the one before and one more: their surrogates by layer."""
     warm_up = prepared.profile.policy.warm_up_tokens
     rows = RowSweep(
         prepared.architecture, prepared.rows, first=prepared.first, batch_size=prepared.config.batch_size
     )
-    sweep = SetSweep(rows, damage=prepared.damage(), rank=prepared.rank)
+    sweep = SetSweep(rows, damage=prepared.damage(), rank=prepared.rank, maps=prepared.maps)
     loss = HeldOutLoss(prepared, TRIED_ON)
     chosen: list[int] = []
-    path: list[Mapping[int, LowRank]] = []
+    path: list[Mapping[int, Surrogate]] = []
     found = NOTHING
     for _ in tqdm(range(count), desc="fixed sets", unit="FFN", leave=False, disable=None):
         others = [layer for layer in prepared.layers if layer not in chosen]
@@ -100,14 +100,14 @@ def _grown(prepared: Prepared, count: int) -> list[Mapping[int, LowRank]]:
         if chosen:
             path.append(_some(found.surrogates, chosen))
 
-        def excess(layer: int, maps: Mapping[int, LowRank] = found.surrogates) -> float:
+        def excess(layer: int, maps: Mapping[int, Surrogate] = found.surrogates) -> float:
             return fmean(loss(_policy(Surrogates(_some(maps, [*chosen, layer])), warm_up)).values())
 
         chosen.append(min(sorted(others, key=found.damage.__getitem__)[:TRIED], key=excess))
     return [*path, _some(sweep.fit(chosen, before=found, changed=chosen[-1]).surrogates, chosen)]
 
 
-def _some(maps: Mapping[int, LowRank], layers: Sequence[int]) -> dict[int, LowRank]:
+def _some(maps: Mapping[int, Surrogate], layers: Sequence[int]) -> dict[int, Surrogate]:
     return {layer: maps[layer] for layer in layers}
 
 

@@ -176,6 +176,13 @@ class StreamStore:
         return self._folder / f"{number}.safetensors"
 
 
+def made(folder: str, name: str) -> Path:
+    """A folder in another, made."""
+    path = Path(folder, name)
+    path.mkdir()
+    return path
+
+
 class RowSweep:
     """What sweeps over rows of equal length do alike, layer by layer, with the streams on disk.
 
@@ -210,13 +217,12 @@ class RowSweep:
         for number, kept in store.read(self.device):
             store.write(number, stream=self._runner.run(block, kept["stream"])[2])
 
-    def open(self, block: Block, store: StreamStore) -> Iterator[tuple[Tensor, Tensor]]:
-        """h and f of a layer, batch by batch, [batch, seq, hidden]; they are kept until `close`."""
+    def open(self, block: Block, store: StreamStore) -> None:
+        """Run a layer and keep h and f of every batch, [batch, seq, hidden], until `close`."""
         for number, kept in store.read(self.device):
             h, f, _ = self._runner.run(block, kept["stream"])
             again = {} if block.returns_the_sum else {"stream": kept["stream"]}
             store.write(number, h=h, f=f, **again)
-            yield h, f
 
     def close(
         self, block: Block, store: StreamStore, number: int, kept: dict[str, Tensor], added: Tensor
@@ -226,6 +232,14 @@ class RowSweep:
             store.write(number, stream=kept["h"] + added)
         else:  # the layer goes on with the sum
             store.write(number, stream=self._runner.run(block, kept["stream"], added)[2])
+
+    def streams(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:
+        """By batch of `store`, the stream [batch, seq, hidden] that `full` has; None where it is no other."""
+        if full is None:
+            yield from [None] * len(store)
+            return
+        for _, kept in full.read(self.device):
+            yield kept["stream"]
 
     def counted(self, x: Tensor) -> Tensor:
         """Tokens past the warm-up: [batch, seq, hidden] -> [tokens, hidden]."""

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+_TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -84,14 +86,21 @@ class Linear:
         return x.to(self.coefficients.dtype) @ self.coefficients + self.intercept
 
 
-def ridge(moments: Moments, penalty: float) -> Linear:
+def ridge(moments: Moments, penalty: float, *, towards: Linear | None = None, pull: float = 0.0) -> Linear:
     """Weighted ridge regression of y on x with an intercept that is not penalised.
 
     Minimises  sum w |y - b - B x|^2 / sum w  +  penalty * sum_j var(x_j) |B_j|^2: each input is
     penalised on the scale of its own variance, so outlying dimensions do not set everyone's.
+    towards: coefficients T that are known already; adds  pull * sum_j var(x_j) |B_j - T_j|^2. Of no
+    samples the result is `towards`, of one about its coefficients.
     """
+    if towards is not None and not moments.weight > 0:
+        return towards
     cov, cross = moments.covariances()
     x, y = moments.means()
+    if towards is not None:
+        drawn = (pull * cov.diagonal()).clamp_min(_TINY)  # all alike, the samples say nothing
+        cov, cross = cov + torch.diag(drawn), cross + drawn[:, None] * towards.coefficients
     coefficients = torch.linalg.solve(penalised(cov, penalty), cross)
     return Linear(coefficients, y - x @ coefficients)
 

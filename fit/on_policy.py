@@ -9,9 +9,10 @@ fitted on, and the share it skipped is no extrapolation from a clean trace.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,15 +20,20 @@ from tqdm.auto import tqdm
 
 from skipcal.arch.locate import Architecture, Block
 from skipcal.core.gate import NEVER, GateRule, Gates
-from skipcal.core.surrogates import LowRank, Surrogates, direction
+from skipcal.core.surrogates import Surrogate, Surrogates, direction
 from skipcal.fit.damage import Damage
 from skipcal.fit.gate import fit_gate, gate_inputs, residual_variance, sharpened
-from skipcal.fit.layer_sweep import RowSweep, StreamStore
+from skipcal.fit.layer_sweep import RowSweep, StreamStore, made
 from skipcal.fit.moments import Linear, Moments
-from skipcal.fit.surrogate import fit_low_rank, unexplained
+from skipcal.fit.surrogate import fit_surrogate
+
+Tokens: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
 
 # Weight of tokens that run the FFN in the fit of its surrogate; those that skip it have 1.
 RUN_WEIGHT = 0.05
+# How far a surrogate aims from f towards the full model's stream. SmolLM2, excess at 0.25 on WikiText-2 and
+# C4 that was not fitted on, against 0: 0.5 saves 14 % and 3 %.
+AIM = 0.5
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Fitted:
 class LayerFit:
     """Surrogate and gate of one layer."""
 
-    surrogate: LowRank
+    surrogate: Surrogate
     gate: Linear
     r_squared: float
     surrogate_error: float
@@ -95,6 +101,7 @@ class Sweep:
         layers: Sequence[int],
         damage: Damage,
         rank: int,
+        maps: int,
         first: int,
         batch_size: int,
     ) -> None:
@@ -102,6 +109,7 @@ class Sweep:
         self._layers = tuple(layers)
         self._damage = damage
         self._rank = rank
+        self._maps = maps
         self._sweep = RowSweep(architecture, rows, first=first, batch_size=batch_size)
 
     @torch.no_grad()
@@ -114,40 +122,71 @@ class Sweep:
         scores, skips, found = ScoreHistogram(), 0, {}
         blocks = self._sweep.architecture.blocks
         with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
-            store = self._sweep.embedded(Path(folder))
+            store = self._sweep.embedded(made(folder, "skipping"))
+            full = None if rule is None else store.copied(made(folder, "full"))
             name = "sweep" if prior is None else "sweep on policy"
             for block in tqdm(blocks, desc=name, unit="layer", leave=False, disable=None):
+                if full is not None:
+                    self._sweep.run(block, full)
                 if block.index not in self._layers:
                     self._sweep.run(block, store)
                     continue
-                fitted = self._fit_layer(block, store, rule, threshold)
+                self._sweep.open(block, store)
+                fitted = self._fit_layer(block, partial(self._tokens, block, store, full, rule, threshold))
                 skips += self._apply(block, fitted, store, threshold, scores)
                 found[block.index] = fitted
         return _collected(found, scores, skips / (self._sweep.tokens * len(blocks)))
 
-    def _fit_layer(
-        self, block: Block, store: StreamStore, rule: GateRule | None, threshold: float
-    ) -> LayerFit:
-        hidden, counted = self._sweep.architecture.hidden_size, self._sweep.counted
-        moments = Moments.empty(hidden, hidden, self._sweep.device)
-        for h, f in self._sweep.open(block, store):
-            tokens, targets = counted(h), counted(f)
-            weights = None
-            if rule is not None and block.index in rule.layers:
-                below = torch.as_tensor(rule.scores(block.index, tokens)) < threshold
-                weights = torch.where(below, 1.0, RUN_WEIGHT)
-            moments.add(direction(tokens), targets, weights)
-        surrogate = fit_low_rank(moments, self._rank)
-        probed = Moments.empty(hidden + 1, 1, self._sweep.device)
-        for _, kept in store.read(self._sweep.device):
-            tokens = counted(kept["h"])
-            missed = counted(kept["f"]).float() - surrogate(direction(tokens))
-            damage = self._damage(block.index, missed, tokens)
-            probed.add(gate_inputs(tokens), damage.log()[:, None])
+    def _fit_layer(self, block: Block, read: Tokens) -> LayerFit:
+        """read: h, what is to be added to it, and weight of all tokens, in batches, anew each time."""
+        hidden, device = self._sweep.architecture.hidden_size, self._sweep.device
+
+        def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            return ((direction(h), wanted, w) for h, wanted, w in read())
+
+        metric = self._damage.metric(block.index)
+        surrogate = fit_surrogate(
+            samples, hidden, rank=self._rank, maps=self._maps, metric=metric, device=device
+        )
+        probed, targets = Moments.empty(hidden + 1, 1, device), Moments.empty(0, hidden, device)
+        left = 0.0
+        for h, wanted, w in read():
+            u = direction(h)
+            missed = wanted.float() - surrogate(u)
+            damage = self._damage(block.index, missed, h)
+            probed.add(gate_inputs(h), damage.log()[:, None])
+            targets.add(u[:, :0], wanted, w)
+            left += float(w.double() @ missed.double().square().sum(-1))
         gate = fit_gate(probed)
         sharp = sharpened(gate, self._damage.sensitivity(block.index))
         explained = 1 - float(residual_variance(probed, gate)[0] / probed.variance()[0].clamp_min(1e-30))
-        return LayerFit(surrogate, sharp, explained, unexplained(moments, surrogate))
+        total = float(targets.variance().sum() * targets.weight)
+        return LayerFit(surrogate, sharp, explained, left / max(total, 1e-30))
+
+    def _tokens(
+        self,
+        block: Block,
+        store: StreamStore,
+        full: StreamStore | None,
+        rule: GateRule | None,
+        threshold: float,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """h, what is to be added to it, and weight of an opened layer's tokens, in batches.
+
+        Where tokens skip, that is half-way between f and what leads back to the full model's stream: a
+        surrogate makes up for a part of what earlier skips left out. Those that will skip weigh 1.
+        """
+        for (_, kept), wanted in zip(
+            store.read(self._sweep.device), self._sweep.streams(store, full), strict=True
+        ):
+            h, f = self._sweep.counted(kept["h"]), self._sweep.counted(kept["f"]).float()
+            w = torch.ones(len(h), device=h.device)
+            if rule is not None and block.index in rule.layers:
+                below = torch.as_tensor(rule.scores(block.index, h)) < threshold
+                w = torch.where(below, 1.0, RUN_WEIGHT)
+            if wanted is not None:
+                f = f + AIM * (self._sweep.counted(wanted).float() - h.float() - f)
+            yield h, f, w
 
     def _apply(
         self, block: Block, fitted: LayerFit, store: StreamStore, threshold: float, scores: ScoreHistogram

@@ -60,15 +60,19 @@ def fit_gate_profile(
 
 
 def _sweeps(prepared: Prepared) -> tuple[Fitted, list[float]]:
-    """A sweep on the clean stream, then those on policy; the last one's fit and all skip ratios."""
+    """A sweep on the clean stream, then those on policy; the last one's fit and all skip ratios.
+
+    Half of the windows are enough to say which tokens will skip, so only the last sweep is over all of them.
+    """
     config, rows = prepared.config, prepared.rows
     damage = prepared.damage()
-    fitted = _sweep(prepared, rows[::2], damage).fit()  # half is enough to say which tokens will skip
+    fitted = _sweep(prepared, rows[::2], damage).fit()
     ratios = [fitted.skip_ratio]
     share = config.target_skip_ratio * prepared.architecture.num_layers / len(prepared.layers)
-    for _ in range(config.sweeps):
+    for left in reversed(range(config.sweeps)):
         threshold = fitted.scores.threshold(share)
-        fitted = _sweep(prepared, rows, damage).fit(fitted.gates, threshold)
+        some = rows[::2] if left else rows
+        fitted = _sweep(prepared, some, damage).fit(fitted.gates, threshold)
         ratios.append(fitted.skip_ratio)
     return fitted, ratios
 
@@ -80,6 +84,7 @@ def _sweep(prepared: Prepared, rows: list[list[int]], damage: Damage) -> Sweep:
         layers=prepared.layers,
         damage=damage,
         rank=prepared.rank,
+        maps=prepared.maps,
         first=prepared.first,
         batch_size=prepared.config.batch_size,
     )

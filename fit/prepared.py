@@ -36,6 +36,7 @@ class Prepared:
     """A model, text to fit on and to measure on, and the configuration of a fit.
 
     layers: candidates for skipping.
+    rank, maps: of each surrogate.
     given:  tokens that the tokenizer begins a text with: the prefill.
     first:  positions of a window below it run the full model and count nowhere: the given and the warm-up.
     """
@@ -47,6 +48,7 @@ class Prepared:
     samples: list[CorpusSample]
     layers: range
     rank: int
+    maps: int
     given: int
     first: int
 
@@ -73,6 +75,7 @@ class Prepared:
             samples=_samples(loaded, config),
             layers=layers,
             rank=_rank(config, architecture, layers, torch.finfo(loaded.model.dtype).bits // 8),
+            maps=config.maps_each(),
             given=given,
             first=first,
         )
@@ -118,6 +121,7 @@ class Prepared:
             "seed": config.seed,
             "damage": config.damage,
             "rank": self.rank,
+            "maps": self.maps,
             "surrogate_share": self._surrogate_share(surrogates),
             "seconds": round(seconds, 1),
             "peak_memory_bytes": peak_memory(input_device(self.loaded.model))["bytes"],
@@ -161,7 +165,7 @@ def _rank(config: FitConfig, architecture: Architecture, layers: range, element_
     hidden = architecture.hidden_size
     if config.rank is None:
         smallest = min(architecture.blocks[layer].weight_bytes for layer in layers)
-        return rank_for(config.surrogate_budget, hidden, smallest, element_bytes)
+        return rank_for(config.surrogate_budget, hidden, smallest, element_bytes, maps=config.maps_each())
     if config.rank > hidden:
         raise ConfigError(f"--rank {config.rank} is above the hidden size of {hidden}")
     return config.rank

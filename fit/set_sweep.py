@@ -10,18 +10,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from skipcal.arch.locate import Block
-from skipcal.core.surrogates import LowRank, direction
+from skipcal.core.surrogates import Surrogate, direction
 from skipcal.fit.damage import Damage
-from skipcal.fit.layer_sweep import RowSweep, StreamStore
-from skipcal.fit.moments import Moments
-from skipcal.fit.surrogate import fit_low_rank
+from skipcal.fit.layer_sweep import RowSweep, StreamStore, made
+from skipcal.fit.surrogate import fit_surrogate
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class SetFit:
                 with the surrogate, less that with the FFN.
     """
 
-    surrogates: Mapping[int, LowRank]
+    surrogates: Mapping[int, Surrogate]
     damage: Mapping[int, float]
 
 
@@ -43,11 +41,11 @@ NOTHING = SetFit({}, {})
 class SetSweep:
     """Fits surrogates on rows of text, of which every token past the warm-up skips the same FFNs."""
 
-    def __init__(self, rows: RowSweep, *, damage: Damage, rank: int) -> None:
+    def __init__(self, rows: RowSweep, *, damage: Damage, rank: int, maps: int) -> None:
         """Nothing runs before `fit`."""
         self._rows = rows
         self._damage = damage
-        self._rank = rank
+        self._rank, self._maps = rank, maps
 
     @torch.no_grad()
     def fit(
@@ -66,14 +64,14 @@ class SetSweep:
         surrogates = {layer: found for layer, found in before.surrogates.items() if layer < changed}
         damage = {layer: found for layer, found in before.damage.items() if layer < changed}
         with tempfile.TemporaryDirectory(prefix="skipcal-") as folder:
-            store = self._rows.embedded(_made(Path(folder, "skipping")))
+            store = self._rows.embedded(made(folder, "skipping"))
             full: StreamStore | None = None  # the full model's streams, once they are others
             for block in tqdm(
                 self._rows.architecture.blocks, desc="fixed set", unit="layer", leave=False, disable=None
             ):
                 skip = block.index in skipped
                 if skip and full is None:
-                    full = store.copied(_made(Path(folder, "full")))
+                    full = store.copied(made(folder, "full"))
                 if full is not None:
                     self._rows.run(block, full)
                 known = block.index < changed
@@ -86,10 +84,9 @@ class SetSweep:
                     damage[block.index] = self._apply(block, store, full, found, skip=skip)
         return SetFit(surrogates, damage)
 
-    def _skip(self, block: Block, store: StreamStore, surrogate: LowRank) -> None:
+    def _skip(self, block: Block, store: StreamStore, surrogate: Surrogate) -> None:
         """Let the layer's streams go on with the surrogate."""
-        for _ in self._rows.open(block, store):
-            pass
+        self._rows.open(block, store)
         for number, kept in store.read(self._rows.device):
             s = surrogate(direction(kept["h"]))
             self._rows.close(block, store, number, kept, self._past_the_warm_up(s, kept["f"]))
@@ -99,21 +96,26 @@ class SetSweep:
         first = self._rows.first
         return torch.cat([f[:, :first], s[:, first:].to(f.dtype)], dim=1)
 
-    def _surrogate(self, block: Block, store: StreamStore, full: StreamStore | None) -> LowRank:
-        hidden, counted = self._rows.architecture.hidden_size, self._rows.counted
-        moments = Moments.empty(hidden, hidden, self._rows.device)
-        for (h, f), wanted in zip(self._rows.open(block, store), self._wanted(store, full), strict=True):
-            target = f if wanted is None else wanted.float() - h.float()
-            moments.add(direction(counted(h)), counted(target))
-        return fit_low_rank(moments, self._rank, metric=self._damage.metric(block.index))
+    def _surrogate(self, block: Block, store: StreamStore, full: StreamStore | None) -> Surrogate:
+        hidden, counted, device = self._rows.architecture.hidden_size, self._rows.counted, self._rows.device
+        self._rows.open(block, store)
+
+        def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for (_, kept), wanted in zip(store.read(device), self._rows.streams(store, full), strict=True):
+                h, f = kept["h"], kept["f"]
+                target = counted(f if wanted is None else wanted.float() - h.float())
+                yield direction(counted(h)), target, torch.ones(len(target), device=device)
+
+        metric = self._damage.metric(block.index)
+        return fit_surrogate(samples, hidden, rank=self._rank, maps=self._maps, metric=metric, device=device)
 
     def _apply(
-        self, block: Block, store: StreamStore, full: StreamStore | None, surrogate: LowRank, *, skip: bool
+        self, block: Block, store: StreamStore, full: StreamStore | None, surrogate: Surrogate, *, skip: bool
     ) -> float:
         """Let the layer's streams go on, with the surrogate where it is skipped; its mean damage."""
         total, counted = 0.0, self._rows.counted
         for (number, kept), wanted in zip(
-            store.read(self._rows.device), self._wanted(store, full), strict=True
+            store.read(self._rows.device), self._rows.streams(store, full), strict=True
         ):
             h, f = kept["h"], kept["f"]
             s = surrogate(direction(h))
@@ -123,16 +125,3 @@ class SetSweep:
                 total += sign * float(self._damage(block.index, off, counted(h)).sum())
             self._rows.close(block, store, number, kept, self._past_the_warm_up(s, f) if skip else f)
         return total / self._rows.tokens
-
-    def _wanted(self, store: StreamStore, full: StreamStore | None) -> Iterator[Tensor | None]:
-        """By batch, the full model's stream after the layer; None: nothing has been skipped yet."""
-        if full is None:
-            yield from [None] * len(store)
-            return
-        for _, kept in full.read(self._rows.device):
-            yield kept["stream"]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder

@@ -112,12 +112,12 @@ class ProfileData(BaseModel):
 
         if self.gate is None:
             raise ConfigError("this profile has no gate; fit one with: skipcal fit --profile FILE")
-        layers, rank, hidden = self.gate.layers, self.gate.fit.rank, self.model.hidden_size
+        layers, fit, hidden = self.gate.layers, self.gate.fit, self.model.hidden_size
         if self._tensors is None:
             self._tensors = GateTensors.read(
                 self._beside(self.gate.tensors),
                 self.gate.sha256,
-                max_bytes=most_bytes(len(layers), rank, hidden),
+                max_bytes=most_bytes(len(layers), fit.rank, hidden, fit.maps),
             )
         self._tensors.check_belongs(
             layers=layers,
@@ -145,7 +145,7 @@ class ProfileData(BaseModel):
             self._set_tensors = SetTensors.read(
                 self._beside(fixed.tensors),
                 fixed.sha256,
-                max_bytes=most_bytes(sum(map(len, layers)), fixed.fit.rank, hidden),
+                max_bytes=most_bytes(sum(map(len, layers)), fixed.fit.rank, hidden, fixed.fit.maps),
             )
         self._set_tensors.check_belongs(layers=layers, hidden_size=hidden, fingerprint=self.model.fingerprint)
         return self._set_tensors

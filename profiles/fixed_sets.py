@@ -6,11 +6,11 @@ tokens, and to another stream.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from skipcal.profiles.parts import CorpusInfo, Count, FileName, List, Part, Ratio, Sha256
+from skipcal.profiles.parts import Count, FileName, Fit, List, Part, Ratio, Sha256
 
 SETS_SUFFIX = ".sets.safetensors"  # after the stem of the profile beside it
 
@@ -30,25 +30,13 @@ class FixedSet(Part):
     by_corpus: dict[str, float]
 
 
-class FixedSetsFit(Part):
+class FixedSetsFit(Fit):
     """How sets and surrogates were fitted.
 
-    tried:           FFNs measured at each step, those of least predicted damage.
-    surrogate_share: bytes of a surrogate over those of the FFN it stands in for.
+    tried: FFNs measured at each step, those of least predicted damage.
     """
 
-    corpora: List[CorpusInfo]
-    windows: Count
-    window_tokens: Count
-    tokens: Count
-    seed: int
-    damage: str
     tried: Count
-    rank: Annotated[int, Field(ge=1)]
-    surrogate_share: float
-    seconds: float
-    peak_memory_bytes: Count
-    config: dict[str, Any]
 
 
 class FixedSets(Part):

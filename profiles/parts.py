@@ -18,6 +18,7 @@ from pydantic import (
 
 from skipcal.core.policy import SkipPolicy
 
+MAX_MAPS = 256  # of a surrogate
 HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -284,15 +285,13 @@ class GatePoint(Part):
     by_corpus: dict[str, Ratio]
 
 
-class GateFit(Part):
-    """How gate and surrogates were fitted.
+class Fit(Part):
+    """What is kept of every fit: its text, its settings, and what it made.
 
-    sweeps:            skip ratio of each sweep over the text, the first with nothing skipped.
-    damage:            what the gates predict: rise of the loss by a Fisher metric from a backward pass, or
-                       relative error weighed by layer, measured without one.
-    surrogate_share:   bytes of a surrogate over those of the FFN it stands in for.
-    gate_r_squared:    variance of the log damage that each gate explains on the text it was fitted on.
-    surrogate_error:   share of the variance of f that each surrogate leaves, there too.
+    damage:          what surrogates and choices go by: rise of the loss by a Fisher metric from a backward
+                     pass, or relative error weighed by layer, measured without one.
+    maps:            low-rank maps of each surrogate, of which a token reads one.
+    surrogate_share: bytes that a token reads of a surrogate over those of the FFN it stands in for.
     """
 
     corpora: List[CorpusInfo]
@@ -300,15 +299,32 @@ class GateFit(Part):
     window_tokens: Count
     tokens: Count
     seed: int
-    sweeps: List[Ratio]
     damage: Literal["fisher", "relative-error"]
     rank: Annotated[int, Field(ge=1)]
+    maps: Annotated[int, Field(ge=1, le=MAX_MAPS)] = 1
     surrogate_share: float
-    gate_r_squared: List[float]
-    surrogate_error: List[float]
     seconds: float
     peak_memory_bytes: Count
     config: dict[str, Any]
+
+    @model_serializer(mode="wrap")
+    def _without_a_single_map(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles from before there were several stay as they are."""
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "maps" or value != 1}
+
+
+class GateFit(Fit):
+    """How gate and surrogates were fitted.
+
+    sweeps:          skip ratio of each sweep over the text, the first with nothing skipped.
+    gate_r_squared:  variance of the log damage that each gate explains on the text it was fitted on.
+    surrogate_error: share of the variance of f that each surrogate leaves, there too.
+    """
+
+    sweeps: List[Ratio]
+    gate_r_squared: List[float]
+    surrogate_error: List[float]
 
 
 class GateInfo(Part):
@@ -336,7 +352,8 @@ class TunedPoint(Part):
     line:        whose curve it is on. rule: gate, cosine, static, static+surrogates, static+fitted or random.
     kl:          to the full model, nats per decoded token, those of the warm-up included.
     excess_nll:  loss over the full model's, the same. `_low`, `_high`: 95 % bootstrap interval over windows.
-    ideal_speed_up: over the full model if time were bytes read, batch 1; surrogates are counted.
+    ideal_speed_up: over the full model if time were bytes read, past the warm-up, of the `requests` in the
+                 search's configuration that run together (one where it names none); surrogates are counted.
     on_front:    nothing that was measured skips as much with less divergence.
     loses_to_random: random skipping of as many FFNs diverges less.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Self
 
 import torch
 
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import Surrogate, Surrogates
 from skipcal.errors import ProfileError, ProfileMismatch
 from skipcal.files.reading import shown
 from skipcal.profiles.tensor_file import (
@@ -19,16 +20,16 @@ from skipcal.profiles.tensor_file import (
     ascending_layers,
     check_model,
     check_shapes,
+    most_elements,
     packed,
     packed_maps,
     read_named,
-    shape_of,
     shapes_of_maps,
     unpacked,
     unpacked_maps,
 )
 
-SETS_FORMAT = "skipcal.sets/1"
+FORMATS = ("skipcal.sets/1", "skipcal.sets/2")  # as those of a gate
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SetTensors:
         return hashlib.sha256(self.raw).hexdigest()
 
     @classmethod
-    def pack(cls, sets: Sequence[Mapping[int, LowRank]], fingerprint: str) -> Self:
+    def pack(cls, sets: Sequence[Mapping[int, Surrogate]], fingerprint: str) -> Self:
         """The file's bytes of maps by layer, and the tensors as a reader of the file will have them."""
         tensors: dict[str, torch.Tensor] = {}
         for number, maps in enumerate(sets):
@@ -57,15 +58,16 @@ class SetTensors:
                 f"{number}.layers": torch.tensor(layers, dtype=torch.int64),
                 **packed_maps(f"{number}", [maps[layer] for layer in layers]),
             }
-        return cls.unpack(packed(tensors, kind=SETS_FORMAT, fingerprint=fingerprint), "packed tensors")
+        kind = FORMATS["0.route_bias" in tensors]
+        return cls.unpack(packed(tensors, kind=kind, fingerprint=fingerprint), "packed tensors")
 
     @classmethod
     def unpack(cls, raw: bytes, where: str) -> Self:
         """Read the file's bytes. Raises ProfileError for anything that is no such file."""
-        tensors, fingerprint = unpacked(raw, where, kind=SETS_FORMAT, check=_check_header)
+        tensors, fingerprint = unpacked(raw, where, kinds=FORMATS, check=_check_header)
         sets = [
             unpacked_maps(tensors, f"{number}", ascending_layers(tensors, f"{number}.layers", where))
-            for number in range(len(tensors) // 4)
+            for number in itertools.takewhile(lambda n: f"{n}.layers" in tensors, itertools.count())
         ]
         return cls(tuple(sets), fingerprint, raw)
 
@@ -84,14 +86,14 @@ class SetTensors:
                 f"the surrogates are for sets of layers {shown(mine)}, the profile's are {shown(layers)}; "
                 "make both again with: skipcal fit --method static"
             )
-        hidden = len(next(iter(self.sets[0].maps.values())).bias)
+        hidden = next(iter(self.sets[0].maps.values())).down.shape[-1]
         again = "skipcal fit --method static"
         check_model((hidden, self.fingerprint), (hidden_size, fingerprint), again=again)
 
 
-def most_bytes(maps: int, rank: int, hidden: int) -> int:
+def most_bytes(surrogates: int, rank: int, hidden: int, maps: int) -> int:
     """The size that a file with so many surrogates in all its sets cannot exceed."""
-    return 8 + MAX_HEADER_BYTES + 8 * maps * (2 * rank * hidden + hidden + 1)
+    return 8 + MAX_HEADER_BYTES + 8 * (surrogates + most_elements(surrogates, rank, hidden, maps))
 
 
 def _check_header(header: Header, where: str) -> None:
@@ -99,14 +101,15 @@ def _check_header(header: Header, where: str) -> None:
     shapes: dict[str, list[int]] = {}
     number, first = 0, None
     while f"{number}.down" in header:
-        down = shape_of(header, f"{number}.down", where)
-        if len(down) != 3 or not down[0] or (first is not None and down[1:] != first):
+        own = shapes_of_maps(header, f"{number}", where)
+        down = own[f"{number}.down"]
+        if not down[0] or (first is not None and down[1:] != first):
             raise ProfileError(
-                f"{where}: {number}.down has shape {shown(down)}, expected three axes, the last two those of "
-                "every set"
+                f"{where}: {number}.down has shape {shown(down)}, expected one surrogate at least, and axes "
+                "after it that are those of every set"
             )
         first = down[1:]
-        shapes |= {f"{number}.layers": down[:1], **shapes_of_maps(f"{number}", down)}
+        shapes |= {f"{number}.layers": down[:1], **own}
         number += 1
     if not shapes:
         raise ProfileError(f"{where}: expected tensors of one set at least, got {shown(sorted(header))}")

@@ -11,6 +11,7 @@ from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
     CalibrationInfo,
     DamageRule,
+    Fit,
     GatePoint,
     GateSettings,
     OperatingPoint,
@@ -127,6 +128,8 @@ def tuning_table(profile: ProfileData) -> str:
             f"{interval:>16}{point.ideal_speed_up:>9.3f}{mark}"
         )
     note = "ratio: of all FFNs and decoded tokens; KL: nats per decoded token; ideal x: if time were bytes"
+    requests = tuning.config.get("requests", 1)
+    note += f", {requests} requests together" if requests > 1 else ""
     lines.append(textwrap.fill(note, WIDTH))
     losers = dict.fromkeys(point.line for point in tuning.points if point.loses_to_random)
     warnings = [_warning(f"{name} diverges more than skipping as many FFNs at random") for name in losers]
@@ -157,7 +160,7 @@ def _fixed_sets(profile: ProfileData) -> str:
     texts = ", ".join(c.name for c in fit.corpora)
     facts = [
         ("fitted sets", f"on {fit.tokens:,} tokens of {texts}; warm-up {fixed.warm_up_tokens} tokens"),
-        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("surrogates", _surrogates(fit)),
         ("tensors", fixed.tensors),
     ]
     lines = [
@@ -176,6 +179,14 @@ def _fixed_sets(profile: ProfileData) -> str:
     return "\n".join(lines)
 
 
+def _surrogates(fit: Fit) -> str:
+    """How large they are, and what a token reads of them."""
+    share = f"{100 * fit.surrogate_share:.1f} % of their FFN's bytes"
+    if fit.maps == 1:
+        return f"rank {fit.rank}, {share}"
+    return f"rank {fit.rank}, {fit.maps} maps each; a token reads one, {share}"
+
+
 def _gate(profile: ProfileData) -> str:
     """What was fitted, on what, and how well."""
     gate = profile.gate
@@ -189,7 +200,7 @@ def _gate(profile: ProfileData) -> str:
         ("gate", f"{rule}, in {len(gate.layers)} layers: {ranges(gate.layers)}"),
         ("fitted on", f"{fit.tokens:,} tokens of {texts}"),
         ("sweeps", f"{len(fit.sweeps)}, skipping {skipped}"),
-        ("surrogates", f"rank {fit.rank}, {100 * fit.surrogate_share:.1f} % of their FFN's bytes"),
+        ("surrogates", _surrogates(fit)),
         ("error", f"{span(fit.surrogate_error)} of the variance of f is left"),
         ("damage", f"by {damage}; R2 of the gates {span(fit.gate_r_squared)}"),
         ("warm-up", f"{gate.warm_up_tokens} tokens"),

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import LowRank, RoutedLowRank, Surrogate, Surrogates
 from skipcal.errors import ProfileError, ProfileMismatch, Unavailable
 from skipcal.files.reading import one_line, shown
 
@@ -44,20 +44,22 @@ def packed(tensors: Mapping[str, Tensor], *, kind: str, fingerprint: str) -> byt
 
 
 def unpacked(
-    raw: bytes, where: str, *, kind: str, check: Callable[[Header, str], None]
+    raw: bytes, where: str, *, kinds: Sequence[str], check: Callable[[Header, str], None]
 ) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file by name, and the fingerprint in its header.
 
-    check: raises ProfileError for a header whose tensors do not go together, before one is made. Raises
-    ProfileError for anything that is no such file, and for values that are not finite.
+    kinds: formats it may have. check: raises ProfileError for a header whose tensors do not go together,
+    before one is made. Raises ProfileError for anything that is no such file, and for values that are not
+    finite.
     """
     try:
         header = _header(raw)
         strings = header.pop("__metadata__", {})
         found = strings.get("format")
-        if found != kind:
+        if found not in kinds:
             raise ProfileError(
-                f"{where} is no file of surrogates: format is {shown(found)}, expected {kind!r}"
+                f"{where} is no file of surrogates: format is {shown(found)}, expected "
+                f"{' or '.join(map(repr, kinds))}"
             )
         check(header, where)
         tensors = load(raw)  # refuses offsets that do not fit the shapes, or the file
@@ -100,29 +102,82 @@ def read_named(path: Path, sha256: str, *, max_bytes: int, what: str) -> bytes:
     return raw
 
 
-def packed_maps(prefix: str, maps: Sequence[LowRank]) -> dict[str, Tensor]:
-    """Tensors of surrogates of one rank, by the names they have in a file."""
-    return {
-        f"{prefix}.down": torch.stack([m.down for m in maps]).to(STORED),
-        f"{prefix}.up": torch.stack([m.up for m in maps]).to(STORED),
-        f"{prefix}.bias": torch.stack([m.bias for m in maps]).float(),
+def packed_maps(prefix: str, maps: Sequence[Surrogate]) -> dict[str, Tensor]:
+    """Tensors of surrogates of one kind and rank, by the names they have in a file.
+
+    Where each has several maps, these are most of the file; they are int8 with a scale for each output.
+    """
+    tensors = {
+        "down": torch.stack([m.down for m in maps]).to(STORED),
+        "up": torch.stack([m.up for m in maps]),
+        "bias": torch.stack([m.bias for m in maps]).float(),
     }
+    routes = [m.route_bias for m in maps if isinstance(m, RoutedLowRank)]
+    if routes:
+        tensors["route_bias"] = torch.stack(routes).float()
+        tensors["up"], tensors["up_scale"] = _as_int8(tensors["up"].float())
+    else:
+        tensors["up"] = tensors["up"].to(STORED)
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _as_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] as int8, and what each row of n is multiplied by, [...] float32."""
+    scale = (x.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scale[..., None]).round().to(torch.int8), scale
 
 
 def unpacked_maps(tensors: Mapping[str, Tensor], prefix: str, layers: Sequence[int]) -> Surrogates:
     """The surrogates of `layers`, in float32."""
-    down, up, bias = (tensors[f"{prefix}.{name}"].float() for name in ("down", "up", "bias"))
-    return Surrogates({layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)})
-
-
-def shapes_of_maps(prefix: str, down: list[int]) -> dict[str, list[int]]:
-    """Shapes of the tensors beside a `down` of [count, rank, hidden], by name."""
-    count, rank, hidden = down
-    return {
-        f"{prefix}.down": down,
-        f"{prefix}.up": [count, hidden, rank],
-        f"{prefix}.bias": [count, hidden],
+    own = {
+        name: tensors[f"{prefix}.{name}"].float()
+        for name in ("down", "up", "bias", "route_bias", "up_scale")
+        if f"{prefix}.{name}" in tensors
     }
+    down, up, bias = own["down"], own["up"], own["bias"]
+    if "route_bias" not in own:
+        return Surrogates({layer: LowRank(down[n], up[n], bias[n]) for n, layer in enumerate(layers)})
+    up, route_bias = up * own["up_scale"][..., None], own["route_bias"]
+    return Surrogates(
+        {layer: RoutedLowRank(down[n], up[n], bias[n], route_bias[n]) for n, layer in enumerate(layers)}
+    )
+
+
+def shapes_of_maps(header: Header, prefix: str, where: str) -> dict[str, list[int]]:
+    """Shapes that tensors of surrogates have to have together, by name.
+
+    Raises ProfileError where `down` is missing or is none.
+    """
+    name = f"{prefix}.down"
+    down = shape_of(header, name, where) if name in header else [0, 0, 0]
+    if len(down) != 3:
+        raise ProfileError(f"{where}: {name} has shape {shown(down)}, expected three axes")
+    count, rows, hidden = down
+    if f"{prefix}.route_bias" not in header:
+        return {
+            name: down,
+            f"{prefix}.up": [count, hidden, rows],
+            f"{prefix}.bias": [count, hidden],
+        }
+    routes = shape_of(header, f"{prefix}.route_bias", where)
+    if len(routes) != 2 or not 0 < routes[1] < rows:
+        raise ProfileError(
+            f"{where}: {prefix}.route_bias has shape {shown(routes)}, expected [{count}, maps] with fewer "
+            f"maps than the {rows} rows of {name}"
+        )
+    maps = routes[1]
+    return {
+        name: down,
+        f"{prefix}.up": [count, maps, hidden, rows - maps],
+        f"{prefix}.up_scale": [count, maps, hidden],
+        f"{prefix}.bias": [count, maps, hidden],
+        f"{prefix}.route_bias": [count, maps],
+    }
+
+
+def most_elements(count: int, rank: int, hidden: int, maps: int) -> int:
+    """Numbers in the tensors of so many surrogates, scales and all, that none of a kind exceeds."""
+    return count * ((rank + maps) * hidden + maps * (hidden * rank + 2 * hidden + 1))
 
 
 def check_model(mine: tuple[int, str], profiles: tuple[int, str], *, again: str) -> None:
@@ -137,14 +192,21 @@ def check_model(mine: tuple[int, str], profiles: tuple[int, str], *, again: str)
 
 
 def check_shapes(header: Header, shapes: Mapping[str, list[int]], where: str) -> None:
-    """Raise ProfileError unless the header tells of these tensors; those of `layers` are int64."""
+    """Raise ProfileError unless the header tells of these tensors.
+
+    Those of `layers` are int64, those that have a scale int8.
+    """
     if set(header) != set(shapes):
         raise ProfileError(f"{where}: expected tensors {sorted(shapes)}, got {shown(sorted(header))}")
     for name, expected in shapes.items():
         found = shape_of(header, name, where)
         if found != expected:
             raise ProfileError(f"{where}: {name} has shape {shown(found)}, expected {expected}")
-        types = ("I64",) if name.endswith("layers") else ("F32", "BF16", "F16")
+        types = (
+            ("I64",) if name.endswith("layers")
+            else ("I8",) if f"{name}_scale" in shapes
+            else ("F32", "BF16", "F16")
+        )  # fmt: skip
         dtype = header[name].get("dtype")
         if dtype not in types:
             raise ProfileError(f"{where}: {name} is of type {shown(dtype)}, expected {' or '.join(types)}")

@@ -11,24 +11,23 @@ import torch
 
 from skipcal.core.gate import Gates
 from skipcal.core.surrogates import Surrogates
-from skipcal.errors import ProfileError, ProfileMismatch
-from skipcal.files.reading import shown
+from skipcal.errors import ProfileMismatch
 from skipcal.profiles.tensor_file import (
     MAX_HEADER_BYTES,
     Header,
     ascending_layers,
     check_model,
     check_shapes,
+    most_elements,
     packed,
     packed_maps,
     read_named,
-    shape_of,
     shapes_of_maps,
     unpacked,
     unpacked_maps,
 )
 
-TENSORS_FORMAT = "skipcal.surrogates/1"
+FORMATS = ("skipcal.surrogates/1", "skipcal.surrogates/2")  # of one map a layer, of several
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,21 @@ class GateTensors:
     @classmethod
     def pack(cls, gates: Gates, surrogates: Surrogates, fingerprint: str) -> Self:
         """The file's bytes of tensors, and the tensors as a reader of the file will have them."""
-        raw = packed(
-            {
-                "gate.layers": torch.tensor(gates.layers, dtype=torch.int64),
-                "gate.weight": gates.weight.float(),
-                "gate.log_norm_weight": gates.log_norm_weight.float(),
-                "gate.bias": gates.bias.float(),
-                **packed_maps("surrogate", [surrogates.maps[layer] for layer in gates.layers]),
-            },
-            kind=TENSORS_FORMAT,
-            fingerprint=fingerprint,
-        )
+        tensors = {
+            "gate.layers": torch.tensor(gates.layers, dtype=torch.int64),
+            "gate.weight": gates.weight.float(),
+            "gate.log_norm_weight": gates.log_norm_weight.float(),
+            "gate.bias": gates.bias.float(),
+            **packed_maps("surrogate", [surrogates.maps[layer] for layer in gates.layers]),
+        }
+        kind = FORMATS["surrogate.route_bias" in tensors]
+        raw = packed(tensors, kind=kind, fingerprint=fingerprint)
         return cls.unpack(raw, "packed tensors")
 
     @classmethod
     def unpack(cls, raw: bytes, where: str) -> Self:
         """Read the file's bytes. Raises ProfileError for anything that is no such file."""
-        tensors, fingerprint = unpacked(raw, where, kind=TENSORS_FORMAT, check=_check_header)
+        tensors, fingerprint = unpacked(raw, where, kinds=FORMATS, check=_check_header)
         layers = ascending_layers(tensors, "gate.layers", where)
         return cls(
             gates=Gates(
@@ -97,23 +94,21 @@ class GateTensors:
         check_model((hidden, self.fingerprint), (hidden_size, fingerprint), again="skipcal fit")
 
 
-def most_bytes(layers: int, rank: int, hidden: int) -> int:
+def most_bytes(layers: int, rank: int, hidden: int, maps: int) -> int:
     """The size that a file with so many gates and surrogates cannot exceed."""
-    elements = layers * (2 * rank * hidden + 2 * hidden + 3)
+    elements = layers * (hidden + 3) + most_elements(layers, rank, hidden, maps)
     return 8 + MAX_HEADER_BYTES + 8 * elements
 
 
 def _check_header(header: Header, where: str) -> None:
     """Every tensor is there, and their shapes and types go together."""
-    down = shape_of(header, "surrogate.down", where) if "surrogate.down" in header else [0, 0, 0]
-    if len(down) != 3:
-        raise ProfileError(f"{where}: surrogate.down has shape {shown(down)}, expected three axes")
-    count, _, hidden = down
+    maps = shapes_of_maps(header, "surrogate", where)
+    count, _, hidden = maps["surrogate.down"]
     shapes = {
         "gate.layers": [count],
         "gate.weight": [count, hidden],
         "gate.log_norm_weight": [count],
         "gate.bias": [count],
-        **shapes_of_maps("surrogate", down),
+        **maps,
     }
     check_shapes(header, shapes, where)

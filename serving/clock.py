@@ -85,5 +85,7 @@ class Clock:
 def decode_steps(computed: Ints, prompt: Ints, starts: Ints) -> Ints:
     """Decode step of each token, [tokens]; the arguments are those of `Clock.tokens`."""
     first = computed - prompt
+    if starts[-1] == len(first):  # each request has one token, as while all of them decode
+        return first
     steps: Ints = np.repeat(first - starts[:-1], np.diff(starts)) + np.arange(starts[-1])
     return steps

@@ -21,13 +21,13 @@ def together(each: Sequence[RequestRule], device: torch.device) -> tuple[Rule, S
 
     each: what each token is judged by, [tokens].
     """
+    first = each[0]
+    if all(judged is first for judged in each):
+        return first.rule, first.surrogates
     places: dict[int, list[int]] = {}
     for place, judged in enumerate(each):
         places.setdefault(id(judged), []).append(place)
     kinds = {own[0]: torch.tensor(own, device=device) for own in places.values()}
-    first = each[0]
-    if len(kinds) == 1:
-        return first.rule, first.surrogates
     rule = GroupedRule([Part(each[place].rule, own) for place, own in kinds.items()])
     if all(each[place].surrogates is first.surrogates for place in kinds):
         return rule, first.surrogates

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcal.core.policy import Policy
-from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach
+from skipcal.errors import ConfigError, ProfileMismatch, TargetOutOfReach, UnsupportedModel
 from skipcal.profiles.fits import check_shape, check_weights
 from skipcal.profiles.schema import SkipProfile
-from skipcal.serving.blocks import check_family
+from skipcal.serving.blocks import LAID_OUT, check_family
 from skipcal.serving.refusals import check_engine_config
 from skipcal.serving.requests import FULL, check_scores, target_asked
 from skipcal.serving.settings import KEY, ServingSettings, policy_of, settings_of
@@ -58,6 +58,11 @@ def plan_for(vllm_config: Any) -> Plan | None:
     check_shape(profile, model.hf_text_config)
     policy = policy_of(settings, profile)
     policy.check_layers(model.hf_text_config.num_hidden_layers)
+    if LAID_OUT[model.hf_text_config.model_type].experts and hasattr(policy, "surrogates"):
+        raise UnsupportedModel(
+            f"{policy.method} is not served for mixtures of experts, but ffn-skip and static are: "
+            "checkpoints hold experts one by one, which does not tell the weights that a gate was fitted to"
+        )
     return Plan(settings, profile, policy)
 
 

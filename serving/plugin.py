@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcal.errors import ConfigError, SkipcalError
-from skipcal.serving.graphs import cut_at_ffns
+from skipcal.serving.graphs import cut_at_ffns, whole_passes
 from skipcal.serving.plan import check_request, check_same_weights, plan_for
 from skipcal.serving.refusals import OTHER_WEIGHTS, STREAMED_INPUT, check_version
 from skipcal.serving.requests import check_body, check_no_beams
@@ -59,13 +59,17 @@ def start_skipping(worker: Any) -> None:
     from skipcal.serving.runner import watch
 
     config = worker.vllm_config
+    graphs = whole_passes(config)
     worker.skipcal = watch(
         worker,
         plan.policy,
+        graphs=graphs,
         policy_at=plan.policy_at,
         gathers=config.lora_config is None,  # adapters are chosen by a token's place in the batch
         agreed=first_decides if config.parallel_config.tensor_parallel_size > 1 else None,
     )
+    if graphs is not None:
+        _logger().info("skipcal: %s", graphs.outcome)
     if worker.device.type != "cpu" or config.use_v2_model_runner:
         _logger().warning(
             "skipcal has served on CPUs with model runner V1 only so far; nothing is known of %s, runner %s",

@@ -34,8 +34,8 @@ class SumProof:
         for block in self._blocks:
             self._patches.set(block.norm, "forward", self._after_norm(block.norm.forward))
             last = block.chain[-1]
-            self._patches.set(last, "forward", self._after_ffn(last.forward))
-            self._patches.set(block.after, "forward", self._judging(block.index, block.after.forward))
+            self._patches.set(last, "forward", self._after_ffn(block, last.forward))
+            self._patches.set(block.after, "forward", self._judging(block, block.after.forward))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,19 +64,20 @@ class SumProof:
 
         return forward
 
-    def _after_ffn(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _after_ffn(self, block: ServedBlock, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor) -> Any:
-            f = own(x)
-            self._f = f[self._first].clone()
-            return f
+            made = own(x)
+            self._f = made[self._first] * block.scale  # a tensor of its own
+            return made
 
         return forward
 
-    def _judging(self, layer: int, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _judging(self, block: ServedBlock, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*given: Any) -> Any:
             output = own(*given)
             if self._h is not None and self._f is not None:
-                self._errors[layer] = _error(self._h, self._f, output[1][self._first])
+                total = block.stream_at(given, output)[self._first]
+                self._errors[block.index] = _error(self._h, self._f, total)
             self._h = self._f = None
             return output
 

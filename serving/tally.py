@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import add
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -40,8 +39,8 @@ class Tally:
         ruled: Bools,
         skipped: Mapping[int, Tensor | bool],
         methods: Sequence[str],
-    ) -> None:
-        """Count a pass.
+    ) -> list[RequestReport]:
+        """Count a pass; the reports of its requests, [requests].
 
         ruled: tokens to which a rule applied, [tokens]; skipped: by layer which of these skipped, [ruled], or
         whether the only one did; methods: what each request is judged by, [requests].
@@ -60,7 +59,19 @@ class Tally:
                 self.report.decode_steps += decoded
                 self.report.decode_steps_after_warm_up += past
         if ruled.any():
-            self._add_skips(tokens, ruled, skipped, each)
+            add_skips = self._add_skips_of_one if len(ruled) == 1 else self._add_skips
+            add_skips(tokens, ruled, skipped, each)
+        return each
+
+    def add_later(self, skipped: Iterable[tuple[RequestReport, list[int]]], unread: list[int]) -> None:
+        """Count what passes have skipped that were added without it.
+
+        skipped: by layer, of the requests whose reports `add` has returned; unread: FFNs, by layer.
+        """
+        for request, by_layer in skipped:
+            _add(request.skipped_per_layer, by_layer)
+            _add(self.report.skipped_per_layer, by_layer)
+        _add(self.report.unread_per_layer, unread)
 
     def _add_skips(
         self,
@@ -74,12 +85,27 @@ class Tally:
             mask[layer] = skip.cpu().numpy() if isinstance(skip, Tensor) else skip
         self.report.passes += 1
         if ruled.all():
-            _add(self.report.unread_per_layer, np.all(mask, axis=1))
+            _add(self.report.unread_per_layer, np.all(mask, axis=1).tolist())
         once = mask & tokens.counted[ruled]
         owner = tokens.owner[ruled]
-        _add(self.report.skipped_per_layer, once.sum(axis=1))
+        _add(self.report.skipped_per_layer, once.sum(axis=1).tolist())
         for n in np.unique(owner):
-            _add(each[n].skipped_per_layer, once[:, owner == n].sum(axis=1))
+            _add(each[n].skipped_per_layer, once[:, owner == n].sum(axis=1).tolist())
+
+    def _add_skips_of_one(
+        self,
+        tokens: BatchTokens,
+        ruled: Bools,
+        skipped: Mapping[int, Tensor | bool],
+        each: Sequence[RequestReport],
+    ) -> None:
+        """The same for a pass of a single token, the usual one of a lone request."""
+        self.report.passes += 1
+        once = bool(tokens.counted[0])
+        for layer in [layer for layer, skip in skipped.items() if skip]:
+            self.report.unread_per_layer[layer] += 1
+            self.report.skipped_per_layer[layer] += once
+            each[0].skipped_per_layer[layer] += once
 
     def _of(self, tokens: BatchTokens, place: int, method: str) -> RequestReport:
         name, target = tokens.requests[place], tokens.targets[place]
@@ -114,6 +140,5 @@ def belongs(name: str, request_id: str) -> bool:
     return re.fullmatch(rf"(\d+_)?{re.escape(request_id)}{place}(-[0-9a-f]{{8}})?", name) is not None
 
 
-def _add(sums: list[int], more: Any) -> None:
-    """more: an array of so many entries."""
-    sums[:] = map(add, sums, more.tolist())
+def _add(sums: list[int], more: Iterable[int]) -> None:
+    sums[:] = map(add, sums, more)

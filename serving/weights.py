@@ -10,6 +10,8 @@ from skipcal.arch.loading import fingerprint_of, weight_mark
 def served_fingerprint(vllm_config: Any, model: Any) -> str | None:
     """What `fingerprint` says of the same model in transformers; None where the format has no such names.
 
+    As for mixtures, whose experts are stored one by one, and put together by transformers.
+
     vLLM fuses and packs what it has loaded, so the checkpoint is read once more, tensor by tensor.
     """
     from vllm.model_executor.model_loader import get_model_loader
@@ -23,7 +25,7 @@ def served_fingerprint(vllm_config: Any, model: Any) -> str | None:
         for name, weight in loader.get_all_weights(model_config, model)
         if name.endswith((".weight", ".bias"))
     }
-    if "model.embed_tokens.weight" not in marks:
+    if "model.embed_tokens.weight" not in marks or any(".experts." in name for name in marks):
         return None
     if model_config.hf_text_config.tie_word_embeddings:
         marks.pop("lm_head.weight", None)

@@ -57,6 +57,7 @@ if not HANDS_OUT:
 
     import matplotlib
     import warm_python
+    from interpreted import Reads
     from transformers import PreTrainedModel
 
     from skipcal.arch.check import tiny_model
@@ -83,7 +84,7 @@ APART = ("test_notebooks.py",)  # files whose tests share nothing and take long
 LONG = (
     "test_notebooks.py", "test_cli_evaluation.py", "docs/test_pages.py", "runtime/test_graph_engine.py",
     "speed/test_gpu_visit.py", "core/test_methods.py", "runtime/test_skip_rule.py",
-    "evaluation/test_sweep.py", "runtime/test_step_proof.py", "runtime/ops/test_compiled.py",
+    "evaluation/test_sweep.py", "runtime/test_step_proof.py", "ops/test_compiled.py",
     "profiles/test_mutations.py",
     "calibrate/test_pipeline.py", "runtime/test_recorded.py", "calibrate/test_large_runs.py",
     "arch/test_architectures.py", "test_cli_terminal.py", "runtime/test_session.py", "test_cli.py",
@@ -164,6 +165,24 @@ def attentive(model: Any) -> Any:
         if "attn" in name and parameter.dim() == 2:
             parameter.mul_(10.0)
     return model
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """What interpreted kernels read."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("only interpreted kernels can be watched")
+    from triton.runtime import interpreter
+
+    found = Reads()
+    load = interpreter._interpreter.load
+
+    def watched(addresses: Any, mask: Any, *rest: Any) -> Any:
+        found.add(addresses, mask)
+        return load(addresses, mask, *rest)
+
+    monkeypatch.setattr(interpreter._interpreter, "load", watched)
+    return found
 
 
 @pytest.fixture

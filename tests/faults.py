@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from skipcal.ops.rotary_cache import rotary_cache
 from skipcal.runtime.engines import graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph_rules import StepInputs
-from skipcal.runtime.ops.rotary_cache import rotary_cache
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -10,7 +10,7 @@ from skipcal.arch.locate import locate, observe
 from skipcal.core.gate import GateRule, Gates
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import LowRank, RoutedLowRank, Surrogate, Surrogates
 from skipcal.profiles.parts import GateFit, GateInfo, GatePoint, GateSettings
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.tensors import GateTensors
@@ -48,20 +48,22 @@ def gates_for(model: Any, layers: tuple[int, ...] = LAYERS) -> Gates:
     return Gates(layers, gates.weight, gates.log_norm_weight, gates.bias - torch.tensor([*middles.values()]))
 
 
-def surrogates_for(model: Any, layers: tuple[int, ...] = LAYERS, rank: int = 3) -> Surrogates:
+def surrogates_for(model: Any, layers: tuple[int, ...] = LAYERS, rank: int = 3, maps: int = 1) -> Surrogates:
     """Random maps that add about as much as an FFN of `lively` does."""
     random = torch.Generator().manual_seed(4)
     hidden = model.config.hidden_size
-    return Surrogates(
-        {
-            layer: LowRank(
-                down=torch.randn(rank, hidden, generator=random) / hidden**0.5,
-                up=torch.randn(hidden, rank, generator=random),
-                bias=torch.randn(hidden, generator=random),
-            )
-            for layer in layers
-        }
-    )
+    return Surrogates({layer: random_map(hidden, rank, maps, random) for layer in layers})
+
+
+def random_map(hidden: int, rank: int, maps: int, random: torch.Generator) -> Surrogate:
+    """One map, or several that tokens are spread over."""
+    routes, several = (maps, (maps,)) if maps > 1 else (0, ())
+    down = torch.randn(rank + routes, hidden, generator=random) / hidden**0.5
+    up = torch.randn(*several, hidden, rank, generator=random)
+    bias = torch.randn(*several, hidden, generator=random)
+    if not routes:
+        return LowRank(down, up, bias)
+    return RoutedLowRank(down, up, bias, 0.1 * torch.randn(routes, generator=random))
 
 
 def generated(model: Any, policy: Policy | None, new: int = NEW) -> tuple[Any, SkipReport | Any]:

@@ -16,6 +16,7 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import SkipPolicy
 from skipcal.core.substituted import Substituted
+from skipcal.core.surrogates import RoutedLowRank, Surrogate
 
 
 @dataclass
@@ -53,8 +54,19 @@ def stand_in(policy: Any, layer: int, h: torch.Tensor) -> torch.Tensor:
     if found is None:
         return torch.zeros_like(h)
     u, _ = direction(h)
-    s: torch.Tensor = found.up.double() @ (found.down.double() @ u) + found.bias.double()
-    return s.to(h.dtype)
+    return one_map(found, u).to(h.dtype)
+
+
+def one_map(found: Surrogate, u: torch.Tensor) -> torch.Tensor:
+    """s(u) of one direction u [hidden], in float64, by the formulas of core/surrogates.py."""
+    down, up, bias = found.down.double(), found.up.double(), found.bias.double()
+    if isinstance(found, RoutedLowRank):
+        rank = up.shape[-1]
+        scores = [float(down[rank + k] @ u.double() + found.route_bias[k].double()) for k in range(len(up))]
+        best = scores.index(max(scores))
+        down, up, bias = down[:rank], up[best], bias[best]
+    s: torch.Tensor = up @ (down @ u.double()) + bias
+    return s
 
 
 def step(model: Any, cache: DynamicCache, ids: torch.Tensor, policy: Any | None) -> tuple[Any, ...]:

@@ -34,11 +34,16 @@ class Served:
         "hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
         "num_hidden_layers": 8,
     }  # fmt: skip
+    # vLLM makes a shared expert of it, which the checkpoint has not.
+    own: ClassVar[dict[str, dict[str, int]]] = {"qwen3_moe": {"shared_expert_intermediate_size": 0}}
 
     @torch.no_grad()
     def __init__(self, family: str, folder: Path, text: Path) -> None:
         torch.manual_seed(0)
-        self.model: Any = lively(family, **self.shape)
+        self.model: Any = lively(family, **self.shape, **self.own.get(family, {}))
+        for parameter in self.model.parameters():
+            if parameter.dim() == 3:  # of all experts: as large as `lively` makes other weights
+                parameter.normal_(0.0, 0.28)
         self.folder = saved(self.model, folder / "model")
         loaded = LoadedModel(model=self.model, tokenizer=word_tokenizer(), name=self.folder, revision=None)
         config = ProfileConfig(

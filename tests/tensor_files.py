@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from skipcal.profiles.schema import SkipProfile
-from skipcal.profiles.tensors import TENSORS_FORMAT
+from skipcal.profiles.tensors import FORMATS
 
 LOADED = SkipProfile.load("smollm2-135m-instruct")
 SHIPPED = LOADED.model_copy(update={"gate": None, "paper_policy": None, "policy": LOADED.cosine_policy})
@@ -22,7 +22,7 @@ Change = Callable[[dict[str, torch.Tensor], dict[str, str]], Any]
 
 def damaged(gated: SkipProfile, change: Change) -> bytes:
     raw = gated.tensors().raw
-    tensors, header = load(raw), {"format": TENSORS_FORMAT, "model_fingerprint": SHIPPED.model.fingerprint}
+    tensors, header = load(raw), {"format": FORMATS[0], "model_fingerprint": SHIPPED.model.fingerprint}
     change(tensors, header)
     return save(tensors, header)
 

@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from vllm_for_gpus import cut, second_runner, whole
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in the process that asks
@@ -38,8 +43,8 @@ def in_vllm(job: dict[str, Any], folder: Path, **variables: str) -> Any:
 def main(asked: str, answered: str) -> None:
     job = json.loads(Path(asked).read_text())
     jobs: dict[str, Callable[[Any], Any]] = {
-        "refused": _refusals, "engines": _engines, "second_runner": _second_runner, "cut": _cut,
-        "stock": _stock,
+        "refused": _refusals, "engines": _engines, "second_runner": second_runner, "cut": cut,
+        "stock": _stock, "whole": whole,
     }  # fmt: skip
     [(kind, each)] = job.items()
     answer = jobs[kind](each)
@@ -108,91 +113,6 @@ def _refusal(each: dict[str, Any]) -> list[str]:
     return ["", ""]
 
 
-def _cut(modes: list[str]) -> list[Any]:
-    """By mode of CUDA graphs: where vLLM cuts a model for them, and where with skipping; the mode then."""
-    from types import SimpleNamespace
-
-    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
-
-    from skipcal.serving.graphs import cut_at_ffns
-    from skipcal.serving.refusals import against_compilation
-
-    answers = []
-    for mode in modes:
-        compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode[mode])
-        compilation.set_splitting_ops_for_v1("", 1)
-        own = list(compilation.splitting_ops or [])
-        gpu = SimpleNamespace(
-            compilation_config=compilation, device_config=SimpleNamespace(device_type="cuda")
-        )
-        refused = list(against_compilation(gpu))
-        cut_at_ffns(gpu)
-        answers.append([own, compilation.splitting_ops, compilation.cudagraph_mode.name, refused])
-    return answers
-
-
-def _second_runner(events: list[dict[str, Any]]) -> list[Any]:
-    """What the host is told of passes of runner V2, by vLLM's own InputBatch; None: of none.
-
-    events: {"add": {name: extra_args}}, {"finish": [names]}, or {"pass": {name: [slot, computed, prompt,
-    tokens]}}; a pass over no names is a dummy one.
-    """
-    from types import SimpleNamespace
-
-    import numpy as np
-    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
-
-    from skipcal.serving.runner import watched_runner
-
-    told: list[Any] = []
-
-    def run(tokens: Any, ids: Any, forward: Any) -> Any:
-        told.append([tokens.steps.tolist(), tokens.skips.tolist(), tokens.counted.tolist(), ids])
-        return forward()
-
-    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.zeros(8, dtype=np.int32)))
-    runner = SimpleNamespace(
-        req_states=states, model=SimpleNamespace(forward=lambda **given: given["input_ids"]),
-        model_state=SimpleNamespace(prepare_inputs=lambda batch, states: {}),
-        add_requests=lambda scheduled: None, finish_requests=lambda scheduled: None,
-        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode=0)),
-    )  # fmt: skip
-    host: Any = SimpleNamespace(proven=True, run=run, attach=lambda registry: None, detach=lambda: None)
-    parts = (runner, runner.model, runner.model_state)
-    before_all = [dict(vars(part)) for part in parts]
-    watched = watched_runner(runner, host)
-    watched.attach()
-    answers = []
-    for event in events:
-        if "add" in event:
-            params = {name: SimpleNamespace(extra_args=extra) for name, extra in event["add"].items()}
-            new = [SimpleNamespace(req_id=name, sampling_params=params[name]) for name in params]
-            runner.add_requests(SimpleNamespace(scheduled_new_reqs=new))
-        elif "finish" in event:
-            runner.finish_requests(SimpleNamespace(finished_req_ids=event["finish"]))
-        else:
-            rows = event["pass"]
-            batch = InputBatch.make_dummy(max(len(rows), 1), 16, InputBuffers(8, 16, "cpu"))
-            if rows:
-                slots, computed, prompt, tokens = (
-                    np.array(each) for each in zip(*rows.values(), strict=True)
-                )
-                batch.req_ids, batch.idx_mapping_np, batch.num_computed_tokens_np = (
-                    list(rows),
-                    slots,
-                    computed,
-                )
-                batch.query_start_loc_np = np.concatenate([[0], tokens.cumsum()])
-                states.prompt_len.np[slots] = prompt
-            runner.model_state.prepare_inputs(batch, states)
-            before = len(told)
-            assert runner.model.forward(input_ids="ids") == "ids"
-            answers.append(told[-1] if len(told) > before else None)
-    runner.model_state.prepare_inputs(batch, states)
-    watched.detach()
-    return [*answers, [vars(part) for part in parts] == before_all]
-
-
 def _engines(engines: list[dict[str, Any]]) -> list[Any]:
     """For each engine, for each of its runs: tokens, report, preemptions, whether it was compiled."""
     from vllm import LLM
@@ -229,6 +149,8 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         worker.vllm_config.additional_config = {"skipcal": run["skipcal"]}
         start_skipping(worker)
         llm.llm_engine.input_processor.skipcal = plan_for(worker.vllm_config)
+    until = ExitStack()
+    replays, graphs = _decide_on_device(worker, until) if run.get("on_device") else ([], "")
     before, adapters = _preemptions(llm), run.get("adapters", [None] * len(run["prompts"]))
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in run["prompts"]]
     if run.get("embedded"):
@@ -246,6 +168,7 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         ],
         use_tqdm=False,
     )
+    until.close()
     refused = [_error(_generating(extra), llm, run["prompts"][0]) for extra in run.get("refused", ())]
     if refused:
         refused += [_error(ask, llm, run["prompts"][0]) for ask in _ASKED_WRONGLY]
@@ -256,7 +179,66 @@ def _run(llm: Any, run: dict[str, Any], *, first: bool) -> dict[str, Any]:
         "requests": [request_reports(llm, out.request_id) for out in outs],
         "preemptions": _preemptions(llm) - before,
         "compiled": _compiled(worker.model_runner.get_model()) if worker else None,
+        "replays": replays,
+        "graphs": graphs,
     }
+
+
+def _decide_on_device(worker: Any, until: ExitStack) -> tuple[list[int], str]:
+    """Have passes that only decode run as graphs of whole ones hold them, without graphs; rows of each.
+
+    And what is said of graphs, where FFNs cannot be in them. until: undoes it.
+    """
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.config import CUDAGraphMode
+
+    from skipcal.serving.graphs import WholePasses
+    from skipcal.serving.requests import target_asked
+
+    modules: list[Any] = [import_module(f"skipcal.serving.{name}") for name in ("plugin", "runner", "host")]
+    plugin, runner_module, host_module = modules
+    worker.skipcal.detach()
+    rows: list[int] = []
+    runner, inside = worker.model_runner, [False]
+    layers = runner.get_model().model.layers
+    for linear in [
+        getattr(layer.mlp, name, None) for layer in layers for name in ("gate_up_proj", "down_proj")
+    ]:
+        if linear is not None and not linear.weight.numel():  # on CPUs vLLM packs it away
+            eye = torch.eye(linear.input_size, dtype=torch.float32)
+            linear.weight = torch.nn.Parameter(linear(eye)[0].T.contiguous(), requires_grad=False)
+    graphs = WholePasses(
+        SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4], cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    )
+
+    def rows_of_graph() -> int | None:
+        batch = runner.input_batch
+        count, tokens = batch.num_reqs, int(runner.query_start_loc.np[batch.num_reqs])
+        targets = [target_asked(runner.requests[name].sampling_params) for name in batch.req_ids[:count]]
+        return count if tokens == count and host.replays(targets, count) else None
+
+    def replay(*given: Any) -> Any:
+        rows.append(given[1])
+        inside[0] = True
+        try:
+            return own(*given)
+        finally:
+            inside[0] = False
+
+    for module, name, value in (
+        (plugin, "whole_passes", lambda config: graphs),
+        (host_module, "capturing", lambda x: inside[0]),
+        (runner_module, "_rows_of_graph", rows_of_graph),
+    ):
+        until.enter_context(patch.object(module, name, value))
+    plugin.start_skipping(worker)
+    host = worker.skipcal.host
+    if host.captures:
+        host._captured._captured = {n: set(range(len(layers))) for n in range(1, 5)}
+        own, host.replay = host.replay, replay
+    return rows, graphs.outcome
 
 
 def _error(ask: Callable[[Any, list[int]], None], llm: Any, prompt: list[int]) -> str:

@@ -15,8 +15,8 @@ import torch
 from gpu_visit.steps import Visit
 from torch import Tensor
 
-from skipcal.runtime.ops import decode_attention as attention
-from skipcal.runtime.ops import ffn
+from skipcal.ops import decode_attention as attention
+from skipcal.ops import ffn
 from skipcal.speed.hardware import copy_bandwidth
 
 _COLD_BYTES = 3 * 2**28  # of all sets together: several times any L2
@@ -37,7 +37,7 @@ SOME_ROWS: dict[str, list[Half]] = {
 
 
 def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[str, Any]]:
-    """runtime.ops.ffn: error, time as set and by other settings, one half of the op at a time; skipped."""
+    """skipcal.ops.ffn: error, time as set and by other settings, one half of the op at a time; skipped."""
     device, dtype = torch.device(visit.device), getattr(torch, visit.dtype)
     copied = copy_bandwidth(device, rounds=3, size=None if visit.on_gpu else 2**20).median
     nbytes = 3 * hidden * width * dtype.itemsize
@@ -75,7 +75,7 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
 def attentions(
     visit: Visit, *, heads: int, kv_heads: int, head_dim: int, contexts: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """runtime.ops.decode_attention of one row: error and time by length, with padding or none."""
+    """skipcal.ops.decode_attention of one row: error and time by length, with padding or none."""
     device = torch.device(visit.device)
     copied = copy_bandwidth(device, rounds=3, size=None if visit.on_gpu else 2**20).median
     q = torch.randn(1, heads, head_dim, device=device).to(getattr(torch, visit.dtype))

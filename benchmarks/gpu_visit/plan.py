@@ -19,12 +19,13 @@ def check(visit: Visit) -> list[Step]:
     attended = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     contexts = [512, 2048] if gpu else [24]
     kernels = {} if gpu else {"TRITON_INTERPRET": "1"}
-    ops = "tests/runtime/ops" if gpu else "tests/runtime/ops/test_arm.py"
+    ops = "tests/ops" if gpu else "tests/ops/test_arm.py"
     none = None if gpu else "nothing is captured on a CPU"
     return [
         Step("versions", 60, "gpu_visit.device:versions"),
         Step("if_node", 60, "gpu_visit.device:if_node"),
         _tests("captured", 120, "tests/runtime/test_graph_capture.py", processes, left_out=none),
+        _tests("served", 60, "tests/serving/test_captured.py", processes, left_out=none),
         Step("bench", 110, "gpu_visit.bench:bench", {"settings": {"engine": "graph", **decoded}}),
         Step("ffn", 60, "gpu_visit.ops:ffns", {"rows": 1, **matrix}, env=kernels),
         Step("trace", 75, "gpu_visit.trace:trace", traced),
@@ -37,7 +38,7 @@ def check(visit: Visit) -> list[Step]:
 def measure(visit: Visit) -> list[Step]:
     """The numbers of docs/speed.md, and each command on a GPU."""
     gpu = visit.on_gpu
-    ops = "tests/runtime/ops" if gpu else "tests/runtime/ops/test_lang.py"
+    ops = "tests/ops" if gpu else "tests/ops/test_lang.py"
     larger = "llama-2-13b" if gpu else visit.shape
     calls = ("model_folder", "profile", "generate", "fit", "evaluate")
     return [

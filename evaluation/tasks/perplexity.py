@@ -12,6 +12,7 @@ from torch import Tensor
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import input_device
 from skipcal.configs.sweep import PerplexitySettings
+from skipcal.core.host import Watcher
 from skipcal.core.policy import Policy
 from skipcal.core.report import SkipReport
 from skipcal.evaluation.statistics import Scale, Share
@@ -32,7 +33,7 @@ class Perplexity:
     A window is a text of its own, with the special tokens that begin one: its first `prompt_tokens` are
     the prefill, these tokens among them, and the warm-up starts anew. Scored are all tokens after the
     prompt, and apart those predicted by a step past the warm-up; the same positions for every method,
-    those without a warm-up too.
+    those without a warm-up too. watcher: of the passes with skipping, see `SkipSession.watch`.
     """
 
     windows: dict[str, list[int]]
@@ -42,6 +43,7 @@ class Perplexity:
     new_tokens: int
     source: dict[str, Any]
     name: str = "perplexity"
+    watcher: Watcher | None = None
 
     @property
     def scales(self) -> Mapping[str, Scale]:
@@ -80,6 +82,8 @@ class Perplexity:
                     prompt_tokens=self.prompt_tokens,
                     architecture=subject.architecture,
                 ) as run:
+                    if self.watcher is not None:
+                        run.watch(self.watcher)
                     logits = model(input_ids=rows, use_cache=False).logits
                 yield (
                     [

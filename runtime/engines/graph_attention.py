@@ -1,4 +1,4 @@
-"""Attention of a captured step: runtime.ops.decode_attention in place of torch's, while a step runs.
+"""Attention of a captured step: skipcal.ops.decode_attention in place of torch's, while a step runs.
 
 torch's attention reads every place of the cache it is given, and with one query a row leaves most
 of a GPU idle. The op reads the places in use, whose number lies on the device. It stands where
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.patch import InstancePatches
-from skipcal.runtime.ops.decode_attention import decode_attention
+from skipcal.ops.decode_attention import decode_attention
 
 _NAME = "skipcal_decode"
 _NOT_OURS = ("position_bias", "softcap", "s_aux")  # what else a model may want of its attention

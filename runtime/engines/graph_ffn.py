@@ -1,6 +1,6 @@
 """One FFN block of a captured decode step, whose weights are not read when every row skips it.
 
-`FusedFFN` is runtime.ops.ffn, for blocks that are an RMSNorm and three plain linears with a SiLU.
+`FusedFFN` is skipcal.ops.ffn, for blocks that are an RMSNorm and three plain linears with a SiLU.
 `ModuleFFN` is any other: the model's own modules in the body of an IF node of the CUDA graph.
 Either stands on the modules of the block's chain as their `forward` while a step runs, as the eager
 engine does, so that the layer's own code goes on around it.
@@ -20,10 +20,10 @@ from skipcal.arch.locate import Block
 from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import is_wrapper
 from skipcal.core.surrogates import Surrogates
-from skipcal.runtime.engines.graph_rules import StepRule
+from skipcal.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
+from skipcal.ops.rules import StepRule
+from skipcal.ops.stand_in import add_surrogate
 from skipcal.runtime.engines.if_node import IfNode
-from skipcal.runtime.ops.ffn import MAX_ROWS, FFNWeights, ffn, reference
-from skipcal.runtime.ops.low_rank import low_rank
 
 _PROOF_ROWS = 4
 
@@ -126,18 +126,8 @@ class ModuleFFN:
         return (shaped, *[None] * extras) if extras else shaped
 
 
-def add_surrogate(surrogates: Surrogates, layer: int, h: Tensor, skip: Tensor) -> None:
-    """Add the layer's surrogate to the stream h [batch, hidden], in place, in rows that skip.
-
-    The layer adds f to that stream, which is 0 in these rows, so no scale of the layer's meets it.
-    """
-    found = surrogates.maps.get(layer)
-    if found is not None:
-        low_rank(h, found.down, found.up, found.bias, skip)
-
-
 def fused_weights(block: Block, rows: int) -> FFNWeights | str:
-    """The weights for runtime.ops.ffn, or why the block cannot run in it.
+    """The weights for skipcal.ops.ffn, or why the block cannot run in it.
 
     The names are only a guess: on a few random rows the op has to give what the modules give.
     """
@@ -160,7 +150,7 @@ def fused_weights(block: Block, rows: int) -> FFNWeights | str:
         return f"{type(module).__name__} has hooks inside"
     scale: Any = norm.weight
     weights = FFNWeights(scale, eps, *(linear.weight for linear in linears))
-    tensors = (weights.norm, weights.gate, weights.up, weights.down)
+    tensors = (scale, weights.gate, weights.up, weights.down)
     if any(not t.is_contiguous() or t.dtype != weights.gate.dtype for t in tensors):
         return f"the weights of {type(module).__name__} are not all of one dtype and contiguous"
     return weights if _agrees(block, weights) else f"{type(module).__name__} computes something else"

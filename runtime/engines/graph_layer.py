@@ -20,14 +20,14 @@ from skipcal.arch.patch import InstancePatches
 from skipcal.arch.stored import is_wrapper
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import first_words
+from skipcal.ops.ffn import FFNWeights, ffn
+from skipcal.ops.project import project
+from skipcal.ops.rotary_cache import HeadNorms, rotary_cache
+from skipcal.ops.rules import StepRule, Unasked
+from skipcal.ops.stand_in import add_surrogate
 from skipcal.runtime.engines.graph_attention import Sight
-from skipcal.runtime.engines.graph_ffn import add_surrogate
-from skipcal.runtime.engines.graph_rules import StepRule, Unasked
 from skipcal.runtime.engines.step_cache import StepLayer
 from skipcal.runtime.engines.step_proof import added_error
-from skipcal.runtime.ops.ffn import FFNWeights, ffn
-from skipcal.runtime.ops.project import project
-from skipcal.runtime.ops.rotary_cache import HeadNorms, rotary_cache
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _PROOF_TOKENS = 3  # in the cache before the token by which a layer is tried

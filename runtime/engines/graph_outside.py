@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skipcal.arch.patch import InstancePatches
-from skipcal.runtime.ops.rms_norm import rms_norm
+from skipcal.ops.rms_norm import rms_norm
 
 
 class Outside:

@@ -1,19 +1,15 @@
-"""Who skips, decided on the device: a rule between the layers of one captured decode step."""
+"""What a captured step is told, and counts; and any rule in it, for those that skipcal.ops.rules has not."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipcal.core.cosine import CosineRule
-from skipcal.core.gate import GateRule
 from skipcal.core.host import PassTokens
 from skipcal.core.rule import Rule
-from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm
-from skipcal.runtime.ops.count import count
-from skipcal.runtime.ops.gate import gate
+from skipcal.ops.count import count
 
 
 class StepInputs:
@@ -51,43 +47,6 @@ class StepInputs:
             self.counted_static.fill_(True)
         else:
             self.counted_static.copy_(tokens.counted)
-
-
-class StepRule(Protocol):
-    """A rule in a captured step; `skips` are the rows of one tensor, [layers + 1, batch] bool."""
-
-    @property
-    def wants_f(self) -> bool:
-        """Whether `after` needs f itself."""
-
-    def start(self) -> None:
-        """A new token of each row. `skips` of layers that a rule is not asked of are False, and stay so."""
-
-    def before(self, layer: int, h: Tensor) -> Tensor:
-        """Rows [batch] bool that skip FFN `layer`, also kept in `skips`. h: [batch, hidden]."""
-
-    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
-        """FFN `layer` ran for the other rows; f: [batch, hidden], sums: as runtime.ops.ffn makes them."""
-
-
-class Unasked:
-    """No rule: the FFN runs for every row."""
-
-    wants_f = False
-
-    def __init__(self, skips: Tensor) -> None:
-        """Show rows of `skips`, which nobody writes."""
-        self._skips = skips
-
-    def start(self) -> None:
-        """Nothing begins."""
-
-    def before(self, layer: int, h: Tensor) -> Tensor:
-        """Nobody skips."""
-        return self._skips[layer]
-
-    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
-        """Nobody learns."""
 
 
 class AnyRule:
@@ -128,86 +87,6 @@ class AnyRule:
         if self._rule.learns:
             assert f is not None
             self._state = self._rule.after(layer, self._state, h, f, ~self._skips[layer])
-
-
-class FusedGate:
-    """The rule `gate`, whose decision is one launch, warm-up and all."""
-
-    wants_f = False
-
-    def __init__(self, rule: GateRule, inputs: StepInputs, skips: Tensor) -> None:
-        """Take probes and threshold from `rule`; write into `skips`."""
-        device, gates = skips.device, rule.gates
-        self._inputs, self._skips = inputs, skips
-        self._place = {layer: n for n, layer in enumerate(gates.layers)}
-        self._weight_static = gates.weight.to(device)
-        self._log_norm_static = gates.log_norm_weight.to(device)
-        self._bias_static = gates.bias.to(device)
-        self._threshold_static = torch.tensor(rule.threshold, dtype=torch.float32, device=device)
-
-    def start(self) -> None:
-        """Nothing begins."""
-
-    def before(self, layer: int, h: Tensor) -> Tensor:
-        """Rows past their warm-up whose score lies below the threshold."""
-        n = self._place[layer]
-        return gate(
-            h,
-            self._weight_static[n],
-            log_norm_weight=self._log_norm_static[n],
-            bias=self._bias_static[n],
-            threshold=self._threshold_static,
-            active=self._inputs.active_static,
-            skip=self._skips[layer],
-        ).skip
-
-    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
-        """Nothing is learnt from the FFN."""
-
-
-class FusedCosine:
-    """The rule `cosine` in one small kernel a layer, from sums that the FFN's kernel leaves.
-
-    Threshold and `max_skips` are values on the device: a new one needs no new capture.
-    """
-
-    wants_f = False
-
-    def __init__(self, rule: CosineRule, inputs: StepInputs, skips: Tensor) -> None:
-        """Take region, threshold and `max_skips` from `rule`; write into `skips`."""
-        device = skips.device
-        self._layers, self._inputs, self._skips = rule.layers, inputs, skips
-        self._batch_rule = rule.batch_rule
-        self._left = torch.zeros(skips.shape[1], dtype=torch.int32, device=device)
-        self._watching, self._spent = (
-            torch.tensor(left, dtype=torch.int32, device=device) for left in (WATCHING, SPENT)
-        )
-        limit = UNLIMITED if rule.max_skips is None else rule.max_skips
-        self._limit = torch.tensor([limit], dtype=torch.int32, device=device)
-        self._threshold = torch.tensor([rule.threshold], dtype=torch.float32, device=device)
-
-    def start(self) -> None:
-        """Watch the rows past their warm-up; the others neither skip nor arm."""
-        torch.where(self._inputs.active_static, self._watching, self._spent, out=self._left)
-
-    def before(self, layer: int, h: Tensor) -> Tensor:
-        """What the layer before has found."""
-        return self._skips[layer]
-
-    def after(self, layer: int, h: Tensor, f: Tensor | None, sums: Tensor | None) -> None:
-        """Arm, count down, and say who skips the next layer; after the region nobody asks."""
-        assert sums is not None
-        follows = layer + 1 if layer + 1 in self._layers else -1
-        arm(
-            sums,
-            self._left,
-            self._skips[layer],
-            self._skips[follows],
-            live=self._inputs.counted_static,
-            threshold=self._threshold,
-            limit=self._limit,
-            batch_rule=self._batch_rule,
-        )
 
 
 class StepCounts:

@@ -3,7 +3,7 @@
 The step is what the model's `forward` does with one token a row, a cache that stays in place and
 FFN blocks that decide on the device. Captured, all of it is one launch; the host says which tokens,
 where they stand and whether the warm-up is over, and does not wait for the answer. Where
-torch's attention is asked for, runtime.ops.decode_attention reads the places in use; any other reads a
+torch's attention is asked for, skipcal.ops.decode_attention reads the places in use; any other reads a
 window of the cache, a power of two that holds the text: one capture for each window.
 
 On a CPU nothing is captured: the same function runs anew each time.
@@ -26,6 +26,8 @@ from skipcal.core.gate import GateRule
 from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
+from skipcal.ops.ffn import FFNWeights
+from skipcal.ops.rules import FusedCosine, FusedGate, StepRule, Unasked
 from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
 from skipcal.runtime.engines.graph_layer import (
@@ -34,19 +36,10 @@ from skipcal.runtime.engines.graph_layer import (
     attention_weights,
 )
 from skipcal.runtime.engines.graph_outside import Outside
-from skipcal.runtime.engines.graph_rules import (
-    AnyRule,
-    FusedCosine,
-    FusedGate,
-    StepCounts,
-    StepInputs,
-    StepRule,
-    Unasked,
-)
+from skipcal.runtime.engines.graph_rules import AnyRule, StepCounts, StepInputs
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
-from skipcal.runtime.ops.ffn import FFNWeights
 
 MIN_WINDOW = 256
 FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need
@@ -182,11 +175,12 @@ class DecodeStep(PreparedStep):
         found = {block.index: fused_weights(block, self.batch) for block in architecture.blocks}
         asked = {index: found[index] for index in rule.layers}
         modules = {index: why for index, why in asked.items() if isinstance(why, str)}
+        active, live = self.inputs.active_static, self.inputs.counted_static
         step_rule: StepRule
         if isinstance(rule, CosineRule) and not modules:
-            step_rule = FusedCosine(rule, self.inputs, self._skips)
+            step_rule = FusedCosine(rule, active=active, live=live, skips=self._skips)
         elif isinstance(rule, GateRule):
-            step_rule = FusedGate(rule, self.inputs, self._skips)
+            step_rule = FusedGate(rule, active=active, skips=self._skips)
         else:
             step_rule = AnyRule(rule, self.inputs, self._skips)
         ffns: list[StepFFN] = []

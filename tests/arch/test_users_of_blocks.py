@@ -221,7 +221,9 @@ def test_a_sweep_leaves_the_stream_that_the_engine_makes(case: str) -> None:
     model, _ = lively_case(case)
     architecture = locate(model)
     damage = fisher_damage(model, architecture, [torch.tensor(ROWS[:4])], first=3, seed=0)
-    sweep = Sweep(architecture, ROWS, layers=(0, 1, 2, 3), damage=damage, rank=3, first=3, batch_size=4)
+    sweep = Sweep(
+        architecture, ROWS, layers=(0, 1, 2, 3), damage=damage, rank=3, maps=2, first=3, batch_size=4
+    )
     threshold = sweep.fit().scores.threshold(0.3)
     found = sweep.fit(threshold=threshold)
     assert 0.05 < found.skip_ratio < 0.8

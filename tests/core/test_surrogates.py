@@ -8,18 +8,18 @@ import oracle
 import pytest
 import torch
 from conftest import left_padded, lively
-from gated import LAYERS, NEW, PROMPT, gates_for, generated, surrogates_for
+from gated import LAYERS, NEW, PROMPT, gates_for, generated, random_map, surrogates_for
 
 from skipcal.arch.locate import Block, locate
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
-from skipcal.core.surrogates import LowRank, Surrogates, direction
+from skipcal.core.surrogates import Surrogate, Surrogates, direction, rank_for
 from skipcal.runtime.session import skipping
 
 ROWS = [[5, 17, 31, 8, 44, 9], [7, 12], [60, 61, 62, 63]]
-KINDS = ("gate", "static", "cosine", "bounded cosine")
+KINDS = ("gate", "gate of several maps", "static", "cosine", "bounded cosine")
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,9 @@ def model() -> Any:
 
 def policy_of(kind: str, model: Any, warm_up: int = 1) -> Any:
     """Policies that skip some FFNs of some tokens, with surrogates of all of their layers but one."""
-    if kind == "gate":
-        gates = gates_for(model)
-        return GatePolicy(
-            gates=gates, surrogates=surrogates_for(model), threshold=0.0, warm_up_tokens=warm_up
-        )
+    if kind.startswith("gate"):
+        stand_ins = surrogates_for(model, maps=1 if kind == "gate" else 4)
+        return GatePolicy(gates=gates_for(model), surrogates=stand_ins, threshold=0.0, warm_up_tokens=warm_up)
     if kind == "static":
         chosen = ChosenFFNs(method="static", layers=(1, 3), probability=1.0, warm_up_tokens=warm_up)
         return Substituted(chosen, surrogates_for(model, (0, 1)))
@@ -47,15 +45,36 @@ def policy_of(kind: str, model: Any, warm_up: int = 1) -> Any:
 # The map itself
 
 
-def test_a_map_is_its_formula() -> None:
-    h = 7 * torch.randn(5, 32)
-    map_ = LowRank(torch.randn(3, 32), torch.randn(32, 3), torch.randn(32))
+def drawn(maps: int) -> Surrogate:
+    return random_map(32, 3, maps, torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("maps", [1, 4])
+def test_a_map_is_its_formula(maps: int, tokens: int) -> None:
+    h, map_ = 7 * torch.randn(tokens, 32), drawn(maps)
     found = Surrogates({2: map_})(2, h)
     assert found is not None
     for token, s in zip(h.double(), found.double(), strict=True):
-        u = (32**0.5) * token / token.norm()
-        expected = map_.up.double() @ (map_.down.double() @ u) + map_.bias.double()
+        expected = oracle.one_map(map_, (32**0.5) * token / token.norm())
         torch.testing.assert_close(s, expected, atol=1e-5, rtol=1e-5)  # float32, values about 30
+
+
+def test_of_several_maps_a_token_reads_one() -> None:
+    one, several = drawn(1), drawn(4)
+    assert one.weight_bytes == 4 * (2 * 3 * 32 + 32)
+    assert several.weight_bytes == one.weight_bytes + 4 * (4 * 32 + 4)  # the route, and no other map
+    assert Surrogates({1: several}).weight_bytes(1) == several.weight_bytes
+    # 500 numbers: 32 of the bias, 64 for each rank, and 4 x 33 of a route
+    assert rank_for(0.05, 32, 20_000, 2) == 7 and rank_for(0.05, 32, 20_000, 2, maps=4) == 5
+
+
+@pytest.mark.parametrize("maps", [1, 4])
+def test_shapes_before_the_last_axis_stay(maps: int) -> None:
+    u = direction(torch.randn(2, 3, 5, 32))
+    together = drawn(maps)(u)
+    assert together.shape == u.shape
+    torch.testing.assert_close(together[1, 2], drawn(maps)(u[1, 2]))
 
 
 def test_the_length_of_the_stream_does_not_matter_and_zero_stays_zero() -> None:
@@ -66,16 +85,23 @@ def test_the_length_of_the_stream_does_not_matter_and_zero_stays_zero() -> None:
     assert float(direction(h).square().mean()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("maps", [1, 4])
 @pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])
-def test_one_token_gets_what_it_gets_in_a_batch(length: float) -> None:
-    found = Surrogates({1: LowRank(torch.randn(3, 32), torch.randn(32, 3), torch.randn(32))})
+def test_one_token_gets_what_it_gets_in_a_batch(length: float, maps: int) -> None:
+    found = Surrogates({1: drawn(maps)})
     h = torch.randn(4, 32) * length
     together = found(1, h)
     assert together is not None
     for place in range(4):
         torch.testing.assert_close(found(1, h[place : place + 1]), together[place : place + 1])
     zero = found(1, torch.zeros(1, 32))
-    assert zero is not None and torch.equal(zero[0], found.maps[1].bias)
+    bias = found.maps[1].bias
+    assert zero is not None and torch.equal(zero[0], bias if maps == 1 else bias[_largest(found.maps[1])])
+
+
+def _largest(map_: Any) -> int:
+    """Where nothing is known of a direction, its length being 0, the bias of the route decides."""
+    return int(map_.route_bias.argmax())
 
 
 def test_a_layer_without_a_map_adds_nothing_and_costs_nothing() -> None:

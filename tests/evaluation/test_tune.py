@@ -89,6 +89,44 @@ def test_a_rule_loses_where_random_skipping_as_much_surely_diverges_less() -> No
     assert not beyond[0].loses_to_random  # random was not followed that far
 
 
+def test_of_several_requests_the_fastest_by_bytes_is_chosen_not_what_skips_most() -> None:
+    points = [
+        point("gate", 0.4, 0.02, ideal_speed_up=1.01),
+        point("static+fitted", 0.2, 0.03, ideal_speed_up=1.15),
+        point("static+fitted", 0.3, 0.3, ideal_speed_up=1.3),
+    ]
+    assert choose(points, budget(max_kl=0.05)) == 0
+    assert choose(points, budget(max_kl=0.05), requests=8) == 1
+
+
+def test_a_search_for_several_requests_counts_what_all_of_them_skip(
+    tuned: SkipProfile, worded: LoadedModel, gated: SkipProfile, worded_text: Path
+) -> None:
+    """Fixed sets leave as much unread as for one request, the gate and random skipping less."""
+    config = TuneConfig(
+        data_files=[str(worded_text)], prompts=6, prompt_tokens=24, max_kl=0.05, max_skips=[2],
+        warm_up_tokens=[2], requests=3,
+    )  # fmt: skip
+    several = tune_profile(worded, gated, config).tuning
+    assert several is not None and tuned.tuning is not None and several.config["requests"] == 3
+    alone = {(p.line, p.threshold, p.skip_ratio): p for p in tuned.tuning.points if p.warm_up_tokens == 2}
+    compared = set()
+    for each in several.points:
+        one = alone[each.line, each.threshold, each.skip_ratio]
+        assert each.kl == pytest.approx(one.kl, rel=1e-6, abs=1e-9)
+        # The KV cache of three rows is read, so that as many bytes of weights are a smaller share.
+        if each.rule in ("gate", "random") and 0.02 < each.skip_ratio < 0.6:
+            assert each.ideal_speed_up < 1 + 0.75 * (one.ideal_speed_up - 1)
+            compared.add(each.rule)
+        if each.rule == "static":
+            assert each.ideal_speed_up > 1 + 0.8 * (one.ideal_speed_up - 1)
+            compared.add(each.rule)
+    assert compared == {"gate", "random", "static"}
+    config = config.model_copy(update={"requests": 7})
+    with pytest.raises(ConfigError, match="7 requests are more than the 6 windows of text; raise --prompts"):
+        tune_profile(worded, gated, config)
+
+
 @pytest.fixture(scope="module")
 def tuned(worded: LoadedModel, gated: SkipProfile, worded_text: Path) -> SkipProfile:
     config = TuneConfig(

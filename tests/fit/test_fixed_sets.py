@@ -97,9 +97,9 @@ def test_without_a_cut_the_metric_changes_nothing() -> None:
 # The sweep
 
 
-def set_sweep(model: Any, damage: Any, batch_size: int = 4, rank: int = 3) -> SetSweep:
+def set_sweep(model: Any, damage: Any, batch_size: int = 4, rank: int = 3, maps: int = 1) -> SetSweep:
     rows = RowSweep(locate(model), ROWS, first=FIRST, batch_size=batch_size)
-    return SetSweep(rows, damage=damage, rank=rank)
+    return SetSweep(rows, damage=damage, rank=rank, maps=maps)
 
 
 def fixed(surrogates: Surrogates, warm_up: int = FIRST - 1) -> Substituted:
@@ -233,7 +233,7 @@ def test_the_layer_that_loses_least_of_those_tried_joins(
     """The first step again, each layer's surrogate tried token by token."""
     assert fitted.fixed_sets is not None
     rows = RowSweep(locate(worded.model), prepared.rows, first=prepared.first, batch_size=4)
-    found: SetFit = SetSweep(rows, damage=prepared.damage(), rank=3).fit((), prepared.layers)
+    found: SetFit = SetSweep(rows, damage=prepared.damage(), rank=3, maps=1).fit((), prepared.layers)
     tried = sorted(prepared.layers, key=found.damage.__getitem__)[:TRIED]
     losses = {
         layer: naive_loss(prepared, fixed(Surrogates({layer: found.surrogates[layer]}), 2), 4)

@@ -15,8 +15,8 @@ from swept import FIRST, ROWS, WARM_UP
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture, Block, locate, observe
-from skipcal.core.gate import GatePolicy, GateRule
-from skipcal.core.surrogates import direction
+from skipcal.core.gate import NEVER, GatePolicy, GateRule, Gates
+from skipcal.core.surrogates import RoutedLowRank, Surrogates, direction
 from skipcal.fit.damage import FisherDamage, fisher_damage
 from skipcal.fit.gate import fit_gate, gate_inputs, sharpened
 from skipcal.fit.layer_sweep import LayerRunner, StreamStore
@@ -43,9 +43,16 @@ FAMILIES = {
 }
 
 
-def sweep(model: Any, damage: FisherDamage, batch_size: int = 4) -> Sweep:
+def sweep(model: Any, damage: FisherDamage, batch_size: int = 4, maps: int = 1) -> Sweep:
     return Sweep(
-        locate(model), ROWS, layers=LAYERS, damage=damage, rank=3, first=FIRST, batch_size=batch_size
+        locate(model),
+        ROWS,
+        layers=LAYERS,
+        damage=damage,
+        rank=3,
+        maps=maps,
+        first=FIRST,
+        batch_size=batch_size,
     )
 
 
@@ -178,14 +185,12 @@ def test_the_first_candidate_is_fitted_as_written_down_naively(model: Any, damag
     prior = sweep(model, damage).fit()
     threshold = prior.scores.threshold(0.4)
     found = sweep(model, damage).fit(prior.gates, threshold)
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
-    with observe(locate(model).blocks, lambda i, h, f: parts.update({i: (h, f)})):
-        model(torch.tensor(ROWS), use_cache=False)
-    h, f = (part[:, FIRST:].reshape(-1, 32) for part in parts[1])
+    h, f = stream_and_output(model, 1)
     below = torch.as_tensor(GateRule(prior.gates, threshold).scores(1, h)) < threshold
     weighted = Moments.empty(32, 32)
-    weighted.add(direction(h), f, torch.where(below, 1.0, RUN_WEIGHT))
-    surrogate = fit_low_rank(weighted, 3)
+    w = torch.where(below, 1.0, RUN_WEIGHT)
+    weighted.add(direction(h), f, w)
+    surrogate = fit_low_rank(weighted, 3, metric=damage.metric(1))
     probed = Moments.empty(33, 1)
     log_damage = damage(1, f - surrogate(direction(h)), h).log()
     probed.add(gate_inputs(h), log_damage[:, None])
@@ -199,6 +204,65 @@ def test_the_first_candidate_is_fitted_as_written_down_naively(model: Any, damag
     theirs = gate(gate_inputs(h))[:, 0].float()
     missed = log_damage - (theirs - (theirs - log_damage).mean())
     assert found.r_squared[0] == pytest.approx(1 - float(missed.var() / log_damage.var()), abs=1e-3)
+    left = float(w @ (f - surrogate(direction(h))).square().sum(-1))
+    total = float(w @ (f - w @ f / w.sum()).square().sum(-1))
+    assert found.surrogate_error[0] == pytest.approx(left / total, abs=1e-3)
+
+
+def test_a_later_surrogate_aims_half_way_to_the_full_stream(model: Any, damage: FisherDamage) -> None:
+    """On the stream that the first candidate's skips leave, by a session with that gate alone."""
+    prior = sweep(model, damage).fit()
+    clean_h, clean_f = stream_and_output(model, 1)
+    threshold = float(torch.as_tensor(GateRule(prior.gates, NEVER).scores(1, clean_h)).median())
+    found = sweep(model, damage).fit(prior.gates, threshold)
+    first = Gates((1,), found.gates.weight[:1], found.gates.log_norm_weight[:1], found.gates.bias[:1])
+    policy = GatePolicy(
+        gates=first,
+        surrogates=Surrogates({1: found.surrogates.maps[1]}),
+        threshold=threshold,
+        warm_up_tokens=WARM_UP,
+    )
+    clean_h, clean_f = stream_and_output(model, 2)
+    with skipping(model, policy=policy, teacher_forced=True) as run:
+        h, f = stream_and_output(model, 2)
+    assert run.report.skipped_blocks > 0 and not torch.allclose(h, clean_h, atol=1e-3)
+    wanted = 0.5 * f + 0.5 * (clean_h + clean_f - h)
+    below = torch.as_tensor(GateRule(prior.gates, threshold).scores(2, h)) < threshold
+    moments = Moments.empty(32, 32)
+    moments.add(direction(h), wanted, torch.where(below, 1.0, RUN_WEIGHT))
+    expected = fit_low_rank(moments, 3, metric=damage.metric(2))
+    u = direction(h)
+    torch.testing.assert_close(found.surrogates.maps[2](u), expected(u), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_of_several_maps_each_is_fitted_to_its_own_tokens(
+    model: Any, damage: FisherDamage, batch_size: int
+) -> None:
+    found = sweep(model, damage, batch_size, maps=3).fit()
+    h, f = stream_and_output(model, 1)
+    u, maps = direction(h), found.surrogates.maps[1]
+    assert isinstance(maps, RoutedLowRank)
+    one = sweep(model, damage).fit().surrogates.maps[1]
+    torch.testing.assert_close(maps.down[:3], one.down, atol=1e-3, rtol=1e-3)
+    centers = maps.down[3:]
+    chosen = torch.cdist(u, centers).argmin(-1)
+    assert len(chosen.unique()) == 3
+    for k in range(3):
+        missed = (f - maps(u))[chosen == k]
+        alike = (f - one(u))[chosen == k]
+        assert float(missed.square().sum()) < float(alike.square().sum())
+    left = float((f - maps(u)).square().sum() / (f - f.mean(0)).square().sum())
+    assert found.surrogate_error[0] == pytest.approx(left, abs=1e-3)
+
+
+def stream_and_output(model: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """h and f of all tokens past the warm-up, [tokens, hidden]."""
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    with observe(locate(model).blocks, lambda i, h, f: parts.update({i: (h, f)})):
+        model(torch.tensor(ROWS), use_cache=False)
+    h, f = (part[:, FIRST:].reshape(-1, part.shape[-1]) for part in parts[layer])
+    return h, f
 
 
 @pytest.fixture(scope="module")

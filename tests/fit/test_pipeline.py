@@ -82,7 +82,7 @@ def test_predicted_ratios_are_near_the_realised_ones_where_it_was_fitted(gated: 
     assert gated.gate is not None
     point = next(p for p in gated.gate.operating_points if p.target_skip_ratio == 0.25)
     assert point.predicted_skip_ratio == pytest.approx(point.realised_skip_ratio, abs=0.05)
-    assert fit_of(gated).sweeps[1] == pytest.approx(0.25, abs=0.05)
+    assert fit_of(gated).sweeps[-1] == pytest.approx(0.25, abs=0.05)
 
 
 def test_the_policy_is_the_gate_at_the_target(gated: SkipProfile, worded_profile: SkipProfile) -> None:
@@ -105,9 +105,10 @@ def test_the_fit_says_what_it_was_made_of(gated: SkipProfile, text: Path) -> Non
     assert (fit.windows, fit.window_tokens) == (20, 24)
     assert fit.tokens == 20 * (24 - 1 - 2)
     assert [(c.name, c.prompts, c.tokens) for c in fit.corpora] == [("words", 20, 20 * 21)]
-    assert fit.sweeps[0] == 0.0 and len(fit.sweeps) == 2
-    assert fit.rank == 3
-    assert fit.surrogate_share == pytest.approx(4 * (2 * 3 * HIDDEN + HIDDEN) / FFN_BYTES)
+    assert fit.sweeps[0] == 0.0 and len(fit.sweeps) == 3
+    assert (fit.rank, fit.maps) == (3, 8)
+    # The rows that all maps share and eight of the route, and the rest of one map.
+    assert fit.surrogate_share == pytest.approx(4 * ((3 + 8) * HIDDEN + 3 * HIDDEN + HIDDEN + 8) / FFN_BYTES)
     assert len(fit.gate_r_squared) == len(fit.surrogate_error) == 6
     assert all(0 < value < 1 for value in (*fit.gate_r_squared, *fit.surrogate_error))
     assert fit.seconds > 0 and fit.peak_memory_bytes > 10**7
@@ -149,8 +150,9 @@ def test_the_same_seed_gives_the_same(
         ("prompt_tokens", 22),
         ("seed", 1),
         ("rank", 2),
+        ("maps", 3),
         ("sweeps", 0),
-        ("sweeps", 2),
+        ("sweeps", 1),
         ("damage", "relative-error"),
         ("damage_prompts", 3),
         ("target_skip_ratio", 0.33),
@@ -171,12 +173,12 @@ def test_options_reach_the_tensors(
     assert fit.config[option] == value
     said = {
         "prompts": fit.windows, "prompt_tokens": fit.window_tokens, "seed": fit.seed, "rank": fit.rank,
-        "sweeps": len(fit.sweeps) - 1, "damage": fit.damage,
+        "maps": fit.maps, "sweeps": len(fit.sweeps) - 1, "damage": fit.damage,
     }  # fmt: skip
     assert said.get(option, value) == value
     if option == "target_skip_ratio":
         assert getattr(found.policy, "threshold", None) == found.gate_policy(0.33).threshold
-        assert fit.sweeps[1] == pytest.approx(0.33, abs=0.05)
+        assert fit.sweeps[-1] == pytest.approx(0.33, abs=0.05)
         assert found.gate is not None
         assert 0.33 in [p.target_skip_ratio for p in found.gate.operating_points]
 
@@ -222,7 +224,7 @@ def test_the_batch_size_changes_nothing_but_rounding(
 def test_the_rank_follows_from_the_budget(
     worded: LoadedModel, worded_profile: SkipProfile, text: Path, budget: float
 ) -> None:
-    config = fit_config(text, rank=None, surrogate_budget=budget, sweeps=0, closed_loop_prompts=1)
+    config = fit_config(text, rank=None, surrogate_budget=budget, maps=1, sweeps=0, closed_loop_prompts=1)
     fit = fit_of(fit_gate_profile(worded, worded_profile, config))
     assert fit.rank == int((budget * FFN_BYTES / 4 - HIDDEN) // (2 * HIDDEN))
     assert fit.surrogate_share <= budget
@@ -338,7 +340,7 @@ def test_the_model_is_left_as_it_was(
         calls.append(1)
         raise KeyboardInterrupt
 
-    for place in ("on_policy.fit_low_rank", "on_policy.GateRule", "pipeline.RealisedCurve.threshold"):
+    for place in ("surrogate.fit_low_rank", "on_policy.GateRule", "pipeline.RealisedCurve.threshold"):
         with monkeypatch.context() as patch:
             patch.setattr(f"skipcal.fit.{place}", stop)
             with pytest.raises(KeyboardInterrupt):

@@ -30,7 +30,7 @@ def test_the_card_of_the_shipped_profile_holds_its_numbers() -> None:
     for line in (
         "| model | HuggingFaceTB/SmolLM2-135M-Instruct, the copy that skipcal embeds |",
         "| shape | 30 layers of width 576, float32 |",
-        "| policy | rule `gate` in layers 1 to 28, threshold -4.020; the first 25 tokens of an answer are "
+        "| policy | rule `gate` in layers 1 to 28, threshold -3.860; the first 25 tokens of an answer are "
         "the full model's |",
         "| skippable region | layers 1 to 16; 95 % bootstrap: from 1 to 1 on, before 17 to 26; R2 of the fit "
         "0.9989, Spearman's rho of the middle 0.71 |",
@@ -39,8 +39,8 @@ def test_the_card_of_the_shipped_profile_holds_its_numbers() -> None:
         "Seed 0.",
         "| 0.25 | 0.976849 | 0.409 | 0.250 | 0.245 |",
         "| 0.3 | 0.974537 | 0.432 | 0.307 | - |",
-        "| 0.25 (policy) | -4.020 | 0.260 | 0.252 | 0.243 | 0.260 |",
-        "| wikitext | wikitext2_raw_valid.txt | sha256 49c83f717c00... | 1 | 28 | 13,608 |",
+        "| 0.25 (policy) | -3.860 | 0.260 | 0.254 | 0.230 | 0.278 |",
+        "| wikitext | wikitext2_raw_valid.txt | sha256 49c83f717c00... | 1 | 64 | 31,104 |",
         f"> **Warning:** {profile.regions.warnings[0]}",
         "$ skipcal generate --profile me/tiny --prompt 'Why is the sky blue?'",
         'loaded = skipcal.load_model(dtype="float32")',

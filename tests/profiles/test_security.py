@@ -24,7 +24,7 @@ from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import PROFILE_FILE
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensor_file import MAX_HEADER_BYTES
-from skipcal.profiles.tensors import TENSORS_FORMAT, GateTensors, most_bytes
+from skipcal.profiles.tensors import FORMATS, GateTensors, most_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = "made.surrogates.safetensors"
@@ -231,7 +231,7 @@ def test_the_size_of_tensors_follows_from_the_profile(saved: Path) -> None:
     size = (saved.parent / TENSORS).stat().st_size
     assert (
         size
-        <= most_bytes(layers=2, rank=2, hidden=32)
+        <= most_bytes(layers=2, rank=2, hidden=32, maps=1)
         <= size + MAX_HEADER_BYTES + 8 * 2 * (4 * 32 + 2 * 32 + 3)
     )
     lying = gate_document()
@@ -309,7 +309,7 @@ def test_a_header_that_lies_is_refused(saved: Path, change: dict[str, Any], mess
 
 def test_a_long_header_is_not_parsed(saved: Path) -> None:
     tensors = load((saved.parent / TENSORS).read_bytes())
-    raw = save(tensors, {"format": TENSORS_FORMAT, "more": "x" * MAX_HEADER_BYTES})
+    raw = save(tensors, {"format": FORMATS[0], "more": "x" * MAX_HEADER_BYTES})
     with pytest.raises(ProfileError, match=f"is longer than {MAX_HEADER_BYTES:,}"):
         GateTensors.unpack(raw, "here")
 
@@ -319,7 +319,7 @@ def test_layers_of_tensors_ascend(saved: Path) -> None:
     for layers in ([2, 1], [1, 1], [-1, 1]):
         tensors["gate.layers"] = torch.tensor(layers)
         with pytest.raises(ProfileError, match=r"gate\.layers holds .*, expected ascending layers"):
-            GateTensors.unpack(save(tensors, {"format": TENSORS_FORMAT}), "here")
+            GateTensors.unpack(save(tensors, {"format": FORMATS[0]}), "here")
 
 
 def test_errors_of_profiles_are_all_of_one_kind() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated import random_gates, with_gate
+from gated import random_gates, random_map, with_gate
 from safetensors.torch import load
 from tensor_files import FILE, SHIPPED
 
 from skipcal.core.gate import NEVER, GatePolicy
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import LowRank, RoutedLowRank, Surrogates
 from skipcal.errors import (
     ConfigError,
     OutputError,
@@ -24,6 +24,7 @@ from skipcal.errors import (
 )
 from skipcal.profiles.parts import GateSettings, tensors_file
 from skipcal.profiles.schema import SkipProfile
+from skipcal.profiles.set_tensors import SetTensors
 from skipcal.profiles.sources import PROFILE_FILE, shipped_profiles
 from skipcal.profiles.summary import summarize
 from skipcal.profiles.tensors import GateTensors
@@ -48,6 +49,27 @@ def test_gates_come_back_exactly_and_maps_in_bfloat16() -> None:
     # What a fit measures its ratios with is what a reader of the file will have.
     assert torch.equal(packed.surrogates.maps[4].up, again.surrogates.maps[4].up)
     assert packed.sha256 == hashlib.sha256(packed.raw).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["gate", "sets"])
+def test_of_several_maps_each_number_comes_back_within_half_a_step(kind: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    maps = {n: random_map(8, 3, 5, random) for n in (1, 4)}
+    if kind == "gate":
+        packed = GateTensors.pack(random_gates((1, 4), 8), Surrogates(maps), "f" * 64)
+        found = GateTensors.unpack(packed.raw, "here").surrogates
+    else:
+        sets = SetTensors.pack([{1: maps[1]}, maps], "f" * 64)
+        smaller, found = SetTensors.unpack(sets.raw, "here").sets
+        assert list(smaller.maps) == [1] and torch.equal(smaller.maps[1].up, found.maps[1].up)
+    for layer, given in maps.items():
+        again = found.maps[layer]
+        assert isinstance(given, RoutedLowRank) and isinstance(again, RoutedLowRank)
+        assert torch.equal(again.down, given.down.bfloat16().float())
+        assert torch.equal(again.bias, given.bias) and torch.equal(again.route_bias, given.route_bias)
+        step = given.up.abs().amax(-1, keepdim=True) / 127
+        assert ((again.up - given.up).abs() <= 0.501 * step).all()
+        assert len((again.up / step).unique()) > 40  # not all the same number
 
 
 def test_equal_tensors_make_equal_files() -> None:

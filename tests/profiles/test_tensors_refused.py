@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from gated import with_gate
-from safetensors.torch import save
+from gated import random_gates, random_map, with_gate
+from safetensors.torch import load, save
 from tensor_files import FILE, SHIPPED, Change, damaged, first_nan, header_of, put, renamed
 
+from skipcal.core.surrogates import Surrogates
 from skipcal.errors import (
     ProfileError,
     ProfileMismatch,
     Unavailable,
 )
 from skipcal.profiles.schema import SkipProfile
-from skipcal.profiles.tensors import GateTensors
+from skipcal.profiles.tensors import FORMATS, GateTensors
 
 
 def test_a_file_that_is_missing_names_itself_and_what_to_do(saved: Path) -> None:
@@ -62,6 +63,33 @@ def test_contents_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(ProfileError, match=message):
         GateTensors.unpack(damaged(gated, change), "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, h: t.pop("surrogate.up_scale"), "expected tensors"),
+        (lambda t, h: t.pop("surrogate.route_bias"), "expected tensors"),
+        (
+            put("surrogate.route_bias", lambda t: t[:, :0]),
+            r"has shape \[2, 0\], expected \[2, maps\]",
+        ),
+        (put("surrogate.route_bias", lambda t: t.repeat(1, 3)), "with fewer maps than the 7 rows"),
+        (put("surrogate.route_bias", lambda t: t[:, :3]), "surrogate.up has shape"),
+        (put("surrogate.up_scale", lambda t: t[:, :1]), "surrogate.up_scale has shape"),
+        (put("surrogate.up_scale", first_nan), "surrogate.up_scale holds values that are not finite"),
+        (put("surrogate.up", lambda t: t.float()), "surrogate.up is of type 'F32', expected I8"),
+    ],
+)
+def test_several_maps_that_do_not_go_together_are_refused(change: Change, message: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    maps = Surrogates({n: random_map(8, 3, 4, random) for n in (1, 4)})
+    raw = GateTensors.pack(random_gates((1, 4), 8), maps, "f" * 64).raw
+    tensors, header = load(raw), {"format": FORMATS[1], "model_fingerprint": "f" * 64}
+    GateTensors.unpack(save(tensors, header), "here")
+    change(tensors, header)
+    with pytest.raises(ProfileError, match=message):
+        GateTensors.unpack(save(tensors, header), "here")
 
 
 @pytest.mark.parametrize(

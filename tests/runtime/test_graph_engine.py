@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, TOLERANCES, assert_engines_agree, counts, generated, policies
+from gated import random_map
 from sessions import Heard
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -19,11 +20,11 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
+from skipcal.ops import decode_attention as attention
+from skipcal.ops import ffn, project
+from skipcal.ops.decode_attention import decode_attention
 from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
-from skipcal.runtime.ops import decode_attention as attention
-from skipcal.runtime.ops import ffn, project
-from skipcal.runtime.ops.decode_attention import decode_attention
 from skipcal.runtime.session import skipping
 
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
@@ -74,8 +75,9 @@ def test_every_family_decodes_as_it_does_eagerly(model_type: str) -> None:
     assert report.skipped_blocks > 0
 
 
+@pytest.mark.parametrize("maps", [1, 4])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_gate_decides_and_surrogates_stand_in_as_they_do_eagerly(tiny: Any, rows: int) -> None:
+def test_a_gate_decides_and_surrogates_stand_in_as_they_do_eagerly(tiny: Any, rows: int, maps: int) -> None:
     layers, hidden = (1, 2), tiny.config.hidden_size
     generator = torch.Generator().manual_seed(5)
 
@@ -83,11 +85,9 @@ def test_a_gate_decides_and_surrogates_stand_in_as_they_do_eagerly(tiny: Any, ro
         return torch.randn(*shape, generator=generator)
 
     gates = Gates(layers, values(2, hidden), values(2), values(2))
-    maps = {
-        layer: LowRank(values(3, hidden) / hidden, values(hidden, 3) / 3, values(hidden)) for layer in layers
-    }
+    stand_ins = Surrogates({layer: random_map(hidden, 3, maps, generator) for layer in layers})
     threshold = float(gates.bias.mean())
-    policy = GatePolicy(gates=gates, surrogates=Surrogates(maps), threshold=threshold, warm_up_tokens=2)
+    policy = GatePolicy(gates=gates, surrogates=stand_ins, threshold=threshold, warm_up_tokens=2)
     report = assert_engines_agree(tiny, policy, ROWS[:rows])
     assert 0 < report.skipped_blocks < 2 * report.decode_steps_after_warm_up
 

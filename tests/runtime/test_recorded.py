@@ -21,13 +21,14 @@ from engines import (
     generated,
     policies,
 )
+from gated import random_map
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipcal.arch.check import tiny_model
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.gate import GatePolicy, Gates
 from skipcal.core.policy import SkipPolicy
-from skipcal.core.surrogates import LowRank, Surrogates
+from skipcal.core.surrogates import Surrogates
 from skipcal.runtime.engines import recorded, recorded_step
 from skipcal.runtime.session import skipping
 
@@ -97,17 +98,18 @@ def test_logits_are_the_same_bit_for_bit(tiny: Any, rows: list[list[int]]) -> No
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
 
 
+@pytest.mark.parametrize("maps", [1, 4])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_gate_decides_and_surrogates_stand_in(tiny: Any, rows: int) -> None:
+def test_a_gate_decides_and_surrogates_stand_in(tiny: Any, rows: int, maps: int) -> None:
     hidden, generator = tiny.config.hidden_size, torch.Generator().manual_seed(5)
 
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     gates = Gates((1, 2), values(2, hidden), values(2), values(2))
-    maps = {i: LowRank(values(3, hidden) / hidden, values(hidden, 3) / 3, values(hidden)) for i in (1, 2)}
+    stand_ins = Surrogates({layer: random_map(hidden, 3, maps, generator) for layer in (1, 2)})
     policy = GatePolicy(
-        gates=gates, surrogates=Surrogates(maps), threshold=float(gates.bias.mean()), warm_up_tokens=2
+        gates=gates, surrogates=stand_ins, threshold=float(gates.bias.mean()), warm_up_tokens=2
     )
     report = agree(tiny, policy, ROWS[:rows])
     assert 0 < report.skipped_blocks < 2 * report.decode_steps_after_warm_up

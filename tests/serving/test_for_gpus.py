@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from vllm_process import in_vllm
 
 FIRST_PASS = {"a": [5, 0, 3, 3], "b": [2, 4, 8, 2]}  # a whole prompt beside a chunk of one
@@ -38,11 +39,42 @@ def test_the_second_runner_tells_steps_wishes_and_what_is_counted(vllm: None, tm
     assert restored
 
 
-def test_models_are_cut_at_their_ffns_beside_where_vllm_cuts_them(vllm: None, tmp_path: Path) -> None:
-    modes = ["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
-    answers = in_vllm({"cut": modes}, tmp_path)
-    for mode, (own, cut, graphs, refused) in zip(modes, answers, strict=True):
+NAMES = ["engine", "worker that cannot", "two processes", "adapters"]
+GRAPHS = {
+    "NONE": ["NONE", "NONE", "NONE", "NONE"],
+    "PIECEWISE": ["PIECEWISE"] * 4,
+    "FULL": ["FULL_AND_PIECEWISE", "PIECEWISE", "PIECEWISE", "PIECEWISE"],
+    "FULL_DECODE_ONLY": ["FULL_DECODE_ONLY", "PIECEWISE", "PIECEWISE", "PIECEWISE"],
+    "FULL_AND_PIECEWISE": ["FULL_AND_PIECEWISE", "PIECEWISE", "PIECEWISE", "PIECEWISE"],
+}
+
+
+def test_models_are_cut_at_their_ffns_and_whole_graphs_stay_where_they_can_decide(
+    vllm: None, tmp_path: Path
+) -> None:
+    answers = in_vllm({"cut": list(GRAPHS)}, tmp_path)
+    for (mode, graphs), (own, cut, refused, found, said) in zip(GRAPHS.items(), answers, strict=True):
         assert "vllm::unified_attention_with_output" in own
         assert cut == [*own, "skipcal::ffn"]
-        assert graphs == (mode if mode == "NONE" else "PIECEWISE")
         assert refused == []
+        assert found == graphs
+        told = dict(zip(NAMES, said, strict=True))
+        if mode in ("NONE", "PIECEWISE"):
+            assert said == [None] * 4
+            continue
+        assert (told["engine"] is None) == (mode != "FULL")
+        assert told["worker that cannot"].endswith("not within (graphs over [1, 2])")
+        assert told["two processes"].startswith(f"CUDA graphs are PIECEWISE instead of {mode}:")
+        assert told["adapters"].endswith("not within (adapters are not in skipcal's ops)")
+
+
+DECODED = [4, 6]  # steps of two requests, of which one has a target
+
+
+@pytest.mark.parametrize("runner", ["first", "second"])
+def test_whole_graphs_are_replayed_only_where_they_decide(runner: str, vllm: None, tmp_path: Path) -> None:
+    can, cannot, nobodys = in_vllm({"whole": runner}, tmp_path)
+    asked = ["asked", [None, 0.25], 4]  # graphs are made for 1 and 4
+    assert can == ["FULL", asked, ["replay", DECODED, 4]]
+    assert cannot == ["PIECEWISE", asked, ["run", DECODED]]
+    assert nobodys == ["FULL", *([["replay", None, 4]] if runner == "second" else [])]

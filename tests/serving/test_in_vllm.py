@@ -36,6 +36,21 @@ def models(
     }
 
 
+WHOLE = "static, in whole graphs"
+# What is said where it cannot be, for its FFN is another.
+IN_PIECES = {
+    "gemma": "GemmaMLP computes something else than skipcal's op",
+    "gemma2": "Gemma2MLP is followed by a norm",
+    "gemma3_text": "Gemma3MLP is followed by a norm",
+    "glm4": "LlamaMLP is followed by a norm",
+    "granite": "what GraniteMLP makes is scaled as it is added",
+    "mixtral": "MixtralMoE has no gate_up_proj and down_proj",
+    "qwen2_moe": "Qwen2MoeSparseMoeBlock has no gate_up_proj and down_proj",
+    "qwen3_moe": "Qwen3MoeSparseMoeBlock has no gate_up_proj and down_proj",
+    "nemotron": "NemotronMLP has no gate_up_proj and down_proj",
+}
+
+
 def methods_of(name: str) -> tuple[str, ...]:
     return tuple(METHODS) if name == "llama" else ("ffn-skip", "static")
 
@@ -43,11 +58,14 @@ def methods_of(name: str) -> tuple[str, ...]:
 def answered(models: dict[str, Served], options: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """By family and method, what vLLM made of it."""
     job = [
-        {"model": model.folder, "options": options, "runs": [model.run(m) for m in methods_of(name)]}
+        {
+            "model": model.folder, "options": options,
+            "runs": [*map(model.run, methods_of(name)), {**model.run("static"), "on_device": True}],
+        }
         for name, model in models.items()
-    ]
+    ]  # fmt: skip
     return {
-        name: dict(zip(methods_of(name), answers, strict=True))
+        name: dict(zip((*methods_of(name), WHOLE), answers, strict=True))
         for name, answers in zip(models, in_vllm({"engines": job}, folder), strict=True)
     }
 
@@ -80,10 +98,13 @@ def test_every_family_decodes_and_skips_as_alone_in_transformers(
     name: str, models: dict[str, Served], eager: dict[str, Any]
 ) -> None:
     for method, got in eager[name].items():
-        expected = models[name].alone(method)
+        expected = models[name].alone(method.removesuffix(", in whole graphs"))
         assert not got["compiled"]
         assert_equal(got, expected, warm_up=3)
         assert (sum(summed(expected[1])) > 0) == (method != "full")
+        if method == WHOLE:
+            assert bool(got["replays"]) == (name not in IN_PIECES)
+            assert IN_PIECES.get(name, "decided within") in got["graphs"]
 
 
 COMPILED = {**TOGETHER, "enforce_eager": False}
@@ -99,7 +120,7 @@ def test_compiled_passes_decide_and_skip_as_eager_ones(models: dict[str, Served]
     for name, answers in answered(some, TRACED, tmp_path).items():
         for method, got in answers.items():  # what was compiled for the first serves all of them
             assert got["compiled"]
-            assert_equal(got, models[name].alone(method), warm_up=3)
+            assert_equal(got, models[name].alone(method.removesuffix(", in whole graphs")), warm_up=3)
 
 
 def test_what_compilers_keep_on_disk_serves_another_profile_under_the_same_settings(
@@ -219,6 +240,32 @@ def test_requests_with_targets_of_their_own_decode_as_alone_with_that_target(
         ] == skipped
         lone = [sum(summed(skips)) for _, skips in by_target.values()]
         assert len(set(lone)) == 3  # so that the wrong rule would show
+
+
+ON_DEVICE = tuple(method for method in METHODS if method != "full")
+
+
+def test_decisions_on_the_device_decode_and_skip_as_alone(llama: Served, tmp_path: Path) -> None:
+    """Passes that only decode, as graphs hold them: the ops' references, in vLLM's eager mode."""
+    low, high = ASKED["gate"]
+    asked = [None, low, high, 0, None, high]
+    extra = [None if x is None else {"skipcal": x} for x in asked]
+    alone_at_the_end = [14, 30, 9, 24, 16, 11]
+    runs = [llama.run(method, new=alone_at_the_end) for method in ON_DEVICE]
+    runs += [llama.run("gate", extra=extra)]
+    job = [{"model": llama.folder, "options": TOGETHER, "runs": [{**run, "on_device": True} for run in runs]}]
+    [answers] = in_vllm({"engines": job}, tmp_path)
+    for method, got in zip(ON_DEVICE, answers, strict=False):
+        assert {1, 4} <= {*got["replays"]}
+        assert_equal(got, llama.alone(method, new=alone_at_the_end), warm_up=3)
+    by_target = {target: llama.alone("gate", target=target) for target in (None, low, high)}
+    nothing, _ = llama.alone("full")
+    got, each = answers[-1], [request for [request] in answers[-1]["requests"]]
+    for n, target in enumerate(asked):
+        texts, skipped = by_target[target] if target != 0 else (nothing, [[0] * 8] * len(asked))
+        assert got["tokens"][n] == texts[n]
+        assert each[n]["skipped_per_layer"] == skipped[n]
+    assert 4 in got["replays"]
 
 
 # One place more than adapters: on CPUs vLLM 0.32 gives requests without one what its last place holds.

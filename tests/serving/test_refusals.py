@@ -62,6 +62,7 @@ def config(**changes: Any) -> Any:
         ),
         model_config=SimpleNamespace(enforce_eager=False, quantization=None, runner_type="generate"),
         parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -69,6 +70,7 @@ def config(**changes: Any) -> Any:
             use_ubatching=False,
         ),
         cache_config=SimpleNamespace(enable_prefix_caching=False),
+        lora_config=None,
         speculative_config=None,
         weight_transfer_config=None,
         kv_transfer_config=None,
@@ -153,16 +155,31 @@ def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+WHOLE_PASSES: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"lora_config": object()}, False),
+    ({"parallel_config__tensor_parallel_size": 2}, False),
+]
+
+
 @pytest.mark.parametrize("graphs", CUDAGraphMode)
-def test_pieces_of_a_model_are_cut_at_its_ffns_too(graphs: CUDAGraphMode) -> None:
-    found = config(**on_gpu(CompilationMode.VLLM_COMPILE, graphs))
+@pytest.mark.parametrize(("changes", "whole"), WHOLE_PASSES)
+def test_pieces_of_a_model_are_cut_at_its_ffns_too(
+    changes: dict[str, Any], whole: bool, graphs: CUDAGraphMode
+) -> None:
+    """And whole passes stay one graph where they decode, and nothing speaks against decisions within."""
+    found = config(**on_gpu(CompilationMode.VLLM_COMPILE, graphs), **changes)
     found.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
     for again in (False, True):  # a configuration may be made of another
         changed = cut_at_ffns(found)
         assert found.compilation_config.splitting_ops == ["vllm::unified_attention_with_output", OPERATOR]
-        full = graphs.has_full_cudagraphs()
-        assert found.compilation_config.cudagraph_mode is (CUDAGraphMode.PIECEWISE if full else graphs)
-        assert (changed is not None) == (full and not again)
+        now = graphs
+        if graphs.has_full_cudagraphs() and not whole:
+            now = CUDAGraphMode.PIECEWISE
+        elif graphs is CUDAGraphMode.FULL:
+            now = CUDAGraphMode.FULL_AND_PIECEWISE
+        assert found.compilation_config.cudagraph_mode is now
+        assert (changed is not None) == (now is not graphs and not again)
     assert changed is None or graphs.name in changed
 
 
@@ -218,10 +235,10 @@ def test_a_family_is_known_by_type_and_class(family: str, layout: Layout) -> Non
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("granite", "within its layer, where no norm returns their sum"),
+        ("exaone4", "within its layer, where no norm returns their sum"),
         ("opt", "within its layer, where no norm returns their sum"),
         ("smollm3", "vLLM has no layers of its own for them and runs those of transformers"),
-        ("mixtral", "mixtures of experts have not been tried"),
+        ("olmoe", "of mixtures of experts only mixtral, qwen2_moe and qwen3_moe have been tried"),
         ("deepseek_v4", "their layers are not known to be laid out as Llama's are"),
     ],
 )

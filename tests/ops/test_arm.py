@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skipcal.core.batch_rule import BATCH_RULES
-from skipcal.runtime.ops.arm import SPENT, UNLIMITED, WATCHING, arm, reference
+from skipcal.ops.arm import NOBODYS, SPENT, UNLIMITED, WATCHING, arm, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,3 +94,23 @@ def test_rows_may_be_asked_to_agree(
 def test_sums_of_a_row_that_skipped_mean_nothing(run: Any, batch_rule: str) -> None:
     nan = float("nan")
     assert decided(run, [nan, nan], [4, 4], batch_rule=batch_rule) == ([3, 3], [True, True])
+
+
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_rows_have_thresholds_and_limits_of_their_own_and_padding_stays_nobodys(
+    interpreted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    cosines = [0.85, 0.85, 0.95, 0.95, 0.5, 0.99]
+    left = torch.tensor([WATCHING, WATCHING, WATCHING, SPENT, 2, NOBODYS], dtype=torch.int32, device=DEVICE)
+    sums = sums_of(cosines)
+    sums[:, :, -1] = torch.nan
+    flags = torch.tensor([[0, 0, 0, 0, 1, -1], [9] * 6], dtype=torch.int8, device=DEVICE)
+    arm(
+        sums, left, flags[0], flags[1], live=torch.ones(6, dtype=torch.bool, device=DEVICE),
+        threshold=torch.tensor([0.8, 0.9, 0.9, 0.9, 0.9, 0.0], device=DEVICE),
+        limit=torch.tensor([3, 3, 0, 3, 3, 3], dtype=torch.int32, device=DEVICE),
+    )  # fmt: skip
+    assert left.tolist() == [3, WATCHING, 0, SPENT, 1, NOBODYS]
+    assert flags[1].tolist() == [1, 0, 0, 0, 1, -1]

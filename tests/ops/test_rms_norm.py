@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from skipcal.runtime.ops.rms_norm import reference, rms_norm
+from skipcal.ops.rms_norm import reference, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest value, about 4: rounded twice.

@@ -4,11 +4,11 @@
 
 The kernels are always launched, so that a CUDA graph can hold them. They read the rows' flags
 first: where all rows skip they return at once, and f is 0. A row that skips while another runs
-gets f = 0 too; the weights are read once for all rows.
+gets f = 0 too; the weights are read once for all rows. Where a host has run the norm, x is given.
 
 A single row goes through plain multiply-adds, several through matrix products with the weights as
 the left operand. On the way out come the partial sums of <h, h>, <h, h + f> and <h + f, h + f>
-in float32, of which runtime.ops.arm makes the cosine.
+in float32, of which skipcal.ops.arm makes the cosine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.runtime.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
+from skipcal.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
 # By kernel: rows of W a block has, columns of W it takes at a time, warps, pipeline stages. With n stages
@@ -34,9 +34,12 @@ SOME_ROWS: Settings = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 5)}
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """norm: [hidden]; gate, up: [ffn, hidden]; down: [hidden, ffn]; all contiguous and of one dtype."""
+    """norm: [hidden]; gate, up: [ffn, hidden]; down: [hidden, ffn]; all contiguous and of one dtype.
 
-    norm: Tensor
+    norm: None where the host runs it.
+    """
+
+    norm: Tensor | None
     eps: float
     gate: Tensor
     up: Tensor
@@ -44,29 +47,41 @@ class FFNWeights:
 
 
 def ffn(
-    h: Tensor, skip: Tensor, weights: FFNWeights, *, adds: bool = False, settings: Settings | None = None
+    h: Tensor,
+    skip: Tensor,
+    weights: FFNWeights,
+    *,
+    x: Tensor | None = None,
+    adds: bool = False,
+    settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """f [rows, hidden] in h's dtype, and sums [parts, 3, rows] in float32.
 
-    h: [rows, hidden], contiguous. skip: [rows] bool. The sums of a row that skips mean nothing.
+    h: [rows, hidden], contiguous. skip: [rows] bool or int8. The sums of a row that skips mean nothing.
+    x: [rows, hidden], contiguous, in h's dtype: what the norm makes of h; None: it is made here.
     adds: return h + f instead, which is h in a row that skips.
     settings: of both kernels, in place of ONE_ROW or SOME_ROWS; parts are as many as `down` has blocks,
     and of several rows' stages those are taken that fit into shared memory.
     """
     if not runs_kernels(h):
-        return reference(h, skip, weights, adds=adds)
+        return reference(h, skip, weights, x=x, adds=adds)
     if len(h) == 1:
-        return _one_row(h, skip, weights, adds, settings or ONE_ROW)
-    return _some_rows(h, skip, weights, adds, settings or SOME_ROWS)
+        return _one_row(h, skip, weights, x, adds, settings or ONE_ROW)
+    return _some_rows(h, skip, weights, x, adds, settings or SOME_ROWS)
 
 
-def reference(h: Tensor, skip: Tensor, weights: FFNWeights, *, adds: bool = False) -> tuple[Tensor, Tensor]:
+def reference(
+    h: Tensor, skip: Tensor, weights: FFNWeights, *, x: Tensor | None = None, adds: bool = False
+) -> tuple[Tensor, Tensor]:
     """The same in torch, rounded where the kernels round: a and f."""
-    x = h.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()
+    if x is None:
+        assert weights.norm is not None
+        x = h.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()
+    x = x.float()
     a = F.silu(x @ weights.gate.float().T) * (x @ weights.up.float().T)
     f = (a.to(h.dtype).float() @ weights.down.float().T).to(h.dtype)
-    f = f.masked_fill(skip[:, None], 0.0)
+    f = f.masked_fill((skip != 0)[:, None], 0.0)
     before, after = h.float(), h.float() + f.float()
     sums = torch.stack([(before * before).sum(-1), (before * after).sum(-1), (after * after).sum(-1)])
     return h + f if adds else f, sums[None]
@@ -75,9 +90,10 @@ def reference(h: Tensor, skip: Tensor, weights: FFNWeights, *, adds: bool = Fals
 @jit(unaligned=("skip_ptr",))
 def _gate_up_one(
     h_ptr, norm_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr, eps,
-    HIDDEN: tl.constexpr, FFN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, NORMED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """With NORMED, h_ptr is x, and the norm's weights are not read."""
     if tl.load(skip_ptr) == 0:
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside_n = n < FFN
@@ -89,16 +105,21 @@ def _gate_up_one(
             k = start + tl.arange(0, BLOCK_K)
             inside_k = k < HIDDEN
             x = tl.load(h_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
-            squares += x * x
-            x = x * tl.load(norm_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
+            if not NORMED:
+                squares += x * x
+                x = x * tl.load(norm_ptr + k, mask=inside_k, other=0.0).to(tl.float32)
             inside = inside_n[:, None] & inside_k[None, :]
             w = tl.load(gate_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             v = tl.load(up_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             gate += w.to(tl.float32) * x[None, :]
             up += v.to(tl.float32) * x[None, :]
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)  # one scalar, so it can come last
-        g = tl.sum(gate, axis=1) * scale
-        a = g / (1.0 + tl.exp(-g)) * (tl.sum(up, axis=1) * scale)
+        g = tl.sum(gate, axis=1)
+        u = tl.sum(up, axis=1)
+        if not NORMED:
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)  # one scalar, so it can come last
+            g *= scale
+            u *= scale
+        a = g / (1.0 + tl.exp(-g)) * u
         tl.store(a_ptr + n, a.to(a_ptr.dtype.element_ty), mask=inside_n)
 
 
@@ -226,15 +247,16 @@ def _down_some(
 
 
 def _one_row(
-    h: Tensor, skip: Tensor, weights: FFNWeights, adds: bool, settings: Settings
+    h: Tensor, skip: Tensor, weights: FFNWeights, x: Tensor | None, adds: bool, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     flag = skip.view(torch.int8)
     a = h.new_empty(1, width)
     n, k, warps, stages = settings["gate_up"]
     _gate_up_one[(-(-width // n),)](
-        h, weights.norm, weights.gate, weights.up, a, flag, weights.eps,
-        HIDDEN=hidden, FFN=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+        h if x is None else x, weights.gate if weights.norm is None else weights.norm,
+        weights.gate, weights.up, a, flag, weights.eps,
+        HIDDEN=hidden, FFN=width, NORMED=x is not None, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     n, k, warps, stages = settings["down"]
     parts = -(-hidden // n)
@@ -247,16 +269,18 @@ def _one_row(
 
 
 def _some_rows(
-    h: Tensor, skip: Tensor, weights: FFNWeights, adds: bool, settings: Settings
+    h: Tensor, skip: Tensor, weights: FFNWeights, x: Tensor | None, adds: bool, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
     width_p = max(DOT_ROWS, padded(rows))
     flags = skip.view(torch.int8)
-    x, a = torch.empty_like(h), h.new_empty(rows, width)
-    _norm_some[(rows,)](
-        h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
-    )
+    a = h.new_empty(rows, width)
+    if x is None:
+        x = torch.empty_like(h)
+        _norm_some[(rows,)](
+            h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
+        )
     n, k, warps, stages = settings["gate_up"]
     stages = min(stages, most_stages((2 * n + width_p) * k * h.element_size()))
     _gate_up_some[(-(-width // n),)](

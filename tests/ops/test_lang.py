@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from skipcal.runtime.ops.lang import padded
+from skipcal.ops.lang import padded
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from skipcal.runtime.ops import count, decode_attention, gate, low_rank
+from skipcal.ops import count, decode_attention, gate, low_rank
 h, down, up, one = torch.ones(1, 8), torch.ones(2, 8), torch.ones(8, 2), torch.tensor(1.0)
 skip, _ = gate.gate(h, h[0], log_norm_weight=one, bias=one, threshold=one * 99)
 low_rank.low_rank(h, down, up, h[0].clone(), skip)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops import project as op
-from skipcal.runtime.ops.project import project, reference
+from skipcal.ops import project as op
+from skipcal.ops.project import project, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A norm of the error, relative to that of y: float32 sums in another order, or x and y rounded.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from skipcal.core.surrogates import direction
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 _TINY = torch.finfo(torch.float32).tiny
+_FLAGS = (torch.bool, torch.int8)
 _WARPS = 8  # a row of 4096 is then 16 values a thread; not yet tuned on a device
 
 
@@ -40,16 +41,18 @@ def gate(
     """Decide for each row whether it skips the FFN. A score that is not a number does not skip.
 
     h: [batch, hidden], the stream before the FFN block. weight: [hidden], log_norm_weight, bias: 0-d,
-    float32. threshold: float32, 0-d or one a row [batch]. active: [batch] bool, rows that may skip; None:
-    all. skip: [batch] bool, contiguous, to write the decision to; None: it is made. All on h's device; no
-    host sync, so that the launch can be captured. ValueError: shapes or dtypes other than these.
+    float32. threshold: float32, 0-d or one a row [batch]. active: [batch] bool, or int8 where rows may be
+    nobody's, rows that may skip; None: all. skip: of the same kind, contiguous, to write the decision to;
+    None: it is made. All on h's device; no host sync, so that the launch can be captured. ValueError: shapes
+    or dtypes other than these.
     """
     _check(h, weight, log_norm_weight, bias, threshold, [t for t in (active, skip) if t is not None])
     batch, hidden = h.shape
     skip = torch.empty(batch, dtype=torch.bool, device=h.device) if skip is None else skip
     if not runs_kernels(h):
         made = reference(h, weight, log_norm_weight=log_norm_weight, bias=bias, threshold=threshold)
-        return GateDecision(skip.copy_(made.skip if active is None else made.skip & active), made.score)
+        decided = made.skip if active is None else torch.where(active > 0, made.skip, active)
+        return GateDecision(skip.copy_(decided), made.score)
     score = torch.empty(batch, dtype=torch.float32, device=h.device)
     limits, flags = threshold.expand(batch), skip.view(torch.int8)
     _gate[(batch,)](
@@ -73,8 +76,8 @@ def _check(
     h: Tensor, weight: Tensor, log_norm_weight: Tensor, bias: Tensor, threshold: Tensor, flags: list[Tensor]
 ) -> None:
     batch, hidden = h.shape
-    if any(t.shape != (batch,) or t.dtype != torch.bool or not t.is_contiguous() for t in flags):
-        raise ValueError(f"gate: active and skip must be contiguous bool [{batch}]")
+    if any(t.shape != (batch,) or t.dtype not in _FLAGS or not t.is_contiguous() for t in flags):
+        raise ValueError(f"gate: active and skip must be contiguous bool or int8 [{batch}]")
     if h.stride(1) != 1:
         raise ValueError(f"gate: h must be contiguous along hidden, not of strides {h.stride()}")
     if weight.shape != (hidden,) or not weight.is_contiguous():
@@ -105,7 +108,8 @@ def _gate(
     along = tl.sum(weight * h, axis=0) / norm * tl.sqrt(HIDDEN * 1.0)
     score = along + tl.load(log_norm_weight_ptr) * tl.log(norm) + tl.load(bias_ptr)
     tl.store(score_ptr + row, score)
-    skip = score < tl.load(threshold_ptr + row * threshold_stride)
+    skip = (score < tl.load(threshold_ptr + row * threshold_stride)).to(tl.int8)
     if HAS_ACTIVE:
-        skip &= tl.load(active_ptr + row) != 0
-    tl.store(skip_ptr + row, skip.to(tl.int8))
+        active = tl.load(active_ptr + row)
+        skip = tl.where(active > 0, skip, active)
+    tl.store(skip_ptr + row, skip)

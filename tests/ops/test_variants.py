@@ -18,7 +18,7 @@ LAUNCHES = """
 import collections, json
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from skipcal.runtime.ops import (
+from skipcal.ops import (
     arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache
 )
 

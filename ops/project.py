@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
-from skipcal.runtime.ops.rms_norm import rms_norm
+from skipcal.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
+from skipcal.ops.rms_norm import rms_norm
 
 # Rows of W a block has, columns of W it takes at a time, warps, pipeline stages; ops_sm90.json has what an SM
 # has outstanding by them. On an H100 the FFN's `down` takes as long by these as by its own (gpu_check.json),

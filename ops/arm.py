@@ -3,7 +3,8 @@
     cos = <h, h + f> / (|h| |h + f|)         (arXiv 2404.03865, algorithm 1)
 
 What a row may still skip is one number, `left`: 0 while its cosine is watched, then the skips it
-has left; -1 once they are used up, until the token ends, for nothing re-arms. The region of
+has left; -1 once they are used up, until the token ends, for nothing re-arms; -2 where the row is
+nobody's. The region of
 layers is not known here: outside it the op is not called.
 """
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from skipcal.core.batch_rule import BATCH_RULES, judged_together
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
-WATCHING, SPENT = 0, -1
+WATCHING, SPENT, NOBODYS = 0, -1, -2  # a flag of `skipcal.ops` less one: may skip, may not, nobody's
 UNLIMITED = 2**30  # `max_skips=None`, and more than any model has layers
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -31,10 +32,12 @@ def arm(
     limit: Tensor,
     batch_rule: str = "rows",
 ) -> None:
-    """Write `left` [rows] int32 and `skip_next` [rows] bool, from sums [parts, 3, rows] of runtime.ops.ffn.
+    """Write `left` [rows] int32 and `skip_next` [rows] bool, from sums [parts, 3, rows] of skipcal.ops.ffn.
 
-    skip:      [rows] bool, rows that skipped this FFN. live: [rows] bool, rows whose text goes on.
-    threshold: [1] float32; limit: [1] int32, skips of an armed row. Both are read on the device.
+    skip:      [rows] bool or int8, rows that skipped this FFN; `skip_next` is of the same kind. live: [rows]
+               bool, rows whose text goes on.
+    threshold: float32, limit: int32, the skips of an armed row; both [1], or both by row [rows]. They are
+               read on the device.
     batch_rule: "rows": each row by its cosine; "all": when those of all live rows reach the
                threshold; "mean": when their mean does.
     """
@@ -48,7 +51,7 @@ def arm(
         sums, left, skip.view(torch.int8), skip_next.view(torch.int8), live.view(torch.int8),
         threshold, limit,
         PARTS=parts, PARTS_PADDED=padded(parts), ROWS=rows, ROWS_PADDED=padded(rows),
-        BATCH_RULE=BATCH_RULES.index(batch_rule), TINY=_TINY, num_warps=4,
+        EACH=int(len(threshold) > 1), BATCH_RULE=BATCH_RULES.index(batch_rule), TINY=_TINY, num_warps=4,
     )  # fmt: skip
 
 
@@ -67,16 +70,17 @@ def reference(
     hh, ho, oo = sums.sum(0)
     cosine = (ho / (hh.sqrt() * oo.sqrt()).clamp_min(_TINY)).clamp(-1.0, 1.0)
     arming = (left == WATCHING) & (judged_together(cosine, live, batch_rule) >= threshold)
-    counted = torch.where(skip, left - 1, torch.where(arming, limit, left))
-    left.copy_(torch.where(skip & (counted == 0), SPENT, counted))
-    skip_next.copy_(left > 0)
+    skipped = skip > 0
+    counted = torch.where(skipped, left - 1, torch.where(arming, limit, left))
+    left.copy_(torch.where(skipped & (counted == 0), SPENT, counted))
+    skip_next.copy_(torch.where(left == NOBODYS, -1, left > 0))
 
 
 @jit(unaligned=("skip_ptr", "next_ptr", "live_ptr"))
 def _arm(
     sums_ptr, left_ptr, skip_ptr, next_ptr, live_ptr, threshold_ptr, limit_ptr,
     PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
-    BATCH_RULE: tl.constexpr, TINY: tl.constexpr,
+    EACH: tl.constexpr, BATCH_RULE: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, ROWS_PADDED)
     there = r < ROWS
@@ -96,10 +100,11 @@ def _arm(
     if BATCH_RULE == 2:
         mean = tl.sum(tl.where(live, cosine, 0.0), axis=0) / tl.sum(live.to(tl.float32), axis=0)
         cosine = tl.where(there, mean, -1.0)
-    saturated = cosine >= tl.load(threshold_ptr)
-    skipped = tl.load(skip_ptr + r, mask=there, other=0) != 0
+    saturated = cosine >= tl.load(threshold_ptr + r * EACH, mask=there, other=0.0)
+    limit = tl.load(limit_ptr + r * EACH, mask=there, other=0)
+    skipped = tl.load(skip_ptr + r, mask=there, other=0) > 0
     arming = watched & saturated
-    new = tl.where(skipped, left - 1, tl.where(arming, tl.load(limit_ptr), left))
+    new = tl.where(skipped, left - 1, tl.where(arming, limit, left))
     new = tl.where(skipped & (new == 0), -1, new)
     tl.store(left_ptr + r, new, mask=there)
-    tl.store(next_ptr + r, (new > 0).to(tl.int8), mask=there)
+    tl.store(next_ptr + r, tl.where(new < -1, -1, new > 0).to(tl.int8), mask=there)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
 
 # Slots that a program loads at a time: twice as many spill registers at head_dim 128, as ptxas compiles
 # it for sm_90. Programs over all rows, heads and splits, about four for each SM of a large GPU; and splits

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.rotary_cache import HeadNorms, reference, rotary_cache
+from skipcal.ops.rotary_cache import HeadNorms, reference, rotary_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest value, about 4: each of two products and their sum is rounded, and with a norm x twice.

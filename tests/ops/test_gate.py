@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.gate import gate, reference
+from skipcal.ops.gate import gate, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,6 +103,18 @@ def test_rows_that_may_not_skip_do_not(interpreted: str, monkeypatch: pytest.Mon
     always = probe(40, threshold=scalar(math.inf))
     assert gate(h, **always, active=active, skip=flags[1]).skip.data_ptr() == flags[1].data_ptr()
     assert flags.tolist() == [[True] * 4, active.tolist(), [True] * 4]
+
+
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_rows_that_are_nobodys_stay_so(interpreted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    h = torch.randn(4, 40, device=DEVICE)
+    h[3] = math.nan
+    active = torch.tensor([1, 0, -1, -1], dtype=torch.int8, device=DEVICE)
+    skip = torch.full((4,), 9, dtype=torch.int8, device=DEVICE)
+    gate(h, **probe(40, threshold=scalar(math.inf)), active=active, skip=skip)
+    assert skip.tolist() == [1, 0, -1, -1]
 
 
 def test_a_row_may_lie_in_a_wider_buffer() -> None:

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipcal.runtime.ops import count as module
-from skipcal.runtime.ops.count import count, reference
+from skipcal.ops import count as module
+from skipcal.ops.count import count, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 both = pytest.mark.parametrize("op", [count, reference])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from interpreted import Reads
 
-from skipcal.runtime.ops import ffn as module
-from skipcal.runtime.ops.ffn import FFNWeights, ffn, reference
+from skipcal.ops import ffn as module
+from skipcal.ops.ffn import FFNWeights, ffn, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A norm of the error, relative to that of f: float32 sums in another order, or a and f rounded once.
@@ -76,8 +78,9 @@ def test_f_may_be_added_to_the_stream(op: Any, dtype: torch.dtype, skip: list[in
 def test_no_weight_reaches_rows_that_all_skip(rows: int) -> None:
     """Weights of NaN would show in whatever reads them."""
     h, weights = made(rows, 64, 128, torch.float32)
-    for tensor in (weights.norm, weights.gate, weights.up, weights.down):
-        tensor.fill_(float("nan"))
+    for tensor in vars(weights).values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.fill_(float("nan"))
     f, _ = ffn(h, flags(*[1] * rows), weights)
     assert (f == 0).all()
 
@@ -94,6 +97,38 @@ def test_a_row_that_skips_does_not_leak_what_lies_in_its_place() -> None:
     assert torch.isfinite(f).all()
     assert (f[1] == 0).all()
     assert torch.isfinite(sums[:, :, [0, 2]]).all()
+
+
+def normed(h: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+    x = h.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.float()  # type: ignore[union-attr]
+    return x.to(h.dtype)
+
+
+@pytest.mark.parametrize("op", [ffn, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("skip", [[0], [1], [0, 1, 0, -1]])
+def test_what_the_norm_made_may_be_given(op: Any, dtype: torch.dtype, skip: list[int]) -> None:
+    """A row that skips is not read, nor one that is nobody's; the norm of the weights is not asked."""
+    h, weights = made(len(skip), 72, 100, dtype)
+    rows = torch.tensor(skip, dtype=torch.int8, device=DEVICE)
+    expected, sums = reference(h, rows, weights)
+    x, runs = normed(h, weights), rows == 0
+    x[~runs] = torch.nan
+    f, partial = op(h, rows, replace(weights, norm=None, eps=torch.nan), x=x)
+    error = (f - expected).float().norm() / expected.float().norm().clamp_min(1e-9)
+    assert error < TOLERANCE[dtype]
+    assert (f[~runs] == 0).all()
+    torch.testing.assert_close(cosine(partial)[runs], cosine(sums)[runs], atol=TOLERANCE[dtype], rtol=0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_weight_is_read_for_padding(rows: int, reads: Reads) -> None:
+    h, weights = made(rows, 64, 128, torch.float32)
+    nobodys = torch.tensor([-1] * rows, dtype=torch.int8, device=DEVICE)
+    f, _ = ffn(h, nobodys, weights, x=h)
+    assert (f == 0).all()
+    assert all(int(reads.of(t).sum()) == 0 for t in (weights.gate, weights.up, weights.down, h))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

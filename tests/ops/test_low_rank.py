@@ -10,9 +10,9 @@ import torch
 from interpreted import Reads
 from torch import Tensor
 
-from skipcal.core.surrogates import LowRank, Surrogates
-from skipcal.runtime.ops import low_rank as module
-from skipcal.runtime.ops.low_rank import low_rank, reference
+from skipcal.core.surrogates import LowRank, RoutedLowRank, Surrogates
+from skipcal.ops import low_rank as module
+from skipcal.ops.low_rank import low_rank, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -168,9 +168,83 @@ def test_a_row_may_lie_in_a_wider_buffer() -> None:
     assert torch.equal(wide[:, :20], before[:, :20]) and torch.equal(wide[:, 80:], before[:, 80:])
 
 
+def routed(rank: int, hidden: int, maps: int, dtype: torch.dtype = torch.float32) -> RoutedLowRank:
+    """Maps that tokens are spread over, biases and all."""
+    down = torch.randn(rank + maps, hidden, device=DEVICE) / hidden**0.5
+    up = torch.randn(maps, hidden, rank, device=DEVICE) / rank**0.5
+    bias, route_bias = torch.randn(maps, hidden, device=DEVICE), 0.1 * torch.randn(maps, device=DEVICE)
+    return RoutedLowRank(*(t.to(dtype) for t in (down, up, bias, route_bias)))
+
+
+def exact_map(h: Tensor, model: RoutedLowRank) -> int:
+    """The map of one token h [hidden], in float64."""
+    u = h.double() / h.double().norm() * math.sqrt(len(h))
+    rank = model.up.shape[-1]
+    return int((model.down[rank:].double() @ u + model.route_bias.double()).argmax())
+
+
+@pytest.mark.parametrize("op", [low_rank, reference])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "hidden", "maps"), [(4, 64, 8), (5, 77, 3), (1, 33, 2), (17, 70, 5)])
+def test_of_several_maps_each_row_gets_its_own(
+    op: Any, rank: int, hidden: int, maps: int, dtype: torch.dtype
+) -> None:
+    h = (torch.randn(12, hidden, device=DEVICE) * 3).to(dtype)
+    before, model = h.clone(), routed(rank, hidden, maps)
+    op(h, model.down, model.up, model.bias, flags(*[1, 1, 0] * 4), route_bias=model.route_bias)
+    chosen = [exact_map(row, model) for row in before]
+    want = torch.stack(
+        [
+            exact(row[None], model.down[:rank], model.up[k], model.bias[k])[0]
+            for row, k in zip(before, chosen, strict=True)
+        ]
+    )
+    bound = rounding(want - before.double(), dtype) + rounding(want, dtype) + 4e-6
+    ran = torch.arange(12) % 3 == 2
+    assert len(set(chosen)) > 1
+    assert ((h.double() - want).abs() <= bound)[~ran].all()
+    assert torch.equal(h[ran], before[ran])
+
+
+def test_maps_that_no_row_has_are_not_read(reads: Reads) -> None:
+    h, model = torch.randn(3, 50), routed(4, 50, 6)
+    chosen = [exact_map(row, model) for row in h]
+    low_rank(h, model.down, model.up, model.bias, flags(1, 0, 1), route_bias=model.route_bias)
+    times = torch.tensor([sum(k == chosen[row] for row in (0, 2)) for k in range(6)])
+    assert (reads.of(model.up) == times[:, None, None]).all()
+    assert (reads.of(model.bias) == times[:, None]).all()
+    assert (reads.of(model.down) == 1).all()
+
+
 def test_unfit_tensors_are_refused() -> None:
     down, up, bias = weights(3, 50)
-    with pytest.raises(ValueError, match=r"\[rank, 50\]"):
+    several = routed(3, 50, 4)
+    with pytest.raises(ValueError, match=r"\[\[7, 50\], \[4, 50, 3\]"):
+        low_rank(
+            torch.zeros(1, 50, device=DEVICE),
+            down,
+            several.up,
+            several.bias,
+            flags(1),
+            route_bias=torch.zeros(4),
+        )
+    with pytest.raises(ValueError, match=r"\[\[50, 50\], \[50, 50\], \[50\], \[1\]"):
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T, bias, flags(1))
     with pytest.raises(ValueError, match="contiguous"):
         low_rank(torch.zeros(1, 50, device=DEVICE), down, up.T.contiguous().T, bias, flags(1))
+
+
+@pytest.mark.parametrize("op", [low_rank, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_surrogate_may_be_added_elsewhere(op: Any, dtype: torch.dtype) -> None:
+    """To what is in place of f, then: h stays, and so do rows that run or are nobody's."""
+    h = (torch.randn(4, 70, device=DEVICE) * 3).to(dtype)
+    f, before, model = torch.randn_like(h), h.clone(), weights(5, 70)
+    skip = torch.tensor([1, 0, -1, 1], dtype=torch.int8, device=DEVICE)
+    f[[0, 3]] = 0.0
+    others = f[[1, 2]].clone()
+    op(h, *model, skip, onto=f)
+    s = exact(before, *model) - before.double()
+    assert ((f.double() - s).abs() <= rounding(s, dtype) + 4e-6)[[0, 3]].all()
+    assert torch.equal(f[[1, 2]], others)
+    assert torch.equal(h, before)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipcal.runtime.ops.lang import jit, padded, runs_kernels, tl
-from skipcal.runtime.ops.rms_norm import reference as rms_norm
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.rms_norm import reference as rms_norm
 
 _WARPS = 1  # a head of 128 is four elements a thread
 

@@ -1,1 +1,0 @@
-"""Device ops of the graph engine: each a torch reference, a Triton kernel and a launcher."""
