@@ -13,9 +13,7 @@ from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.runtime.session import skipping
 
-# Skips in a row. Interpolated to a ratio of 0.25 and 0.35, in nats a token (4 or 6 windows of 384 tokens of
-# WikiText-2 valid and C4, bfloat16): Qwen2.5-Coder-0.5B loses 0.31 and 0.76 with 2, 0.41 and 1.05 with 1;
-# SmolLM2-135M 0.93 and 1.95, 0.98 and 1.75; Gemma 3 270M 1.29 and 2.00, 1.24 and 2.25.
+# Skips in a row; benchmarks/cosine_rules.py has 1 and 2.
 MAX_SKIPS = 2
 _LEAST_SHARE = 0.1  # of the median loss: a smaller one, or a gain, is noise
 _LEAST_LOSS = 1e-6  # nats, where even the median is a gain

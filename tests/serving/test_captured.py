@@ -380,3 +380,8 @@ def test_a_rule_that_draws_is_not_captured(stack: Stack) -> None:
 def test_a_norm_after_the_ffn_is_not_captured(stack: Stack) -> None:
     blocks = [type(b)(b.index, b.norm, (*b.chain, nn.Identity()), b.after) for b in stack.blocks]
     assert ServingHost(blocks, STATIC).prepare_graphs([1]) == "layer 1: GatedFFN is followed by a norm"
+
+
+def test_a_rule_with_tolerances_is_not_captured(stack: Stack) -> None:
+    reason = "ffn-skip+damage is not decided on the device"
+    assert ServingHost(stack.blocks, POLICIES["cosine, tolerances"]).prepare_graphs([1]) == reason
