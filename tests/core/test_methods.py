@@ -89,7 +89,7 @@ def test_a_profile_without_block_influence_says_so() -> None:
         )
 
 
-FITTED = ("ffn-skip", "gate", "static+fitted")  # what a profile may lack
+FITTED = ("ffn-skip", "ffn-skip+damage", "gate", "static+fitted")  # what a profile may lack
 WITHOUT_GATE = [m for m in METHODS if m not in ("full", *FITTED) and SURROGATES not in m]
 
 
@@ -111,7 +111,7 @@ def test_methods_of_a_fitted_profile_skip_what_they_are_asked_for(
     near = 0.1 if method == "ffn-skip+surrogates" else 0.04
     assert report.skip_ratio == pytest.approx(0.25, abs=near)
     block, layer = 4 * (3 * 32 * 48 + 32), 4 * (3 * 32 * 48 + 3 * 32 * 32 + 2 * 32)
-    surrogate = 4 * (2 * 3 * 32 + 32)
+    surrogate = 4 * ((3 + 8) * 32 + 3 * 32 + 32 + 8)  # the shared rows, eight of the route, and one map
     saved = sum(
         n * (block - (surrogate if 1 <= i <= 6 else 0)) for i, n in enumerate(report.skipped_per_layer)
     )
