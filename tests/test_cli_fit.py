@@ -85,12 +85,13 @@ def test_options_and_a_configuration_file_reach_the_fit(here: Path) -> None:
     run(
         *args, "--config", "fit.yaml", "--seed", "8", "--surrogate-budget", "0.1", "--damage",
         "relative-error", "--target-skip-ratio", "0.33", "--batch-size", "3", "--dtype", "float32",
+        "--maps", "2",
     )  # fmt: skip
     found = SkipProfile.load("from file.json")
     assert found.gate is not None
     fit = found.gate.fit
     assert (fit.seed, fit.damage, len(fit.sweeps)) == (8, "relative-error", 1)
-    assert fit.rank == 6  # (0.1 * 4640 - 32) // 64
+    assert (fit.rank, fit.maps) == (5, 2)  # (0.1 * 4640 - 32 - 2 * 33) // 64
     assert fit.surrogate_share <= 0.1
     assert getattr(found.policy, "threshold", None) == found.gate_policy(0.33).threshold
     assert {k: fit.config[k] for k in ("batch_size", "dtype", "profile")} == {
@@ -103,7 +104,7 @@ def test_show_and_plot_know_the_gate(here: Path) -> None:
     out = run("show", "gated.json").stdout
     assert max(map(len, out.splitlines())) <= 80
     assert out.count("<- policy") == 1
-    assert "sweeps        2, skipping 0.000, 0.2" in out
+    assert "sweeps        3, skipping 0.000, " in out
     assert json.loads(run("show", "gated.json", "--json").stdout)["policy"]["rule"] == "gate"
     run("plot", "gated.json", "-o", "g.svg")
     assert (here / "g.svg").stat().st_size > 1000
