@@ -71,10 +71,18 @@ def test_the_readme_tells_what_was_measured_of_quality(gate: pd.DataFrame) -> No
 
 
 def test_the_gates_page_tells_what_was_measured(gate: pd.DataFrame) -> None:
-    rows = list(rows_of("docs/gate.md", "method | asked for | realised"))
+    rows = list(rows_of("docs/gate.md", "method | asked for | realised | perplexity (full model: 32.3)"))
     assert len(rows) == 18
     for method, target, *cells in rows:
         check_loss(cells, method.replace("`", ""), float(target), gate)
+
+
+def test_the_gates_page_tells_what_was_measured_on_qwen() -> None:
+    table = pd.read_csv(RESULTS / "qwen_gate" / "results.csv")
+    rows = list(rows_of("docs/gate.md", "method | asked for | realised | perplexity (full model: 46.0)"))
+    assert len(rows) == 18
+    for method, target, *cells in rows:
+        check_loss(cells, method.strip("`"), float(target), table[table.subset == "all"])
 
 
 def test_the_comparison_is_what_was_measured() -> None:

@@ -49,6 +49,7 @@ SHORTER = (
 # Commands that cannot run here, and why. That their options exist is checked all the same.
 UNDERSTOOD_ONLY = {
     r"--max-memory 0=": "names GPU 0",
+    r"qwen": "needs a model of half a gigabyte",
     r"\.gguf": "needs a GGUF file of megabytes; tests/arch/test_loading.py writes a small one",
     r"--config warm-up": "decodes 40 tokens for each warm-up; tests/evaluation/test_sweep.py has an ablation",
     r"--adapter": "needs peft; tests/runtime/test_adapters.py",
