@@ -71,7 +71,7 @@ def fit_surrogate(
     if maps == 1:
         return one
     centers = k_means(samples, maps, tokens=tokens)
-    own = [Moments.empty(rank, hidden, device) for _ in range(maps)]
+    own = [Moments.empty(rank, hidden, device) for _ in centers]
     for u, target, w in samples():
         z, chosen = u @ one.down.T, nearest(u, centers)
         for k, part in enumerate(own):
