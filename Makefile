@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 VLLM := .venv-vllm
+# The other tests of serving need no vLLM: they are a part of `make test`.
+INSIDE_VLLM := $(wildcard tests/serving/test_*in_vllm.py) tests/serving/test_for_gpus.py tests/serving/test_served.py
 
 .PHONY: setup profile test check docs vllm test-vllm clean
 
@@ -34,7 +36,7 @@ $(VLLM)/.ready: pyproject.toml constraints.txt scripts/vllm
 	touch $@
 
 test-vllm: vllm
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/serving
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q $(INSIDE_VLLM)
 
 docs: setup
 	$(BIN)/sphinx-build -q -W --keep-going -n docs build/docs
