@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from skipcal.arch.locate import Architecture, input_device
+from skipcal.arch.locate import Architecture
+from skipcal.calibrate.passes import summed_loss
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.runtime.session import skipping
@@ -57,11 +57,14 @@ def losses_of_one(
     warm-up predicts.
     """
 
+    first = prompt_tokens + warm_up_tokens
+
     def loss(policy: Policy) -> tuple[float, int]:
         with skipping(
             model, policy=policy, teacher_forced=True, prompt_tokens=prompt_tokens, architecture=architecture
         ):
-            return _loss(model, rows, prompt_tokens + warm_up_tokens)
+            each = [summed_loss(model, [row], first) for row in rows if len(row) > first + 1]
+        return sum(total for total, _ in each), sum(count for _, count in each)
 
     nothing = SkipPolicy(cold_s=0, cold_e=0, threshold=FULL_MODEL_THRESHOLD, warm_up_tokens=warm_up_tokens)
     full, tokens = loss(nothing)
@@ -70,19 +73,3 @@ def losses_of_one(
         alone = ChosenFFNs(method="static", layers=(layer,), probability=1.0, warm_up_tokens=warm_up_tokens)
         found.append((loss(alone)[0] - full) / tokens)
     return found, tokens
-
-
-@torch.no_grad()
-def _loss(model: Any, rows: Iterable[Sequence[int]], first: int) -> tuple[float, int]:
-    """Summed loss, and of how many tokens: those that positions from `first` on predict."""
-    total, count = 0.0, 0
-    device = input_device(model)
-    for row in rows:
-        ids = torch.tensor(row, device=device)
-        targets = ids[first + 1 :]
-        if not len(targets):
-            continue
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, first:-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum"))
-        count += len(targets)
-    return total, count

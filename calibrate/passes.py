@@ -153,6 +153,18 @@ def teacher_forced_report(
     return run.report
 
 
+@torch.no_grad()
+def summed_loss(model: Any, rows: Any, first: int) -> tuple[float, int]:
+    """Summed loss in nats, and of how many tokens: those that positions from `first` on predict.
+
+    rows: token ids of equal length, [rows, seq], one pass over all of them.
+    """
+    ids = torch.as_tensor(rows, device=input_device(model))
+    logits = model(input_ids=ids, use_cache=False).logits[:, first:-1].float().flatten(0, 1)
+    targets = ids[:, first + 1 :].flatten().to(logits.device)
+    return float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")), len(targets)
+
+
 def skip_ratio(counts: SkipCounts, num_layers: int) -> float:
     """Skipped blocks / (L x decode steps past the warm-up). Raises Unavailable when there is no such step."""
     skipped, steps = counts

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 
 SURROGATE_BUDGET = 0.05  # bytes that a token reads of a surrogate over those of its FFN
+MAX_MAPS = 256  # of a surrogate
 MAPS = 8  # of a surrogate, of which a token reads one: with this budget some 12 % of a model's bytes
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -47,7 +48,7 @@ class FitConfig(CalibrationSettings):
     target_skip_ratio: Fraction = 0.25
     surrogate_budget: Fraction = SURROGATE_BUDGET
     rank: PositiveInt | None = None
-    maps: Annotated[int, Field(ge=1, le=256)] | None = None
+    maps: Annotated[int, Field(ge=1, le=MAX_MAPS)] | None = None
     sweeps: Annotated[int, Field(ge=0)] = 2
     damage: Literal["fisher", "relative-error"] = "fisher"
     damage_prompts: PositiveInt = 8

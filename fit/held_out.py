@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import nn
-
-from skipcal.arch.locate import input_device
+from skipcal.calibrate.passes import summed_loss
 from skipcal.core.policy import Policy
 from skipcal.fit.prepared import Prepared
 from skipcal.runtime.session import skipping
@@ -39,15 +35,10 @@ class HeldOutLoss:
         ):
             return {name: self._loss(rows) - self._full[name] for name, rows in self._rows.items()}
 
-    @torch.no_grad()
     def _loss(self, rows: Sequence[Sequence[int]]) -> float:
-        model: Any = self._prepared.loaded.model
-        device, first = input_device(model), self._prepared.first
-        total, count = 0.0, 0
-        for batch in batches(rows, self._prepared.config.batch_size):
-            ids = torch.tensor(batch, device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, first:-1].float().flatten(0, 1)
-            targets = ids[:, first + 1 :].flatten().to(logits.device)
-            total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            count += len(targets)
-        return total / count
+        prepared = self._prepared
+        each = [
+            summed_loss(prepared.loaded.model, batch, prepared.first)
+            for batch in batches(rows, prepared.config.batch_size)
+        ]
+        return sum(total for total, _ in each) / sum(count for _, count in each)

@@ -66,7 +66,7 @@ class Fitted:
 
     skip_ratio:      realised in the sweep: skips / (L x tokens past the warm-up).
     r_squared:       variance of the log damage that each gate explains.
-    surrogate_error: share of the variance of f that each surrogate leaves, over the weighted tokens.
+    surrogate_error: share of the variance of what each is to add that it leaves, over the weighted tokens.
     """
 
     gates: Gates
@@ -152,7 +152,7 @@ class Sweep:
         left = 0.0
         for h, wanted, w in read():
             u = direction(h)
-            missed = wanted.float() - surrogate(u)
+            missed = wanted - surrogate(u)
             damage = self._damage(block.index, missed, h)
             probed.add(gate_inputs(h), damage.log()[:, None])
             targets.add(u[:, :0], wanted, w)

@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from skipcal.configs.fit import MAX_MAPS
 from skipcal.core.policy import SkipPolicy
 
-MAX_MAPS = 256  # of a surrogate
 HISTOGRAM_BINS = 200  # equal bins over [-1, 1]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

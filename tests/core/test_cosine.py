@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from token_streams import HIDDEN, LAYERS, TOKENS, cosine, streams
 
 from skipcal.core.batch_rule import judged_together
 from skipcal.core.cosine import CosineRule, CosineState
 from skipcal.core.host import PassTokens
 from skipcal.core.policy import SkipPolicy
 
-LAYERS, TOKENS, HIDDEN = 7, 40, 4
 CPU = torch.device("cpu")
-
-
-def streams() -> tuple[torch.Tensor, torch.Tensor]:
-    """h and f of every layer and token, [layers, tokens, hidden]: cosines lie all over [-1, 1]."""
-    generator = torch.Generator().manual_seed(1)
-    h, f = torch.randn(2, LAYERS, TOKENS, HIDDEN, generator=generator)
-    return h, 2 * f
-
-
-def cosine(h: torch.Tensor, f: torch.Tensor) -> float:
-    a, b = h.tolist(), (h + f).tolist()
-    return float(sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b))
 
 
 def naive(policy: SkipPolicy, token: int) -> list[int]:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from token_streams import LAYERS, TOKENS, cosine, streams
 
 from skipcal.core.host import PassTokens
 from skipcal.core.last_cosine import LastCosineState
 from skipcal.core.policy import SkipPolicy
 
-LAYERS, TOKENS, HIDDEN = 7, 40, 4
 CPU = torch.device("cpu")
 TOLERANCES = (1.0, 3.0, 1.0, 1.5, 2.0, 1.0, 4.0)
-
-
-def streams() -> tuple[torch.Tensor, torch.Tensor]:
-    """h and f of every layer and token, [layers, tokens, hidden]: cosines lie all over [-1, 1]."""
-    generator = torch.Generator().manual_seed(1)
-    h, f = torch.randn(2, LAYERS, TOKENS, HIDDEN, generator=generator)
-    return h, 2 * f
-
-
-def cosine(h: torch.Tensor, f: torch.Tensor) -> float:
-    a, b = h.tolist(), (h + f).tolist()
-    return float(sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b))
 
 
 def naive(policy: SkipPolicy, token: int) -> list[int]:
