@@ -99,12 +99,14 @@ class RoutedLowRank(_Map):
         maps, hidden, rank = self.up.shape
         both = F.linear(u.reshape(-1, hidden), self.down)
         z, chosen = both[:, :rank], (both[:, rank:] + self.route_bias).argmax(-1)
-        if len(z) <= maps:  # the maps of so few tokens are gathered; of more, tokens are by their map
+        if len(z) <= maps and z.device.type != "cpu":  # gathered, for to look at `chosen` is to wait for it
             s = torch.baddbmm(self.bias[chosen][:, :, None], self.up[chosen], z[:, :, None])
             return s.view(u.shape)
         s = torch.empty_like(u).view(-1, hidden)
-        for k in range(maps):
-            own = chosen == k
+        tokens: dict[int, list[int]] = {}
+        for token, k in enumerate(chosen.tolist()):
+            tokens.setdefault(k, []).append(token)
+        for k, own in tokens.items():
             s[own] = F.linear(z[own], self.up[k], self.bias[k])
         return s.view(u.shape)
 
