@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from skipcal.arch.loading import LoadedModel
+from skipcal.arch.locate import locate
 from skipcal.configs.sweep import SweepConfig
 from skipcal.core.policy import Policy
 from skipcal.evaluation import full_passes
@@ -98,8 +99,14 @@ def naive(task: Perplexity, subject: Subject, policy: Policy) -> list[Record]:
     return found
 
 
-def test_records_are_bit_for_bit_those_of_two_passes(subject: Subject, profile: SkipProfile) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_records_are_bit_for_bit_those_of_two_passes(
+    subject: Subject, profile: SkipProfile, dtype: torch.dtype
+) -> None:
     task = task_of(5)
+    model = copy.deepcopy(subject.loaded.model).to(dtype)
+    loaded = LoadedModel(model=model, tokenizer=subject.loaded.tokenizer, name="tiny", revision=None)
+    subject = Subject(loaded, locate(model), chat_template=False)
     with subject.full_passes.kept():
         for policy in policies(profile):
             assert records(task, subject, policy) == naive(task, subject, policy)
