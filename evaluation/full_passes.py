@@ -20,7 +20,7 @@ class FullPasses:
 
     A batch is the same one only with the same rows in the same order: other rows beside it change the last
     digits of a row. Kept are logits in the model's own precision, half of what log-probabilities take where
-    that is 16 bits; a softmax is little beside a pass. What lies beyond KEPT_BYTES is computed anew each time.
+    that has 16 bits; a softmax is little beside a pass. What lies beyond KEPT_BYTES is computed anew.
     """
 
     def __init__(self) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from skipcal.core.host import PassTokens
 from skipcal.core.rule import Rule
+from skipcal.core.surrogates import Surrogates
 from skipcal.serving.targets import RequestRule
 
-StandIn: TypeAlias = Callable[[int, Tensor], Tensor | None]  # of a layer, for streams [ruled, hidden]
+# What stands in, [skipping, hidden], in a layer, for those of the streams [ruled, hidden] that skip: a mask
+# [ruled]; None: all do.
+StandIn: TypeAlias = Callable[[int, Tensor, Tensor | None], Tensor | None]
 
 
 def together(each: Sequence[RequestRule], device: torch.device) -> tuple[Rule, StandIn]:
@@ -23,24 +26,34 @@ def together(each: Sequence[RequestRule], device: torch.device) -> tuple[Rule, S
     """
     first = each[0]
     if all(judged is first for judged in each):
-        return first.rule, first.surrogates
+        return first.rule, of_those_that_skip(first.surrogates)
     places: dict[int, list[int]] = {}
     for place, judged in enumerate(each):
         places.setdefault(id(judged), []).append(place)
     kinds = {own[0]: torch.tensor(own, device=device) for own in places.values()}
     rule = GroupedRule([Part(each[place].rule, own) for place, own in kinds.items()])
     if all(each[place].surrogates is first.surrogates for place in kinds):
-        return rule, first.surrogates
+        return rule, of_those_that_skip(first.surrogates)
 
-    def stand_in(layer: int, h: Tensor) -> Tensor:
+    def stand_in(layer: int, h: Tensor, skip: Tensor | None) -> Tensor:
         found = torch.zeros_like(h)
         for place, own in kinds.items():
-            s = each[place].surrogates(layer, h[own])
+            skipping = own if skip is None else own[skip[own]]
+            s = each[place].surrogates(layer, h[skipping])
             if s is not None:
-                found[own] = s
-        return found
+                found[skipping] = s
+        return found if skip is None else found[skip]
 
     return rule, stand_in
+
+
+def of_those_that_skip(surrogates: Surrogates) -> StandIn:
+    """Surrogates of one kind for all tokens; nothing is computed for those that run."""
+
+    def stand_in(layer: int, h: Tensor, skip: Tensor | None) -> Tensor | None:
+        return surrogates(layer, h if skip is None else h[skip])
+
+    return stand_in
 
 
 @dataclass(frozen=True, eq=False)

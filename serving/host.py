@@ -22,7 +22,7 @@ from skipcal.serving.blocks import OwnFFN, ServedBlock
 from skipcal.serving.captured import CapturedPasses, captured_passes, capturing
 from skipcal.serving.clock import BatchTokens, Bools
 from skipcal.serving.counts import ServingReport
-from skipcal.serving.grouped import StandIn, together
+from skipcal.serving.grouped import StandIn, of_those_that_skip, together
 from skipcal.serving.operator import FFN, operator_name, through_operator
 from skipcal.serving.proof import SumProof
 from skipcal.serving.tally import Tally
@@ -55,7 +55,7 @@ class ServingHost:
         self._rules, self._other_targets = TargetRules(policy, policy_at, blocks), policy_at is not None
         own = self._rules.of(None)
         self._rule = own.rule  # of the tokens of this pass
-        self._stand_in: StandIn = own.surrogates  # for what they skip
+        self._stand_in: StandIn = of_those_that_skip(own.surrogates)
         self._gathers = gathers and not any(block.whole for block in blocks)
         self._agreed = agreed
         self._proven = False
@@ -248,7 +248,7 @@ class ServingHost:
         decision, self._state = rule.before(layer, self._state, h)
         skip = self._decided[layer] = bool(decision if self._agreed is None else self._agreed(decision))
         if skip:
-            return self._in_place_of(block, h)
+            return self._in_place_of(block, h, None)
         made = own(x)
         if rule.learns:
             self._state = rule.after(layer, self._state, h, _scaled(made, block.scale), True)
@@ -269,27 +269,28 @@ class ServingHost:
         if skipping == 0:
             made = own(x)
         elif skipping == len(x):
-            made = self._in_place_of(block, h)
-        elif not self._gathers:
-            made = own(x)
-            made[self._rows] = torch.where(skip[:, None], self._in_place_of(block, h), made[self._rows])
+            made = self._in_place_of(block, h, None)
         else:
-            running = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            running[self._rows] = ~skip
-            rows = running.nonzero().squeeze(-1)
-            made = torch.zeros_like(x)
-            made[self._rows] = self._in_place_of(block, h)
-            made.index_copy_(0, rows, own(x[rows]))
+            skips = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            skips[self._rows] = skip
+            if self._gathers:
+                made, runs = torch.empty_like(x), ~skips
+                made[runs] = own(x[runs])
+            else:
+                made = own(x)
+            made[skips] = self._in_place_of(block, h, skip)
         if self._rule.learns:
             ran: Tensor | bool = ~skip if len(h) > 1 else not skipping
             f = _scaled(made[self._rows], block.scale)
             self._state = self._rule.after(layer, self._state, h, f, ran)
         return made
 
-    def _in_place_of(self, block: ServedBlock, h: Tensor) -> Tensor:
-        """For tokens that skip: their surrogate, or zeros that nothing else holds."""
-        s = self._stand_in(block.index, h)
-        return torch.zeros_like(h) if s is None else _scaled(s, 1 / block.scale)
+    def _in_place_of(self, block: ServedBlock, h: Tensor, skip: Tensor | None) -> Tensor:
+        """Surrogates of those of the streams that skip, or zeros that nothing else holds. None: all skip."""
+        s = self._stand_in(block.index, h, skip)
+        if s is None:
+            return torch.zeros_like(h if skip is None else h[skip])
+        return _scaled(s, 1 / block.scale)
 
 
 def _scaled(made: Tensor, scale: float) -> Tensor:

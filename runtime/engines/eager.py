@@ -258,15 +258,16 @@ class EagerEngine:
         return output if rest is None else (output, *rest)
 
     def _in_place_of(self, block: Block, module: nn.Module) -> Tensor:
-        """What tokens that skip get from one of the block's outputs: the last of them stands in for all."""
-        return self._stand_in(block) if module is block.chain[-1] else torch.zeros_like(self._h)
+        """What one of the block's outputs adds for tokens that skip, [tokens, hidden], 0 for the others.
 
-    def _stand_in(self, block: Block) -> Tensor:
-        """What tokens that skip add, for all tokens [tokens, hidden]; the layer will multiply by `scale`."""
-        s = self._surrogates(block.index, self._h)
-        if s is None:
-            return torch.zeros_like(self._h)
-        return s if block.scale == 1.0 else s / block.scale
+        The last output stands in for all. The layer will multiply by `scale`.
+        """
+        skip = _ALL if self._rows is None else ~torch.as_tensor(self._ran)
+        s = self._surrogates(block.index, self._h[skip]) if module is block.chain[-1] else None
+        found = torch.zeros_like(self._h)
+        if s is not None:
+            found[skip] = s if block.scale == 1.0 else s / block.scale
+        return found
 
     def _count(self, block: Block, skip: Tensor | bool, skipping: int) -> None:
         self._tokens.tell(block.index, skip)

@@ -104,7 +104,8 @@ def test_records_are_bit_for_bit_those_of_two_passes(
     subject: Subject, profile: SkipProfile, dtype: torch.dtype
 ) -> None:
     task = task_of(5)
-    model = copy.deepcopy(subject.loaded.model).to(dtype)
+    model: Any = copy.deepcopy(subject.loaded.model)
+    model.to(dtype)
     loaded = LoadedModel(model=model, tokenizer=subject.loaded.tokenizer, name="tiny", revision=None)
     subject = Subject(loaded, locate(model), chat_template=False)
     with subject.full_passes.kept():
