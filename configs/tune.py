@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from skipcal.configs.names import FITTED
+from skipcal.configs.names import DAMAGE, FITTED
 from skipcal.configs.run import CalibrationSettings, PositiveInt, load_settings
 from skipcal.errors import asking
 
-RULES = ("gate", "cosine", "static", "static+surrogates", FITTED)
+RULES = ("gate", "cosine", DAMAGE, "static", "static+surrogates", FITTED)
 Positive = Annotated[float, Field(gt=0)]
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.recommend import TARGET_STEP
-from skipcal.configs.names import FITTED
+from skipcal.configs.names import DAMAGE, FITTED
 from skipcal.configs.sweep import PerplexitySettings
 from skipcal.configs.tune import RULES, TuneConfig
 from skipcal.core.chosen_ffns import ChosenFFNs
@@ -146,17 +146,19 @@ class _Tuner:
         self._rules = self._chosen_rules()
 
     def _chosen_rules(self) -> list[str]:
-        lacking: dict[str, str] = {}
+        lacking: dict[str, tuple[str, str]] = {}  # by rule: what it needs, and the command that makes it
         if self._profile.gate is None:
-            lacking |= dict.fromkeys(("gate", "static+surrogates"), "a gate, which this profile lacks")
+            lacking |= dict.fromkeys(("gate", "static+surrogates"), ("a gate", "skipcal fit"))
         if self._profile.fixed_sets is None:
-            lacking[FITTED] = "fitted sets, which this profile lacks"
+            lacking[FITTED] = ("fitted sets", "skipcal fit --method static")
+        if self._profile.damage_rule is None:
+            lacking[DAMAGE] = ("the losses of single FFNs", "skipcal profile --by-damage")
         if self._config.rules is None:
             return [rule for rule in RULES if rule not in lacking]
         for rule in self._config.rules:
             if rule in lacking:
-                how = " --method static" if rule == FITTED else ""
-                raise ConfigError(f"rule {rule} needs {lacking[rule]}; run: skipcal fit{how}")
+                what, command = lacking[rule]
+                raise ConfigError(f"rule {rule} needs {what}, which this profile lacks; run: {command}")
         return self._config.rules
 
     def measured(self) -> tuple[list[TunedPoint], list[Settings | None]]:
@@ -191,6 +193,8 @@ class _Tuner:
                 own = self._profile.cosine_policy.max_skips
                 for bound in dict.fromkeys([own, *self._config.max_skips]):
                     yield self._cosine(warm_up, bound)
+            elif rule == DAMAGE:
+                yield self._damage(warm_up)
             elif rule == FITTED:
                 yield self._fitted(warm_up)
             else:
@@ -213,6 +217,13 @@ class _Tuner:
         for point in sorted(self._profile.operating_points, key=lambda p: p.target_skip_ratio):
             policy = replace(base, threshold=point.threshold)
             yield Candidate(line, policy, policy)
+
+    def _damage(self, warm_up: int) -> Iterator[Candidate]:
+        found = self._profile.damage_rule
+        assert found is not None
+        for point in sorted(found.operating_points, key=lambda p: p.target_skip_ratio):
+            policy = replace(found.policy, threshold=point.threshold, warm_up_tokens=warm_up)
+            yield Candidate(DAMAGE, policy, policy)
 
     def _static(self, warm_up: int, *, surrogates: bool) -> Iterator[Candidate]:
         layers = self._profile.model.num_layers

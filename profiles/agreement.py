@@ -63,11 +63,17 @@ def _policy(profile: ProfileData) -> None:
                 raise ValueError("policy.surrogates: expected a set of policy.layers among fixed_sets")
         elif policy.surrogates and (gate is None or not set(policy.layers) <= set(gate.layers)):
             raise ValueError("policy.surrogates: expected a gate with a surrogate for each of policy.layers")
-    if profile.paper_policy is None and not isinstance(policy, SkipPolicy):
-        raise ValueError("paper_policy: expected an entry beside a policy of another rule than 'cosine'")
+    weighed = isinstance(policy, SkipPolicy) and policy.tolerances is not None
+    if weighed and profile.damage_rule is None:
+        raise ValueError("damage_rule: expected an entry beside a policy with tolerances")
+    if profile.paper_policy is None and (weighed or not isinstance(policy, SkipPolicy)):
+        raise ValueError("paper_policy: expected an entry beside a policy other than the paper's rule")
+    if profile.paper_policy is not None and profile.paper_policy.tolerances is not None:
+        raise ValueError("paper_policy.tolerances: expected none")
     for name, cosine in (("policy", policy), ("paper_policy", profile.paper_policy)):
-        if isinstance(cosine, SkipPolicy) and cosine.tolerances is not None:
-            raise ValueError(f"{name}.tolerances: expected none; a rule with tolerances is in damage_rule")
+        tolerances = cosine.tolerances if isinstance(cosine, SkipPolicy) else None
+        if tolerances is not None and len(tolerances) != count:
+            raise ValueError(f"{name}.tolerances: expected {count} (model.num_layers), got {len(tolerances)}")
         if isinstance(cosine, SkipPolicy) and cosine.cold_e > count:
             raise ValueError(
                 f"{name}.cold_e: expected at most {count} (model.num_layers), got {cosine.cold_e}"

@@ -7,6 +7,7 @@ file is refused with the field, its value and what was expected.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -22,6 +23,7 @@ from skipcal.profiles.parts import (
     DamageRule,
     Environment,
     GateInfo,
+    GatePoint,
     GateSettings,
     LayerStatistics,
     List,
@@ -56,7 +58,7 @@ class ProfileData(BaseModel):
     gate:             a fitted gate with operating points of its own; its tensors are in a file beside
                       this one.
     tuning:           a search for the policy within a budget, and all it measured.
-    paper_policy:     the policy of the rule `cosine`, where `policy` is of another.
+    paper_policy:     the paper's rule, where `policy` is another.
     fixed_sets:       sets of FFNs with surrogates of their own, in a second file beside this one.
     damage_rule:      the rule `cosine` with layers weighed by damage, with operating points of its own.
     """
@@ -100,11 +102,22 @@ class ProfileData(BaseModel):
 
     @property
     def cosine_policy(self) -> SkipPolicy:
-        """The paper's rule: the policy, or what it was before a gate was fitted."""
-        if isinstance(self.policy, SkipPolicy):
+        """The paper's rule: the policy, or what it was before another was fitted or chosen."""
+        if isinstance(self.policy, SkipPolicy) and self.policy.tolerances is None:
             return self.policy
         assert self.paper_policy is not None
         return self.paper_policy
+
+    @property
+    def points_of_policy(self) -> Sequence[OperatingPoint | GatePoint]:
+        """The operating points of the rule that the policy is of; a fixed set has none."""
+        if isinstance(self.policy, GateSettings):
+            return self.gate.operating_points if self.gate is not None else []
+        if isinstance(self.policy, StaticSettings):
+            return []
+        if self.policy.tolerances is None:
+            return self.operating_points
+        return self.damage_rule.operating_points if self.damage_rule is not None else []
 
     def tensors(self) -> GateTensors:
         """Gate and surrogates, read once. Raises as `gate_policy` says."""

@@ -8,7 +8,6 @@ share of weight bytes beside it, for a layer is more than its FFN.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +21,7 @@ from skipcal.core.policy import FULL_MODEL_THRESHOLD, Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.core.whole_layers import ShortGPT, SkipDecode
 from skipcal.errors import ConfigError, TargetOutOfReach, suggestion
-from skipcal.profiles.parts import GatePoint, GateSettings, OperatingPoint, StaticSettings
+from skipcal.profiles.parts import StaticSettings
 from skipcal.profiles.policies import whole_number
 from skipcal.profiles.schema import SkipProfile
 
@@ -110,10 +109,7 @@ def recommended_ratio(profile: SkipProfile) -> float:
     """Target skip ratio of the operating point that the profile's policy is at."""
     if isinstance(profile.policy, StaticSettings):
         return len(profile.policy.layers) / profile.model.num_layers
-    at = profile.policy.threshold
-    points: Sequence[OperatingPoint | GatePoint] = profile.operating_points
-    if isinstance(profile.policy, GateSettings) and profile.gate is not None:
-        points = profile.gate.operating_points
+    at, points = profile.policy.threshold, profile.points_of_policy
     if not points:
         raise TargetOutOfReach("the profile has no operating point; give --target-skip-ratio")
     return min(points, key=lambda point: abs(point.threshold - at)).target_skip_ratio

@@ -349,7 +349,7 @@ class Budget(Part):
 class TunedPoint(Part):
     """A policy measured teacher-forced over windows of text.
 
-    line:        whose curve it is on. rule: gate, cosine, static, static+surrogates, static+fitted or random.
+    line:        whose curve it is on. rule: one of skipcal.configs.tune.RULES, or random.
     kl:          to the full model, nats per decoded token, those of the warm-up included.
     excess_nll:  loss over the full model's, the same. `_low`, `_high`: 95 % bootstrap interval over windows.
     ideal_speed_up: over the full model if time were bytes read, past the warm-up, of the `requests` in the

@@ -37,7 +37,13 @@ class ProfilePolicies(ProfileData):
                     f"{len(self.policy.layers)} FFNs; leave the ratio out, or tune again with another budget"
                 )
             return self.static_policy(self.policy)
-        return self.cosine_policy_for(target_skip_ratio)
+        if self.policy.tolerances is None:
+            return self.cosine_policy_for(target_skip_ratio)
+        if target_skip_ratio is None:
+            return self.policy
+        # A search may have chosen another warm-up than the profile's.
+        damage = self.damage_policy(target_skip_ratio)
+        return replace(damage, warm_up_tokens=self.policy.warm_up_tokens)
 
     def cosine_policy_for(self, target_skip_ratio: float | None = None) -> SkipPolicy:
         """The paper's rule at a skip ratio; see `policy_for`."""

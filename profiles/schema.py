@@ -220,7 +220,8 @@ class SkipProfile(ProfilePolicies):
 
     def with_tuning(self, tuning: Tuning, policy: SkipPolicy | GateSettings | StaticSettings) -> Self:
         """This profile with the policy that a search has chosen."""
-        paper = None if isinstance(policy, SkipPolicy) else self.cosine_policy
+        is_paper = isinstance(policy, SkipPolicy) and policy.tolerances is None
+        paper = None if is_paper else self.cosine_policy
         return self.model_copy(update={"tuning": tuning, "policy": policy, "paper_policy": paper})
 
     # Use

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 
 from skipcal.configs.names import DAMAGE
-from skipcal.core.policy import SkipPolicy
 from skipcal.files.reading import printable
 from skipcal.profiles.data import ProfileData
 from skipcal.profiles.parts import (
@@ -28,7 +27,7 @@ def summarize(profile: ProfileData, *, by_layer: bool = False) -> str:
         parts.append(_layers(profile))
     parts += [_points(profile), *(_warning(text) for text in profile.regions.warnings)]
     if profile.damage_rule is not None:
-        parts.append(_damage_rule(profile.damage_rule))
+        parts.append(_damage_rule(profile, profile.damage_rule))
     if profile.gate is not None:
         parts += [_gate(profile), _gate_points(profile)]
     if profile.fixed_sets is not None:
@@ -100,7 +99,7 @@ def _points(profile: ProfileData) -> str:
     return "\n".join(lines)
 
 
-def _damage_rule(rule: DamageRule) -> str:
+def _damage_rule(profile: ProfileData, rule: DamageRule) -> str:
     """What each FFN alone loses, and thresholds of the method that weighs layers by it."""
     losses = ", ".join(f"{loss:.3f}" for loss in rule.excess_nll)
     what = f"skipping one FFN alone loses, by layer, in nats/token over {rule.tokens:,} tokens: {losses}"
@@ -109,7 +108,7 @@ def _damage_rule(rule: DamageRule) -> str:
     for point in rule.operating_points:
         lines.append(
             f"{point.target_skip_ratio:<12.2f}{point.threshold:>10.6f}{point.predicted_skip_ratio:>11.3f}"
-            f"{ratio(point.realised_skip_ratio):>10}"
+            f"{ratio(point.realised_skip_ratio):>10}{'  <- policy' if is_policy(profile, point) else ''}"
         )
     return "\n".join(lines)
 
@@ -232,8 +231,8 @@ def _gate_points(profile: ProfileData) -> str:
 
 def is_policy(profile: ProfileData, point: OperatingPoint | GatePoint) -> bool:
     """Whether the profile's policy is of the point's rule and has its threshold."""
-    rule = GateSettings if isinstance(point, GatePoint) else SkipPolicy
-    return isinstance(profile.policy, rule) and profile.policy.threshold == point.threshold
+    own = any(point is one for one in profile.points_of_policy)
+    return own and getattr(profile.policy, "threshold", None) == point.threshold
 
 
 def ranges(layers: list[int]) -> str:

@@ -54,7 +54,7 @@ def key_facts(profile: SkipProfile) -> Facts:
     fit = "-" if regions.fit_r2 is None else f"{regions.fit_r2:.4f}"
     rho = "-" if regions.monotonicity is None else f"{regions.monotonicity:.2f}"
     facts.append(("fit of the curve", f"R² {fit}, Spearman's rho of the middle {rho} ({regions.method})"))
-    if not isinstance(profile.policy, type(cosine)):
+    if profile.policy is not cosine:
         facts.append(("the paper's rule", f"cosine, threshold {cosine.threshold:.6f}, not the policy"))
     return facts
 
@@ -70,6 +70,9 @@ def policy_words(profile: SkipProfile) -> str:
         return f"fixed set: layers {ranges(policy.layers)}, {stead[policy.surrogates]}"
     if policy.method == "full":
         return "the full model: nothing is skipped"
+    if policy.tolerances is not None:
+        bound = "" if policy.max_skips is None else f", at most {policy.max_skips} FFNs in a row"
+        return f"rule cosine, threshold {policy.threshold:.6f}, layers weighed by damage{bound}"
     bound = "" if policy.max_skips is None else f", at most {policy.max_skips} FFNs a token"
     return f"rule cosine, threshold {policy.threshold:.6f}{bound}"
 
@@ -78,9 +81,7 @@ def _skips(profile: SkipProfile) -> str:
     """The realised ratio of the point that the policy is at."""
     if isinstance(profile.policy, SkipPolicy) and profile.policy.method == "full":
         return "nothing"
-    points: list[OperatingPoint | GatePoint] = [*profile.operating_points]
-    points += profile.gate.operating_points if profile.gate is not None else []
-    for point in points:
+    for point in profile.points_of_policy:
         if is_policy(profile, point):
             found = point.realised_skip_ratio
             told = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from skipcal.core.policy import SkipPolicy
 from skipcal.errors import ConfigError, TargetOutOfReach
 from skipcal.evaluation.tune import _marked, choose, meets, tune_profile
 from skipcal.plots.pareto import plot_pareto
-from skipcal.profiles.parts import Budget, GateSettings, StaticSettings, TunedPoint
+from skipcal.profiles.parts import (
+    Budget,
+    DamageRule,
+    GateSettings,
+    OperatingPoint,
+    StaticSettings,
+    TunedPoint,
+)
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.summary import tuning_table
 from skipcal.runtime.session import skipping
@@ -231,6 +239,41 @@ def test_rules_that_need_a_gate_are_refused_without_one(
     config = TuneConfig(data_files=[str(worded_text)], prompt_tokens=24, max_kl=0.1, rules=["gate"])
     with pytest.raises(ConfigError, match="needs a gate"):
         tune_profile(worded, worded_profile, config)
+
+
+def test_the_rule_by_damage_is_followed_and_can_be_chosen(
+    worded: LoadedModel, worded_profile: SkipProfile, worded_text: Path
+) -> None:
+    """Its own points, at the warm-ups asked for; the paper's rule stays what it was."""
+    config = TuneConfig(
+        data_files=[str(worded_text)], prompts=6, prompt_tokens=24, max_kl=50.0, warm_up_tokens=[2, 6],
+        rules=["ffn-skip+damage"],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="which this profile lacks; run: skipcal profile --by-damage"):
+        tune_profile(worded, worded_profile, config)
+    layers = worded_profile.model.num_layers
+    policy = SkipPolicy(
+        cold_s=1, cold_e=layers - 1, threshold=2.0, max_skips=2, tolerances=(1.0, 3.0) * (layers // 2)
+    )
+    points = [
+        OperatingPoint(target_skip_ratio=at, threshold=threshold, predicted_skip_ratio=at,
+                       realised_skip_ratio=at)
+        for at, threshold in ((0.1, 0.99), (0.3, 0.5))
+    ]  # fmt: skip
+    rule = DamageRule(excess_nll=[0.1] * layers, tokens=5, policy=policy, operating_points=points)
+    weighed = worded_profile.model_copy(update={"damage_rule": rule})
+    found = tune_profile(worded, weighed, config)
+    assert found.tuning is not None
+    own = [p for p in found.tuning.points if p.rule == "ffn-skip+damage"]
+    assert [(p.threshold, p.max_skips, p.warm_up_tokens) for p in own] == [
+        (0.99, 2, 2), (0.5, 2, 2), (0.99, 2, 6), (0.5, 2, 6)
+    ]  # fmt: skip
+    chosen = found.tuning.points[found.tuning.chosen]
+    assert chosen.skip_ratio_all == max(p.skip_ratio_all for p in own) > 0
+    assert found.policy == replace(policy, threshold=0.5, warm_up_tokens=2) == found.policy_for()
+    assert found.cosine_policy == worded_profile.cosine_policy
+    again = SkipProfile.model_validate_json(found.to_json())
+    assert again.policy == found.policy
 
 
 def test_a_search_without_a_budget_is_refused() -> None:

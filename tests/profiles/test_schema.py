@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from documents import LAYERS, document, write
 
 from skipcal.arch.check import tiny_model
 from skipcal.arch.loading import fingerprint
+from skipcal.core.policy import SkipPolicy
 from skipcal.errors import (
     ConfigError,
     OutputExists,
@@ -21,8 +23,10 @@ from skipcal.errors import (
     TargetOutOfReach,
 )
 from skipcal.files.writing import dump_json
+from skipcal.profiles.methods import Ask, make_policy, recommended_ratio
 from skipcal.profiles.schema import SkipProfile
 from skipcal.profiles.sources import shipped_profiles
+from skipcal.profiles.summary import summarize
 
 
 @pytest.fixture
@@ -253,15 +257,42 @@ def test_a_rule_by_damage_has_thresholds_of_its_own(tmp_path: Path, profile: Ski
         profile.damage_policy(0.1)
 
 
+def weighed(tolerances: list[float] | None = None, **changes: Any) -> dict[str, Any]:
+    """A document whose policy is that rule, as a search leaves it."""
+    found = by_damage()
+    policy = {**found["damage_rule"]["policy"], "threshold": 0.98, "warm_up_tokens": 3}
+    policy["tolerances"] = tolerances or policy["tolerances"]
+    found |= {"paper_policy": found["policy"], "policy": policy, **changes}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def test_a_rule_by_damage_may_be_the_policy(tmp_path: Path, profile: SkipProfile) -> None:
+    found = SkipProfile.load(write(tmp_path / "weighed.json", weighed()))
+    policy = found.policy_for()
+    assert isinstance(policy, SkipPolicy) and policy.method == "ffn-skip+damage"
+    assert (policy.threshold, policy.warm_up_tokens) == (0.98, 3)
+    assert found.policy_for(0.1) == replace(policy, threshold=0.99)
+    assert found.policy_for(0).method == "full"
+    assert found.cosine_policy == profile.cosine_policy
+    assert make_policy("ffn-skip", found, Ask(target_skip_ratio=0.1, new_tokens=9)).method == "ffn-skip"
+    assert recommended_ratio(found) == 0.2
+    marked = [line for line in summarize(found).splitlines() if "<- policy" in line]
+    assert [line.split()[:2] for line in marked] == [["0.20", "0.980000"]]
+    assert SkipProfile.load(write(tmp_path / "again.json", json.loads(found.to_json()))) == found
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (by_damage(excess_nll=[0.5]), "damage_rule.excess_nll: expected"),
         (by_damage(policy={"cold_s": 0, "cold_e": 1, "threshold": 1.0}), "damage_rule.policy: expected"),
         (by_damage(tokens=0), "damage_rule.tokens"),
+        (weighed(damage_rule=None), "damage_rule: expected an entry beside a policy with tolerances"),
+        (weighed(paper_policy=None), "paper_policy: expected an entry"),
+        (weighed(tolerances=[1.0]), "policy.tolerances: expected"),
         (
-            {**document(), "policy": {**document()["policy"], "tolerances": [1.0] * LAYERS}},
-            "policy.tolerances",
+            {**by_damage(), "paper_policy": {**by_damage()["damage_rule"]["policy"]}},
+            "paper_policy.tolerances",
         ),
     ],
 )
