@@ -106,8 +106,7 @@ def measured_ratio(
 
     Raises ConfigError when no token came after the warm-up.
     """
-    reports = [report for _, report in task.run(subject, policy, ids, batch_size)]
-    ratio = SkipReport.merged(reports).skip_ratio
+    ratio = SkipReport.merged(list(task.reports(subject, policy, ids, batch_size))).skip_ratio
     if math.isnan(ratio):
         raise ConfigError(
             f"{task.name}: every answer ended within the warm-up of {policy.warm_up_tokens} tokens, so no "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skipcal.arch.limits import check_ids, check_length
 from skipcal.arch.locate import input_device
+from skipcal.calibrate.passes import teacher_forced_report
 from skipcal.configs.sweep import PerplexitySettings
 from skipcal.core.host import Watcher
 from skipcal.core.policy import Policy
@@ -67,11 +68,9 @@ class Perplexity:
         self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """Two passes over each batch: the full model's, unless `subject` kept it, and the policy's."""
-        width = len(next(iter(self.windows.values())))
-        size = max(1, min(batch_size, PASS_TOKENS // width))
         model: Any = subject.loaded.model
         device = input_device(model)
-        for keys in batches(ids, size):
+        for keys in self._batches(ids, batch_size):
             rows = torch.tensor([self.windows[key] for key in keys], device=device)
             with torch.no_grad():
                 full = subject.full_passes.log_probabilities(model, rows, self.prompt_tokens - 1)
@@ -92,6 +91,19 @@ class Perplexity:
                     ],
                     run.report,
                 )
+
+    def reports(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[SkipReport]:
+        """Of passes without a language model's head, which for large vocabularies is most of the work."""
+        groups = ([self.windows[key] for key in keys] for keys in self._batches(ids, batch_size))
+        yield teacher_forced_report(
+            subject.loaded.model, subject.architecture, policy, groups, prompt_tokens=self.prompt_tokens
+        )
+
+    def _batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Sequence[str]]:
+        width = len(next(iter(self.windows.values())))
+        return batches(ids, max(1, min(batch_size, PASS_TOKENS // width)))
 
     def _scores(self, row: Tensor, logits: Tensor, theirs: Tensor) -> Record:
         """Sums over the scored tokens of one window: ids [seq], logits [seq, vocabulary].

@@ -60,6 +60,11 @@ class Task(Protocol):
     ) -> Iterator[tuple[list[Record], SkipReport]]:
         """Records of the items with these ids, batch by batch, each with the report of its batch."""
 
+    def reports(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[SkipReport]:
+        """The reports of `run` over the same items, with nothing scored."""
+
     def metrics(self, record: Record, full: Record) -> Metrics:
         """What a record contributes; `full` is the full model's record of the same item."""
 
@@ -114,6 +119,12 @@ class AnsweredTask(ABC, Generic[Item]):
             subject, policy, prompts, new_tokens=self.new_tokens, batch_size=batch_size
         ):
             yield [self.record(answer) for answer in group], report
+
+    def reports(
+        self, subject: Subject, policy: Policy, ids: Sequence[str], batch_size: int
+    ) -> Iterator[SkipReport]:
+        """To score an answer is little beside decoding it."""
+        return (report for _, report in self.run(subject, policy, ids, batch_size))
 
     def record(self, answer: Answer) -> Record:
         """The record of one answer."""

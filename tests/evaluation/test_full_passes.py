@@ -13,6 +13,7 @@ from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import locate
 from skipcal.configs.sweep import SweepConfig
 from skipcal.core.policy import Policy
+from skipcal.core.report import SkipReport
 from skipcal.evaluation import full_passes
 from skipcal.evaluation.sweep import run_sweep
 from skipcal.evaluation.tasks.answers import Subject
@@ -204,3 +205,17 @@ def test_a_sweep_writes_the_same_records_with_one_full_pass_a_batch(
         written.append({p.name: p.read_text() for p in sorted(folder.rglob("*.jsonl"))})
     assert written[0] == written[1] and len(written[0]) == 2 * 4
     assert counts == [3 * (2 * 4 + 1), 3 * (2 * 4 + 2 * 4)]
+
+
+def test_reports_are_those_of_the_scored_passes_without_a_head(
+    subject: Subject, profile: SkipProfile, passes: list[int]
+) -> None:
+    """Matching a threshold asks for ratios alone; nothing is predicted for that."""
+    task = task_of(5)
+    for policy in policies(profile):
+        scored = SkipReport.merged([report for _, report in task.run(subject, policy, task.ids, 2)])
+        passes.clear()
+        alone = SkipReport.merged(list(task.reports(subject, policy, task.ids, 2)))
+        assert passes == []
+        assert alone.counts() == scored.counts()
+        assert alone.skipped_blocks > 0 or policy.method == "full"
