@@ -1,14 +1,15 @@
-"""Tables of docs/, made from results/*.json.
+"""Tables of docs/, made from results/.
 
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
 
-A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; kinds are speed, fit and kernels.
+A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; kinds are speed, fit, kernels and ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -21,12 +22,12 @@ from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu", "three-models")]
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>speed|fit|kernels): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
+    r"(<!-- (?P<kind>speed|fit|kernels|ratios): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
 )
 # Others are called as their results up to the last underscore.
-SCRIPTS = {"fit_cost": "fit_cost.py", "ops_sm90": "ops_sm90.py", "gpu_decode": "gpu_visit measure"}
+SCRIPTS = {"equal_ratios": "three_models.py", "fit_cost": "fit_cost.py", "ops_sm90": "ops_sm90.py", "gpu_decode": "gpu_visit measure"}
 
 
 def updated(text: str, results: Path) -> str:
@@ -34,13 +35,16 @@ def updated(text: str, results: Path) -> str:
 
     def table(block: re.Match[str]) -> str:
         name = block["name"]
-        path = results / f"{name}.json"
+        path = results / (f"{name}/results.csv" if block["kind"] == "ratios" else f"{name}.json")
         if not path.exists():
             stem = name.rpartition("_")[0]
             script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
             body = f"Not measured yet: `python benchmarks/{script}`."
         elif block["kind"] == "speed":
             body = to_markdown(load_result(path))
+        elif block["kind"] == "ratios":
+            with path.open(encoding="utf-8", newline="") as file:
+                body = ratio_table(list(csv.DictReader(file)))
         else:
             make = fit_table if block["kind"] == "fit" else kernel_table
             body = make(json.loads(path.read_text(encoding="utf-8")))
@@ -108,6 +112,29 @@ def kernel_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ratio_table(rows: list[dict[str, str]]) -> str:
+    """What each method loses at each ratio asked for, with the interval and the ratio that was realised."""
+    losses = {
+        (row["method"], float(row["target_skip_ratio"])): row
+        for row in rows
+        if row["metric"] == "excess_nll" and row["subset"] == "all" and row["method"] != "full"
+    }
+    targets = sorted({target for _, target in losses})
+    lines = [
+        f"| method | {' | '.join(f'{target:.2f}' for target in targets)} |",
+        f"| --- |{' --- |' * len(targets)}",
+    ]
+    for method in dict.fromkeys(method for method, _ in losses):
+        cells = []
+        for target in targets:
+            row = losses[method, target]
+            value, low, high = (float(row[name]) for name in ("value", "ci_low", "ci_high"))
+            realised = float(row["realised_skip_ratio"])
+            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}) at {realised:.3f}")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
@@ -115,7 +142,7 @@ def _duration(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is old")
-    parser.add_argument("--page", type=Path, action="append", help="default: speed, gate and gpu in docs/")
+    parser.add_argument("--page", type=Path, action="append", help="default: all in docs/ that have tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     for page in options.page or PAGES:

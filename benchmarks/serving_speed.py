@@ -60,16 +60,16 @@ def policies(profile: SkipProfile) -> dict[str, Policy]:
 class Arms:
     """vLLM and transformers on the same prompts; each arm decodes a batch and says how long it took."""
 
-    def __init__(self, new_tokens: int) -> None:
+    def __init__(self, new_tokens: int, dtype: str = "float32") -> None:
         from vllm import LLM
 
         self._new = new_tokens
         self._profile = SkipProfile.load(PROFILE)
         self._policies = policies(self._profile)
-        self._model = load_model(dtype="float32")
+        self._model = load_model(dtype=dtype)
         self._rows = [self._model.tokenizer(text).input_ids for text in PROMPTS]
         self._llm = LLM(
-            str(embedded_model_folder()), dtype="float32", enforce_eager=True, enable_prefix_caching=False,
+            str(embedded_model_folder()), dtype=dtype, enforce_eager=True, enable_prefix_caching=False,
             skip_tokenizer_init=True, max_model_len=512, max_num_seqs=max(BATCHES), async_scheduling=False,
         )  # fmt: skip
         self.counts: dict[tuple[int, str], dict[str, Any]] = {}
