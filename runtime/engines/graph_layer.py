@@ -3,16 +3,16 @@
     norm, q, k, v | rotary embedding, cache | attention, its splits | o, residual | gate, up | down, residual
 
 and what the rule asks. Layers as Llama's can be run so: two RMSNorms, plain linears, a rotary embedding
-of halves, with or without biases and norms of the heads. Where q, k and v are one matrix, as in Phi-3, they
-are taken as its rows; where a layer does not turn by positions, as some of SmolLM3, nothing is turned. The
-same launches are made whoever skips.
+of halves, of pairs or, as in some layers of SmolLM3, none, with or without biases and norms of the heads.
+Where q, k and v are one matrix, as in Phi-3, they are taken as its rows. The same launches are made whoever
+skips.
 It stands on the layer as its `forward` while a step runs, so that hooks on the layer are called.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from skipcal.runtime.engines.step_proof import added_error
 # What q, k, v and o are called; three in one matrix stand in it one below the other.
 _LINEARS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
 _HEAD_NORMS = {"q_norm", "k_norm"}
+Turns = Literal["halves", "pairs", "nothing"]
 _PROOF_TOKENS = 3  # in the cache before the token by which a layer is tried
 # Of what a layer adds, and of its keys and values. The noise is 0.009 in half precision at most, by
 # tests/step_proof.json.
@@ -44,8 +45,8 @@ _LIMIT = 2e-2
 class AttentionWeights:
     """norm: [hidden]; q, k, v: [heads * head_dim, hidden]; o: [hidden, heads * head_dim]; all contiguous.
 
-    biases: of q, k, v; o_bias: of o; None: they have none. scale: of the scores. turns: heads are turned by
-    the token's position.
+    biases: of q, k, v; o_bias: of o; None: they have none. scale: of the scores. turns: what the token's
+    position turns of a head.
     """
 
     norm: Tensor
@@ -58,7 +59,7 @@ class AttentionWeights:
     o_bias: Tensor | None
     head_norms: HeadNorms | None
     scale: float
-    turns: bool = True
+    turns: Turns = "halves"
 
 
 class FusedLayer:
@@ -123,8 +124,9 @@ class FusedLayer:
             norm=weights.norm,
             eps=weights.eps,
         )
-        cos, sin = (t[:, 0] if weights.turns else t[:, 0, :0] for t in positions)
-        q = rotary_cache(qkv, cos, sin, place, keys, values, norms=weights.head_norms)
+        cos, sin = (t[:, 0, :0] if weights.turns == "nothing" else t[:, 0] for t in positions)
+        pairs = weights.turns == "pairs"
+        q = rotary_cache(qkv, cos, sin, place, keys, values, norms=weights.head_norms, pairs=pairs)
         a = self._sight.attend(q, keys, values, scale=weights.scale)
         biases = None if weights.o_bias is None else (weights.o_bias,)
         return project(a.view(len(stream), -1), (weights.o,), biases=biases, residual=stream)
@@ -160,11 +162,14 @@ def attention_weights(block: Block, weights: FFNWeights, rotary: Any, rows: int)
     tensors = [norm.weight, *(t for linear in linears for t in linear.parameters())]
     if any(not t.is_contiguous() or t.dtype != weights.gate.dtype for t in tensors):
         return f"the weights of {type(attention).__name__} are not all of one dtype and contiguous"
-    wrong = _unlike(block, found, weights, rotary, rows)
-    still = replace(found, turns=False)
-    if wrong is not None and _unlike(block, still, weights, rotary, rows) is None:
-        return still
-    return wrong or found
+    wrong: list[str] = []
+    for turns in get_args(Turns):  # no name tells it
+        tried = replace(found, turns=turns)
+        why = _unlike(block, tried, weights, rotary, rows)
+        if why is None:
+            return tried
+        wrong.append(why)
+    return wrong[0]
 
 
 def _is_attention_and_ffn(block: Block) -> bool:

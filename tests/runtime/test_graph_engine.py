@@ -176,6 +176,8 @@ PARTLY_TURNED = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_
         ("phi3", {"rope_parameters": PARTLY_TURNED}),  # as in Phi-4-mini
         ("phi3", {"num_key_value_heads": 4, "resid_pdrop": 0.1}),
         ("smollm3", {}),  # each fourth layer does not turn its heads
+        ("ernie4_5", {}),  # elements side by side turn together
+        ("glm", {}),  # so they do, and one matrix holds gate and up alone
     ],
 )
 def test_families_like_llama_are_fused(model_type: str, overrides: dict[str, Any], rows: int) -> None:
