@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from skipcal.ops import decode_attention as attention
 from skipcal.ops import ffn
+from skipcal.ops.settings import DEFAULTS, Settings, row_class
 from skipcal.speed.hardware import copy_bandwidth
 
 _COLD_BYTES = 3 * 2**28  # of all sets together: several times any L2
 _REPLAYS, _LAUNCHES = 9, 48
 _MOST_ERROR = 1e-2  # of results in bfloat16
-Half = tuple[int, int, int, int]
-# Rows of W and columns of W a block, warps, stages.
-ONE_ROW: dict[str, list[Half]] = {
+# Other settings of one row, and of several.
+ONE_ROW = {
     "gate_up": [(4, 1024, 4, 2), (4, 1024, 4, 3), (4, 512, 4, 3), (2, 1024, 4, 3), (8, 512, 4, 2),
                 (8, 1024, 8, 2), (4, 2048, 8, 1)],
     "down": [(4, 1024, 4, 2), (4, 1024, 4, 3), (4, 1024, 4, 4), (4, 512, 4, 4), (2, 1024, 4, 4),
              (8, 512, 4, 3), (4, 2048, 8, 3)],
 }  # fmt: skip
-SOME_ROWS: dict[str, list[Half]] = {
+SOME_ROWS = {
     "gate_up": [(16, 128, 4, 4), (32, 128, 4, 4), (32, 64, 4, 4), (64, 64, 4, 4), (32, 256, 8, 3)],
     "down": [(16, 128, 4, 4), (16, 256, 4, 4), (16, 256, 8, 3), (32, 128, 4, 4), (32, 256, 8, 3)],
 }
@@ -45,9 +45,9 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
     h = torch.randn(rows, hidden, device=device).to(dtype)
     runs, skips = (torch.full((rows,), value, dtype=torch.bool, device=device) for value in (False, True))
     error = _error(ffn.ffn(h, runs, sets[0])[0], ffn.reference(h, runs, sets[0])[0])
-    table: Any = ffn.ONE_ROW if rows == 1 else ffn.SOME_ROWS
+    table = {part: DEFAULTS[part][row_class(rows)] for part in ("gate_up", "down")}
 
-    def timed(skip: Tensor, settings: ffn.Settings = table) -> dict[str, Any]:
+    def timed(skip: Tensor, settings: Mapping[str, Settings] = table) -> dict[str, Any]:
         launches = [partial(ffn.ffn, h, skip, weights, settings=settings) for weights in sets]
         return _timed(visit, launches, nbytes, copied)
 
@@ -63,7 +63,7 @@ def ffns(visit: Visit, *, rows: int, hidden: int, width: int) -> Iterator[dict[s
     for part, others in (ONE_ROW if rows == 1 else SOME_ROWS).items():
         for settings in others if visit.on_gpu else others[:1]:
             try:
-                taken = timed(runs, {**table, part: settings})
+                taken = timed(runs, {**table, part: Settings(*settings)})
             except Exception as failed:  # one that does not fit the chip is a finding
                 taken = {"failed": str(failed)[:200]}
             tried[part].append({"settings": list(settings), **taken})

@@ -9,6 +9,7 @@ import torch
 from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, TOLERANCES, assert_engines_agree, counts, generated, policies
 from gated import random_map
+from interpreted import small_blocks
 from sessions import Heard
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -21,7 +22,6 @@ from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.ops import decode_attention as attention
-from skipcal.ops import ffn, project
 from skipcal.ops.decode_attention import decode_attention
 from skipcal.runtime.engines import graph_attention, graph_ffn, graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
@@ -282,8 +282,7 @@ def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(attention, "_BLOCK", 4)  # then more than one split has slots
         monkeypatch.setattr(attention, "_PROGRAMS", 12)
-    monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
-    monkeypatch.setattr(project, "ONE_ROW", (16, 64, 4, 1))
+    small_blocks(monkeypatch)
     model = lively("llama", num_hidden_layers=2)
     few = SkipPolicy(cold_s=0, cold_e=2, threshold=-1.0, warm_up_tokens=0)
     for rows in (ROWS[:1], ROWS[:2]):
