@@ -23,6 +23,7 @@ from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.ops import decode_attention as attention
 from skipcal.ops.decode_attention import decode_attention
+from skipcal.ops.ffn import FFNWeights
 from skipcal.runtime.engines import graph_attention, graph_ffn, graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.session import skipping
@@ -191,7 +192,7 @@ def test_rows_of_one_matrix_are_not_copied() -> None:
     found = locate(attentive(lively("phi3")))
     block, rotary = found.blocks[0], found.stack.rotary_emb
     weights = graph_ffn.fused_weights(block, 1)
-    assert isinstance(weights, graph_ffn.FFNWeights)
+    assert isinstance(weights, FFNWeights)
     attention = graph_layer.attention_weights(block, weights, rotary, 1)
     assert isinstance(attention, graph_layer.AttentionWeights)
     layer: Any = block.layer
