@@ -169,7 +169,7 @@ def _replayed(graph: torch.cuda.CUDAGraph, launches: int) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3 / launches
+    return float(start.elapsed_time(end)) * 1e3 / launches
 
 
 def _best(now: dict[str, float], skipped_us: float, tried: dict[str, list[dict[str, Any]]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ class Part:
     """One launch, once for each of several sets of weights. expected: what the first has to give."""
 
     launch: Launch
-    runs: list[Callable[[Settings], Tensor]]
+    runs: Sequence[Callable[[Settings], Tensor]]
     expected: Tensor
 
 
