@@ -32,10 +32,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from skipcal.ops import settings
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Of compute capability 9.0: CUDA C++ programming guide, table of technical specifications. SMs of an
 # H100 SXM or H200; of shared memory each block takes 1 KB for the system.
 SMS, WARPS, BLOCKS, REGISTERS, SHARED_BYTES, SHARED_SYSTEM_BYTES = 132, 64, 32, 65536, 233472, 1024
+H100 = settings.Chip("NVIDIA H100 80GB HBM3", SHARED_BYTES - SHARED_SYSTEM_BYTES)
 _LOOP_PASSES = 3  # so that what one pass loads for the pass after next is seen
 
 
@@ -70,8 +73,8 @@ class Usage:
 
     @property
     def in_flight_bytes(self) -> int:
-        """An SM's outstanding loads, of as many blocks as it is given."""
-        return min(self.resident, -(-self.programs // SMS)) * self.block_in_flight_bytes
+        """An SM's outstanding loads, of as many blocks as it is given on average."""
+        return round(min(self.resident, self.programs / SMS) * self.block_in_flight_bytes)
 
 
 class _NoDevice:
@@ -103,6 +106,7 @@ def without_device(ops: Iterable[ModuleType]) -> Iterator[list[Usage]]:
     triton.runtime.driver.set_active(_NoDevice())
     with ExitStack() as patches:
         patches.enter_context(patch.object(JITFunction, "run", compile_only))
+        patches.enter_context(patch.object(settings, "chip", lambda device: H100))
         for op in ops:
             patches.enter_context(patch.object(op, "runs_kernels", lambda tensor: True))
         yield noted

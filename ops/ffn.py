@@ -20,16 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipcal.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, padded, runs_kernels, tl
+from skipcal.ops.settings import Settings, row_class, settings_for
 
 MAX_ROWS = 64  # beyond, an accumulator of one block no longer fits the registers of a block
-# By kernel: rows of W a block has, columns of W it takes at a time, warps, pipeline stages. With n stages
-# n - 1 tiles of rows x columns are on their way. What that makes of an SM's outstanding bytes is in
-# benchmarks/results/ops_sm90.json; one row with one stage had 45 and 26 KiB. On an H100 one
-# row of 4096 x 11008 streams at 95 % of copy bandwidth by them, eight at 87 % (gpu_check.json).
-Settings = Mapping[str, tuple[int, int, int, int]]
-ONE_ROW: Settings = {"gate_up": (4, 1024, 4, 3), "down": (4, 1024, 4, 3)}
-SOME_ROWS: Settings = {"gate_up": (32, 128, 4, 3), "down": (16, 256, 4, 5)}
 
 
 @dataclass(frozen=True)
@@ -53,21 +47,21 @@ def ffn(
     *,
     x: Tensor | None = None,
     adds: bool = False,
-    settings: Settings | None = None,
+    settings: Mapping[str, Settings] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """f [rows, hidden] in h's dtype, and sums [parts, 3, rows] in float32.
 
     h: [rows, hidden], contiguous. skip: [rows] bool or int8. The sums of a row that skips mean nothing.
     x: [rows, hidden], contiguous, in h's dtype: what the norm makes of h; None: it is made here.
     adds: return h + f instead, which is h in a row that skips.
-    settings: of both kernels, in place of ONE_ROW or SOME_ROWS; parts are as many as `down` has blocks,
-    and of several rows' stages those are taken that fit into shared memory.
+    settings: of `gate_up` and `down`, in place of those of skipcal.ops.settings; parts are as many as `down`
+    has blocks.
     """
     if not runs_kernels(h):
         return reference(h, skip, weights, x=x, adds=adds)
     if len(h) == 1:
-        return _one_row(h, skip, weights, x, adds, settings or ONE_ROW)
-    return _some_rows(h, skip, weights, x, adds, settings or SOME_ROWS)
+        return _one_row(h, skip, weights, x, adds, settings or {})
+    return _some_rows(h, skip, weights, x, adds, settings or {})
 
 
 def reference(
@@ -247,18 +241,23 @@ def _down_some(
 
 
 def _one_row(
-    h: Tensor, skip: Tensor, weights: FFNWeights, x: Tensor | None, adds: bool, settings: Settings
+    h: Tensor,
+    skip: Tensor,
+    weights: FFNWeights,
+    x: Tensor | None,
+    adds: bool,
+    settings: Mapping[str, Settings],
 ) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     flag = skip.view(torch.int8)
     a = h.new_empty(1, width)
-    n, k, warps, stages = settings["gate_up"]
+    n, k, warps, stages = settings_for("gate_up", h, width, given=settings.get("gate_up"))
     _gate_up_one[(-(-width // n),)](
         h if x is None else x, weights.gate if weights.norm is None else weights.norm,
         weights.gate, weights.up, a, flag, weights.eps,
         HIDDEN=hidden, FFN=width, NORMED=x is not None, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    n, k, warps, stages = settings["down"]
+    n, k, warps, stages = settings_for("down", a, hidden, given=settings.get("down"))
     parts = -(-hidden // n)
     y, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
     _down_one[(parts,)](
@@ -269,11 +268,16 @@ def _one_row(
 
 
 def _some_rows(
-    h: Tensor, skip: Tensor, weights: FFNWeights, x: Tensor | None, adds: bool, settings: Settings
+    h: Tensor,
+    skip: Tensor,
+    weights: FFNWeights,
+    x: Tensor | None,
+    adds: bool,
+    settings: Mapping[str, Settings],
 ) -> tuple[Tensor, Tensor]:
     width, hidden = weights.gate.shape
     rows = len(h)
-    width_p = max(DOT_ROWS, padded(rows))
+    width_p = row_class(rows)
     flags = skip.view(torch.int8)
     a = h.new_empty(rows, width)
     if x is None:
@@ -281,15 +285,13 @@ def _some_rows(
         _norm_some[(rows,)](
             h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
         )
-    n, k, warps, stages = settings["gate_up"]
-    stages = min(stages, most_stages((2 * n + width_p) * k * h.element_size()))
+    n, k, warps, stages = settings_for("gate_up", h, width, given=settings.get("gate_up"))
     _gate_up_some[(-(-width // n),)](
         x, weights.gate, weights.up, a, flags,
         HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    n, k, warps, stages = settings["down"]
-    stages = min(stages, most_stages((n + width_p) * k * h.element_size()))
+    n, k, warps, stages = settings_for("down", a, hidden, given=settings.get("down"))
     parts = -(-hidden // n)
     y, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](

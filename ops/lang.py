@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-__all__ = ["DOT_ROWS", "jit", "most_stages", "padded", "runs_kernels", "tl", "triton"]
+__all__ = ["DOT_ROWS", "jit", "padded", "runs_kernels", "tl", "triton"]
 
 DOT_ROWS = 16  # the smallest width of a matrix product
-# What a block's tiles of W and h may take of shared memory: more than 99 KB the smaller GPUs do not have,
-# and of an H100's it leaves room for a second block. Many rows, or float32, get fewer stages by it.
-_PIPELINE_BYTES = 96 * 1024
 
 _HAS_TRITON = find_spec("triton") is not None
 if TYPE_CHECKING or _HAS_TRITON:
@@ -55,8 +52,3 @@ def runs_kernels(tensor: Tensor) -> bool:
 def padded(size: int) -> int:
     """The next power of two, for Triton's blocks have no other sizes."""
     return 1 << (size - 1).bit_length()
-
-
-def most_stages(tile_bytes: int) -> int:
-    """Pipeline stages that fit, at least two: a tile is read while the next ones are on their way."""
-    return 1 + max(1, _PIPELINE_BYTES // tile_bytes)

@@ -15,15 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skipcal.ops.lang import DOT_ROWS, jit, most_stages, padded, runs_kernels, tl
+from skipcal.ops.lang import jit, runs_kernels, tl
 from skipcal.ops.rms_norm import rms_norm
+from skipcal.ops.settings import Settings, row_class, settings_for
 
-# Rows of W a block has, columns of W it takes at a time, warps, pipeline stages; ops_sm90.json has what an SM
-# has outstanding by them. On an H100 the FFN's `down` takes as long by these as by its own (gpu_check.json),
-# by which compilers spill a register at 4096 x 4096.
-Settings = tuple[int, int, int, int]
-ONE_ROW: Settings = (2, 1024, 4, 4)
-SOME_ROWS: Settings = (16, 256, 4, 5)
 _MOST = 3  # matrices
 
 
@@ -35,13 +30,14 @@ def project(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
+    settings: Settings | None = None,
 ) -> Tensor:
     """y [rows, all outputs] in h's dtype.
 
     h: [rows, inputs], contiguous, at most 64 rows. matrices: up to three [outputs, inputs], the second and
     the third of one shape; biases: [outputs] each, or None. norm: [inputs], of an RMSNorm with `eps`, or
     None. residual: [rows, all outputs] or None; what is added to it has been rounded. All of one dtype
-    and contiguous. ValueError: shapes other than these.
+    and contiguous. settings: in place of those of skipcal.ops.settings. ValueError: shapes other than these.
     """
     _check(h, matrices, biases, residual)
     if not runs_kernels(h):
@@ -56,7 +52,7 @@ def project(
         "HAS_BIAS": bool(biases), "HAS_RESIDUAL": residual is not None,
     }  # fmt: skip
     added = y if residual is None else residual
-    n, k, warps, stages = ONE_ROW if rows == 1 else SOME_ROWS
+    n, k, warps, stages = settings_for("project", h, y.shape[1], given=settings)
     grid = (-(-first // n) + (len(matrices) - 1) * -(-other // n),)
     if rows == 1:
         _project_one[grid](
@@ -65,11 +61,9 @@ def project(
         )  # fmt: skip
         return y
     x = h if norm is None else rms_norm(h, norm, eps)
-    width = max(DOT_ROWS, padded(rows))
-    stages = min(stages, most_stages((n + width) * k * h.element_size()))
     _project_some[grid](
         x, *filled, *offsets, added, y, **shape,
-        ROWS=rows, PADDED=width, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+        ROWS=rows, PADDED=row_class(rows), BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
 

@@ -2,7 +2,8 @@
 
     z = x * cos + turn(x) * sin,   turn(x) = (-second half, first half)   of the first `rotary` elements
 
-One launch: a program a row and head. Where heads have RMSNorms of their own, they come first.
+or, as in GLM and ERNIE, turn(x) = (-x1, x0, -x3, x2, ...). One launch: a program a row and head. Where heads
+have RMSNorms of their own, they come first.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ def rotary_cache(
     values: Tensor,
     *,
     norms: HeadNorms | None = None,
+    pairs: bool = False,
 ) -> Tensor:
     """Turned queries [batch, heads, head_dim]; keys and values go to `place` of their caches.
 
     qkv: [batch, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values. cos, sin: [batch or 1,
     rotary], as transformers makes them. place: [1] int64 on the device. keys, values: [batch, kv_heads,
-    slots, head_dim]. All of one dtype; rounded where transformers rounds.
+    slots, head_dim]. All of one dtype; rounded where transformers rounds. pairs: elements that stand side by
+    side turn together, the pair n by the n-th of cos and sin; else the n-th of each half does.
     ValueError: shapes or strides other than these.
     """
     heads = _check(qkv, cos, sin, place, keys, values)
     if not runs_kernels(qkv):
-        return reference(qkv, cos, sin, place, keys, values, norms=norms)
+        return reference(qkv, cos, sin, place, keys, values, norms=norms, pairs=pairs)
     batch, kv_heads, _, head_dim = keys.shape
     q = qkv.new_empty(batch, heads, head_dim)
     of_rows = 0 if len(cos) == 1 else cos.stride(0)
@@ -55,7 +58,7 @@ def rotary_cache(
         qkv if norms is None else norms.k, 0.0 if norms is None else norms.eps,
         of_rows, *keys.stride()[:3], *values.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM_P=padded(head_dim), ROTARY=cos.shape[1],
-        HAS_NORMS=norms is not None, num_warps=_WARPS,
+        HAS_NORMS=norms is not None, PAIRS=pairs, num_warps=_WARPS,
     )  # fmt: skip
     return q
 
@@ -69,6 +72,7 @@ def reference(
     values: Tensor,
     *,
     norms: HeadNorms | None = None,
+    pairs: bool = False,
 ) -> Tensor:
     """The same in torch."""
     batch, kv_heads, _, head_dim = keys.shape
@@ -76,17 +80,22 @@ def reference(
     q, k, v = each.split([each.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
         q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
-    keys.index_copy_(2, place, _turned(k, cos, sin)[:, :, None])
+    keys.index_copy_(2, place, _turned(k, cos, sin, pairs)[:, :, None])
     values.index_copy_(2, place, v[:, :, None])
-    return _turned(q, cos, sin)
+    return _turned(q, cos, sin, pairs)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     """x: [batch, heads, head_dim]."""
     rotary = cos.shape[1]
     turning, rest = x[..., :rotary], x[..., rotary:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    if pairs:
+        cos, sin = (t[:, : rotary // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
+        other = torch.stack([-turning[..., 1::2], turning[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = turning.chunk(2, dim=-1)
+        other = torch.cat([-second, first], dim=-1)
+    turned = turning * cos[:, None] + other * sin[:, None]
     return torch.cat([turned, rest], dim=-1)
 
 
@@ -121,7 +130,7 @@ def _rotary_cache(
     v_ptr: tl.tensor, q_ptr: tl.tensor, q_norm_ptr: tl.tensor, k_norm_ptr: tl.tensor, eps: float,
     of_rows: int, k_batch: int, k_head: int, k_slot: int, v_batch: int, v_head: int, v_slot: int,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
-    ROTARY: tl.constexpr, HAS_NORMS: tl.constexpr,
+    ROTARY: tl.constexpr, HAS_NORMS: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     dtype = q_ptr.dtype.element_ty
     batch = tl.program_id(0).to(tl.int64)  # offsets into a long cache pass 2**31
@@ -136,8 +145,12 @@ def _rotary_cache(
         tl.store(to + d, given, mask=inside)
     else:
         turns = d < ROTARY
-        low = d < ROTARY // 2
-        other = tl.where(low, d + ROTARY // 2, d - ROTARY // 2)
+        if PAIRS:
+            low = d % 2 == 0
+            other, angle = d ^ 1, d // 2
+        else:
+            low = d < ROTARY // 2
+            other, angle = tl.where(low, d + ROTARY // 2, d - ROTARY // 2), d
         x = given.to(tl.float32)
         y = tl.load(given_ptr + other, mask=turns, other=0.0).to(tl.float32)
         if HAS_NORMS:
@@ -147,8 +160,8 @@ def _rotary_cache(
             y_weight = tl.load(norm_ptr + other, mask=turns, other=0.0).to(tl.float32)
             x = ((x * scale).to(dtype).to(tl.float32) * x_weight).to(dtype).to(tl.float32)
             y = ((y * scale).to(dtype).to(tl.float32) * y_weight).to(dtype).to(tl.float32)
-        cos = tl.load(cos_ptr + batch * of_rows + d, mask=turns, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + batch * of_rows + d, mask=turns, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + batch * of_rows + angle, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + batch * of_rows + angle, mask=turns, other=0.0).to(tl.float32)
         z = (x * cos).to(dtype).to(tl.float32) + (tl.where(low, -y, y) * sin).to(dtype).to(tl.float32)
         if head < HEADS:
             tl.store(q_ptr + (batch * HEADS + head) * HEAD_DIM + d, z.to(dtype), mask=inside)

@@ -7,8 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+from skipcal.ops import settings
+from skipcal.ops.settings import Settings
 
 
 def mend_loop_bounds() -> None:
@@ -86,3 +90,10 @@ class Reads:
             offsets += steps.view(-1, *[1] * (tensor.dim() - axis - 1))
         addresses = tensor.data_ptr() + offsets.ravel() * tensor.element_size()
         return torch.tensor([self._times[a] for a in addresses.tolist()]).view(tensor.shape)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of kernels that stream weights, small enough for tiny matrices to need several."""
+    one, some = Settings(16, 64, 4, 1), Settings(16, 32, 4, 1)
+    by_rows = {1: one, 16: some, 32: some, 64: some}
+    monkeypatch.setattr(settings, "DEFAULTS", dict.fromkeys(settings.DEFAULTS, by_rows))

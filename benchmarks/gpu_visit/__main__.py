@@ -1,13 +1,14 @@
 """All that has to be seen and measured on a GPU, in two calls of a few minutes each.
 
     python benchmarks/gpu_visit check      does all of it work, and what does each kernel take
-    python benchmarks/gpu_visit measure    the numbers of docs/speed.md, and each command on a GPU
+    python benchmarks/gpu_visit measure    the numbers of docs/gpu.md, settings, and each command on a GPU
     python benchmarks/gpu_visit wheels     beforehand: what a machine without a network lacks, into .wheels/
 
 Works from a bare checkout: where pydantic and the like are missing, they come from .wheels/. A step is a
 process of its own with a limit; what fails stops nothing, and is told at the end. Each result is written
-as it is there: FOLDER/gpu_check.json or gpu_measure.json, beside it the log and gpu_decode_*.json. With
---device cpu everything runs on tiny shapes: a rehearsal.
+as it is there: FOLDER/gpu_check.json or gpu_measure.json, beside it the log, gpu_decode_*.json, and
+settings.json, which is a new ops/settings.json. With --device cpu everything runs on tiny shapes: a
+rehearsal.
 """
 
 from __future__ import annotations

@@ -36,17 +36,21 @@ def check(visit: Visit) -> list[Step]:
 
 
 def measure(visit: Visit) -> list[Step]:
-    """The numbers of docs/speed.md, and each command on a GPU."""
+    """The numbers of docs/gpu.md, the settings of kernels, and each command on a GPU."""
     gpu = visit.on_gpu
     ops = "tests/ops" if gpu else "tests/ops/test_lang.py"
     larger = "llama-2-13b" if gpu else visit.shape
     calls = ("model_folder", "profile", "generate", "fit", "evaluate")
+    matrices = {"shapes": [[4096, 11008], [5120, 13824]], "rows": [1, 8, 64]}
+    timed = {**(matrices if gpu else {"shapes": [[16, 24]], "rows": [1, 3]}), "limit_s": 60.0}
+    kernels = {} if gpu else {"TRITON_INTERPRET": "1"}
     return [
         Step("versions", 60, "gpu_visit.device:versions"),
         _bench(visit, "decode", visit.shape, 62, rounds=5),
         _bench(visit, "decode_gate", f"{visit.shape}-gate", 36, rounds=5, rule="gate"),
         _bench(visit, "decode_larger", "llama-2-13b" if gpu else "larger", 50, rounds=2, shape=larger),
         _bench(visit, "decode_batch_8", f"{visit.shape}-batch-8", 36, rounds=3, batch_size=[8]),
+        Step("settings", 90, "gpu_visit.settings:settings", timed, env=kernels),
         *(Step(name, 60, f"gpu_visit.commands:{name}") for name in calls),
         _tests("ops", 150, ops, 8 if gpu else 0),
     ]

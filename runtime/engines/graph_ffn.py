@@ -26,6 +26,8 @@ from skipcal.ops.stand_in import add_surrogate
 from skipcal.runtime.engines.if_node import IfNode
 
 _PROOF_ROWS = 4
+# What gate, up and down are called; two in one matrix stand in it one below the other.
+_LINEARS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 class StepFFN(Protocol):
@@ -139,8 +141,9 @@ def fused_weights(block: Block, rows: int) -> FFNWeights | str:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float) or not isinstance(getattr(norm, "weight", None), Tensor):
         return f"{type(norm).__name__} is no RMSNorm"
-    linears: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(linear) is nn.Linear for linear in linears):
+    inside = dict(module.named_children())
+    linears: list[Any] = next(([inside[n] for n in names] for names in _LINEARS if {*names} <= {*inside}), [])
+    if not linears or not all(type(linear) is nn.Linear for linear in linears):
         return f"{type(module).__name__} is not three plain linears"
     if any(is_wrapper(linear.weight) for linear in linears):
         return f"the weights of {type(module).__name__} are quantized"
@@ -149,7 +152,9 @@ def fused_weights(block: Block, rows: int) -> FFNWeights | str:
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):
         return f"{type(module).__name__} has hooks inside"
     scale: Any = norm.weight
-    weights = FFNWeights(scale, eps, *(linear.weight for linear in linears))
+    *first, down = (linear.weight for linear in linears)
+    gate, up = first if len(first) == 2 else first[0].chunk(2)
+    weights = FFNWeights(scale, eps, gate, up, down)
     tensors = (scale, weights.gate, weights.up, weights.down)
     if any(not t.is_contiguous() or t.dtype != weights.gate.dtype for t in tensors):
         return f"the weights of {type(module).__name__} are not all of one dtype and contiguous"

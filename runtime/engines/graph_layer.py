@@ -3,14 +3,16 @@
     norm, q, k, v | rotary embedding, cache | attention, its splits | o, residual | gate, up | down, residual
 
 and what the rule asks. Layers as Llama's can be run so: two RMSNorms, plain linears, a rotary embedding
-of halves, with or without biases and norms of the heads. The same launches are made whoever skips.
+of halves, of pairs or, as in some layers of SmolLM3, none, with or without biases and norms of the heads.
+Where q, k and v are one matrix, as in Phi-3, they are taken as its rows. The same launches are made whoever
+skips.
 It stands on the layer as its `forward` while a step runs, so that hooks on the layer are called.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,10 @@ from skipcal.runtime.engines.graph_attention import Sight
 from skipcal.runtime.engines.step_cache import StepLayer
 from skipcal.runtime.engines.step_proof import added_error
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What q, k, v and o are called; three in one matrix stand in it one below the other.
+_LINEARS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
+_HEAD_NORMS = {"q_norm", "k_norm"}
+Turns = Literal["halves", "pairs", "nothing"]
 _PROOF_TOKENS = 3  # in the cache before the token by which a layer is tried
 # Of what a layer adds, and of its keys and values. The noise is 0.009 in half precision at most, by
 # tests/step_proof.json.
@@ -40,7 +45,8 @@ _LIMIT = 2e-2
 class AttentionWeights:
     """norm: [hidden]; q, k, v: [heads * head_dim, hidden]; o: [hidden, heads * head_dim]; all contiguous.
 
-    biases: of q, k, v; o_bias: of o; None: they have none. scale: of the scores.
+    biases: of q, k, v; o_bias: of o; None: they have none. scale: of the scores. turns: what the token's
+    position turns of a head.
     """
 
     norm: Tensor
@@ -53,6 +59,7 @@ class AttentionWeights:
     o_bias: Tensor | None
     head_norms: HeadNorms | None
     scale: float
+    turns: Turns = "halves"
 
 
 class FusedLayer:
@@ -107,7 +114,7 @@ class FusedLayer:
 
     def _attended(self, stream: Tensor, positions: tuple[Tensor, Tensor], cached: StepLayer) -> Tensor:
         """The stream with what attention adds, [batch, hidden]; the token is in the cache then."""
-        weights, (cos, sin) = self._attention, positions
+        weights = self._attention
         keys, values, place = cached.keys, cached.values, cached.place_static
         assert keys is not None and values is not None and place is not None
         qkv = project(
@@ -117,7 +124,9 @@ class FusedLayer:
             norm=weights.norm,
             eps=weights.eps,
         )
-        q = rotary_cache(qkv, cos[:, 0], sin[:, 0], place, keys, values, norms=weights.head_norms)
+        cos, sin = (t[:, 0, :0] if weights.turns == "nothing" else t[:, 0] for t in positions)
+        pairs = weights.turns == "pairs"
+        q = rotary_cache(qkv, cos, sin, place, keys, values, norms=weights.head_norms, pairs=pairs)
         a = self._sight.attend(q, keys, values, scale=weights.scale)
         biases = None if weights.o_bias is None else (weights.o_bias,)
         return project(a.view(len(stream), -1), (weights.o,), biases=biases, residual=stream)
@@ -132,18 +141,17 @@ def attention_weights(block: Block, weights: FFNWeights, rotary: Any, rows: int)
     layer: Any = block.layer
     if rotary is None:
         return "no rotary embedding stands beside the layers"
-    parts = dict(layer.named_children())
-    chain = [name for name, part in parts.items() if any(part is module for module in block.chain)]
-    if {*parts} - {*chain} != {"input_layernorm", "self_attn"} or len(chain) != 2:
+    if not _is_attention_and_ffn(block):
         return f"{type(layer).__name__} is not attention and FFN with a norm before each"
     norm, attention = layer.input_layernorm, layer.self_attn
     eps = getattr(norm, "variance_epsilon", None)
     if not isinstance(eps, float) or not isinstance(getattr(norm, "weight", None), Tensor):
         return f"{type(norm).__name__} is no RMSNorm"
     inside = dict(attention.named_children())
-    if {*inside} - {"q_norm", "k_norm"} != {*_LINEARS} or len(inside) not in (4, 6):
+    names = next((names for names in _LINEARS if {*inside} in ({*names}, {*names} | _HEAD_NORMS)), None)
+    if names is None:
         return f"{type(attention).__name__} is not four linears"
-    linears = [inside[name] for name in _LINEARS]
+    linears = [inside[name] for name in names]
     if not all(type(linear) is nn.Linear and not is_wrapper(linear.weight) for linear in linears):
         return f"the linears of {type(attention).__name__} are not plain ones"
     if any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules() if part is not layer):
@@ -154,12 +162,30 @@ def attention_weights(block: Block, weights: FFNWeights, rotary: Any, rows: int)
     tensors = [norm.weight, *(t for linear in linears for t in linear.parameters())]
     if any(not t.is_contiguous() or t.dtype != weights.gate.dtype for t in tensors):
         return f"the weights of {type(attention).__name__} are not all of one dtype and contiguous"
-    return _unlike(block, found, weights, rotary, rows) or found
+    wrong: list[str] = []
+    for turns in get_args(Turns):  # no name tells it
+        tried = replace(found, turns=turns)
+        why = _unlike(block, tried, weights, rotary, rows)
+        if why is None:
+            return tried
+        wrong.append(why)
+    return wrong[0]
+
+
+def _is_attention_and_ffn(block: Block) -> bool:
+    """Whether the layer is a norm and attention, a norm and an FFN, and dropouts that drop nothing."""
+    rest = {
+        name
+        for name, part in block.layer.named_children()
+        if not any(part is module for module in block.chain)
+        and not (type(part) is nn.Dropout and (part.p == 0 or not part.training))
+    }
+    return rest == {"input_layernorm", "self_attn"} and len(block.chain) == 2
 
 
 def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> AttentionWeights | str:
-    q, k, v, o = linears
-    with_bias = [linear.bias is not None for linear in (q, k, v)]
+    *first, o = linears
+    with_bias = [linear.bias is not None for linear in first]
     if len(set(with_bias)) > 1:
         return f"some linears of {type(attention).__name__} have biases"
     head_norms, scale = None, getattr(attention, "scaling", None)
@@ -169,18 +195,29 @@ def _found(norm: Tensor, eps: float, attention: Any, linears: list[Any]) -> Atte
             return f"{type(attention).__name__} norms more than single heads"
     if not isinstance(scale, float):
         return f"{type(attention).__name__} does not say how it scales scores"
+    queries = o.in_features
+    q, k, v = _three([linear.weight for linear in first], queries)
     return AttentionWeights(
         norm=norm,
         eps=eps,
-        q=q.weight,
-        k=k.weight,
-        v=v.weight,
+        q=q,
+        k=k,
+        v=v,
         o=o.weight,
-        biases=(q.bias, k.bias, v.bias) if all(with_bias) else None,
+        biases=_three([linear.bias for linear in first], queries) if all(with_bias) else None,
         o_bias=o.bias,
         head_norms=head_norms,
         scale=scale,
     )
+
+
+def _three(parts: list[Tensor], queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, or what of one tensor are theirs: its first `queries` rows, and halves of the others."""
+    if len(parts) == 1:
+        q, rest = parts[0].tensor_split([queries])
+        parts = [q, *rest.tensor_split(2)]
+    q, k, v = parts
+    return q, k, v
 
 
 def _head_norms(attention: Any) -> HeadNorms | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import Reads
+from interpreted import Reads, small_blocks
 
 from skipcal.ops import ffn as module
 from skipcal.ops.ffn import FFNWeights, ffn, reference
+from skipcal.ops.settings import Settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A norm of the error, relative to that of f: float32 sums in another order, or a and f rounded once.
@@ -19,9 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks small enough for a tiny FFN to need several."""
-    monkeypatch.setattr(module, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
-    monkeypatch.setattr(module, "SOME_ROWS", {"gate_up": (16, 32, 4, 1), "down": (16, 32, 4, 1)})
+    small_blocks(monkeypatch)
 
 
 def made(rows: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, FFNWeights]:
@@ -134,9 +133,9 @@ def test_no_weight_is_read_for_padding(rows: int, reads: Reads) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_settings_may_be_given(rows: int) -> None:
     h, weights = made(rows, 64, 128, torch.float32)
-    settings = {"gate_up": (32, 32, 4, 2), "down": (32, 128, 4, 2)}
+    settings = {"gate_up": Settings(32, 32, 4, 2), "down": Settings(32, 128, 4, 2)}
     f, sums = ffn(h, flags(*[0] * rows), weights, settings=settings)
-    assert sums.shape == (2, 3, rows)  # 64 by 32; by the tables 16 rows a block
+    assert sums.shape == (2, 3, rows)  # 64 by 32; else 16 rows a block
     torch.testing.assert_close(f, reference(h, flags(*[0] * rows), weights)[0], atol=1e-5, rtol=1e-5)
 
 

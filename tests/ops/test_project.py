@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import small_blocks
 from torch import Tensor
 
-from skipcal.ops import project as op
 from skipcal.ops.project import project, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,9 +19,7 @@ both = pytest.mark.parametrize("run", [project, reference])
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks small enough for tiny matrices to need several."""
-    monkeypatch.setattr(op, "ONE_ROW", (16, 64, 4, 1))
-    monkeypatch.setattr(op, "SOME_ROWS", (16, 32, 4, 1))
+    small_blocks(monkeypatch)
 
 
 def some(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

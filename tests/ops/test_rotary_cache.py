@@ -21,25 +21,29 @@ def some(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+def turned(
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, side_by_side: bool
+) -> Tensor:
     """One head [head_dim] in float64, pair by pair."""
     x, cos, sin = x.double(), cos.double(), sin.double()
     if norm is not None:
         x = x / (x.square().mean() + eps).sqrt() * norm.double()
     z, half = x.clone(), len(cos) // 2
-    for i in range(half):
-        z[i] = x[i] * cos[i] - x[i + half] * sin[i]
-        z[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half]
+    for n in range(half):
+        i, j = (2 * n, 2 * n + 1) if side_by_side else (n, n + half)
+        z[i] = x[i] * cos[n] - x[j] * sin[n]
+        z[j] = x[j] * cos[n] + x[i] * sin[n]
     return z
 
 
 @both
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "rotary"), [(3, 1, 24, 24), (4, 2, 8, 8), (2, 2, 16, 6)]
+    ("heads", "kv_heads", "head_dim", "rotary"), [(3, 1, 24, 24), (4, 2, 8, 8), (2, 2, 16, 6), (2, 1, 8, 0)]
 )
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
 def test_agrees_with_pairs_in_float64(
     op: Any,
     dtype: torch.dtype,
@@ -49,6 +53,7 @@ def test_agrees_with_pairs_in_float64(
     rotary: int,
     batch: int,
     normed: bool,
+    pairs: bool,
 ) -> None:
     angles = torch.rand(batch, rotary // 2, device=DEVICE) * 6
     cos, sin = (torch.cat([t, t], dim=-1).to(dtype) for t in (angles.cos(), angles.sin()))
@@ -60,12 +65,12 @@ def test_agrees_with_pairs_in_float64(
         q_norm, k_norm = (1 + 0.1 * some(head_dim, dtype=dtype) for _ in range(2))
         norms = HeadNorms(q_norm, k_norm, 1e-5)
     place = torch.tensor([PLACE], device=DEVICE)
-    q = op(qkv, cos, sin, place, keys, values, norms=norms)
+    q = op(qkv, cos, sin, place, keys, values, norms=norms, pairs=pairs)
     each = qkv.view(batch, -1, head_dim)
     for row in range(batch):
         for head in range(heads + kv_heads):
             norm = None if norms is None else norms.q if head < heads else norms.k
-            want = turned(each[row, head], cos[row], sin[row], norm, 1e-5)
+            want = turned(each[row, head], cos[row], sin[row], norm, 1e-5, side_by_side=pairs)
             found = q[row, head] if head < heads else keys[row, head - heads, PLACE]
             assert (found.double() - want).abs().max() < TOLERANCE[dtype]
     assert torch.equal(values[:, :, PLACE], each[:, heads + kv_heads :])

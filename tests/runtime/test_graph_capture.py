@@ -54,13 +54,13 @@ def test_predicated_kernels_in_a_graph(policy: SkipPolicy, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "smollm3", "glm"])
 def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
     assert_captured_equals_eager(on_gpu(model_type), SOME, ROWS[:rows], "4 layers fused")
 
 
 @pytest.mark.parametrize("policy", [SOME, FEW])
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma", "opt", "phi3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma", "opt", "starcoder2"])
 def test_modules_in_if_nodes_of_a_graph(policy: SkipPolicy, model_type: str) -> None:
     assert_captured_equals_eager(on_gpu(model_type), policy, ROWS, "as modules in IF nodes")
 

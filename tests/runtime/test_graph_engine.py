@@ -9,6 +9,7 @@ import torch
 from conftest import DENSE, attentive, left_padded, lively
 from engines import ALWAYS, ROWS, SOME, TOLERANCES, assert_engines_agree, counts, generated, policies
 from gated import random_map
+from interpreted import small_blocks
 from sessions import Heard
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -21,9 +22,9 @@ from skipcal.core.substituted import Substituted
 from skipcal.core.surrogates import LowRank, Surrogates
 from skipcal.errors import ConfigError
 from skipcal.ops import decode_attention as attention
-from skipcal.ops import ffn, project
 from skipcal.ops.decode_attention import decode_attention
-from skipcal.runtime.engines import graph_attention, graph_step, recorded_step
+from skipcal.ops.ffn import FFNWeights
+from skipcal.runtime.engines import graph_attention, graph_ffn, graph_layer, graph_step, recorded_step
 from skipcal.runtime.engines.graph import GraphEngine
 from skipcal.runtime.session import skipping
 
@@ -162,12 +163,45 @@ def test_a_step_without_a_rule_is_the_same_step(tiny: Any) -> None:
         assert "4 layers fused" in report.engine_reason
 
 
+PARTLY_TURNED = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.75}
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
-def test_families_like_llama_are_fused(model_type: str, rows: int) -> None:
-    report = assert_engines_agree(attentive(lively(model_type)), SOME, ROWS[:rows])
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("phi3", {}),  # q, k, v are rows of one matrix, gate and up of another
+        ("phi3", {"rope_parameters": PARTLY_TURNED}),  # as in Phi-4-mini
+        ("phi3", {"num_key_value_heads": 4, "resid_pdrop": 0.1}),
+        ("smollm3", {}),  # each fourth layer does not turn its heads
+        ("ernie4_5", {}),  # elements side by side turn together
+        ("glm", {}),  # so they do, and one matrix holds gate and up alone
+    ],
+)
+def test_families_like_llama_are_fused(model_type: str, overrides: dict[str, Any], rows: int) -> None:
+    report = assert_engines_agree(attentive(lively(model_type, **overrides)), SOME, ROWS[:rows])
     assert "4 layers fused" in report.engine_reason
     assert report.skipped_blocks > 0
+
+
+def test_rows_of_one_matrix_are_not_copied() -> None:
+    """Weights in use are the model's own, so that neither memory nor what is changed in them counts twice."""
+    found = locate(attentive(lively("phi3")))
+    block, rotary = found.blocks[0], found.stack.rotary_emb
+    weights = graph_ffn.fused_weights(block, 1)
+    assert isinstance(weights, FFNWeights)
+    attention = graph_layer.attention_weights(block, weights, rotary, 1)
+    assert isinstance(attention, graph_layer.AttentionWeights)
+    layer: Any = block.layer
+    for matrix, parts in (
+        (layer.mlp.gate_up_proj.weight, (weights.gate, weights.up)),
+        (layer.self_attn.qkv_proj.weight, (attention.q, attention.k, attention.v)),
+    ):
+        assert torch.equal(torch.cat(parts), matrix)
+        assert all(p.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr() for p in parts)
 
 
 @pytest.mark.parametrize("first", [0, 3, 100])
@@ -179,8 +213,12 @@ def test_positions_may_run_ahead_of_places(tiny: Any, first: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_biases_of_all_linears_are_added(rows: int) -> None:
-    model: Any = attentive(lively("llama", attention_bias=True))
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_biases_of_all_linears_are_added(model_type: str, rows: int) -> None:
+    model: Any = attentive(lively(model_type, **{"attention_bias": True} if model_type == "llama" else {}))
+    for layer in model.model.layers if model_type == "phi3" else ():  # transformers gives it none
+        linear = layer.self_attn.qkv_proj
+        linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.add_(torch.randn_like(parameter))
@@ -245,8 +283,7 @@ def test_the_kernels_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(attention, "_BLOCK", 4)  # then more than one split has slots
         monkeypatch.setattr(attention, "_PROGRAMS", 12)
-    monkeypatch.setattr(ffn, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
-    monkeypatch.setattr(project, "ONE_ROW", (16, 64, 4, 1))
+    small_blocks(monkeypatch)
     model = lively("llama", num_hidden_layers=2)
     few = SkipPolicy(cold_s=0, cold_e=2, threshold=-1.0, warm_up_tokens=0)
     for rows in (ROWS[:1], ROWS[:2]):

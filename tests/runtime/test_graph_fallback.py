@@ -171,6 +171,14 @@ def test_an_ffn_that_the_kernels_do_not_compute_runs_as_it_is(
     assert reason in report.engine_reason
 
 
+def test_a_layer_that_drops_something_is_not_run_whole(tiny: Any) -> None:
+    """Its dropout is never called here, and stands for one that is."""
+    tiny.model.layers[2].resid_attn_dropout = torch.nn.Dropout(0.5).train()
+    report = assert_engines_agree(tiny, SOME)
+    assert "3 layers fused, 1 FFNs in predicated kernels" in report.engine_reason
+    assert "is not attention and FFN" in report.engine_reason
+
+
 def test_a_module_in_an_if_node_does_not_run_when_all_rows_skip(tiny: Any) -> None:
     with_bias(tiny)
     calls = []

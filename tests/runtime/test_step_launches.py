@@ -63,8 +63,10 @@ class _Noted:
         return lambda *_, **__: self._names.append(self._name)
 
 
-def launches(policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    model: Any = lively("llama")
+def launches(
+    policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch, model_type: str = "llama"
+) -> list[str]:
+    model: Any = lively(model_type)
     with skipping(model, policy=policy, engine="graph") as run:
         model.generate(**left_padded([ROWS[0]] * rows), max_new_tokens=4, do_sample=False)
         step: Any = run._engine._step  # type: ignore[union-attr]
@@ -78,12 +80,13 @@ def launches(policy: Policy, rows: int, monkeypatch: pytest.MonkeyPatch) -> list
 
 @pytest.mark.parametrize(("rows", "a_layer"), [(1, 7), (3, 9)])
 @pytest.mark.parametrize("region", [(1, 1), (0, 4)])
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_a_layer_is_so_many_launches(
-    rows: int, a_layer: int, region: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    rows: int, a_layer: int, region: tuple[int, int], model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one more where a rule watches it; the same whoever skips."""
     policy = SkipPolicy(cold_s=region[0], cold_e=region[1], threshold=0.55, warm_up_tokens=1)
-    names = launches(policy, rows, monkeypatch)
+    names = launches(policy, rows, monkeypatch, model_type)
     first, last = names.index("rms_norm" if rows > 1 else "project_one"), len(names)
     while names[last - 1] not in ("arm", "down_one", "down_some"):
         last -= 1

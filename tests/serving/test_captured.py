@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gated import random_gates
-from interpreted import Reads
+from interpreted import Reads, small_blocks
 from stacked import (
     FFN,
     HIDDEN,
@@ -36,7 +36,6 @@ from skipcal.core.gate import GatePolicy
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.core.substituted import Substituted
 from skipcal.errors import SessionError
-from skipcal.ops import ffn as ffn_op
 from skipcal.ops.ffn import MAX_ROWS
 from skipcal.runtime.engines.recording import NotRecordable, record
 from skipcal.serving import captured, host
@@ -90,8 +89,7 @@ TARGETS: dict[str, dict[float, Policy]] = {
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn_op, "ONE_ROW", {"gate_up": (16, 64, 4, 1), "down": (16, 64, 4, 1)})
-    monkeypatch.setattr(ffn_op, "SOME_ROWS", {"gate_up": (16, 32, 4, 1), "down": (16, 32, 4, 1)})
+    small_blocks(monkeypatch)
 
 
 @pytest.fixture

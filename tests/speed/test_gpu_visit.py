@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from warm_python import environment
 
+from skipcal.ops import settings
 from skipcal.speed.files import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +95,7 @@ def visited(tmp_path_factory: pytest.TempPathFactory, warm: str) -> Path:
     folder = tmp_path_factory.mktemp("visit")
     steps = {
         "check": ["if_node", "captured", "bench", "trace", "ffn"],
-        "measure": ["decode", "model_folder", "profile", "generate"],
+        "measure": ["decode", "settings", "model_folder", "profile", "generate"],
     }
     calls = []
     for what, names in steps.items():
@@ -146,4 +148,34 @@ def test_a_measurement_leaves_results_for_the_tables(visited: Path) -> None:
     assert generated["setup_s"] >= generated["report"]["setup_s"] > 0
     ratio = {point["target_skip_ratio"]: point for point in found["profile"]["operating_points"]}
     assert ratio[0.25]["verified_skip_ratio"] == pytest.approx(0.25, abs=0.1)
-    assert len(list(visited.iterdir())) == 5  # a document and a log of each call, and the result
+    assert len(list(visited.iterdir())) == 6  # a document and a log of each call, the result, settings
+
+
+def test_defaults_are_timed_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(VISIT.parent))
+    for part, by_rows in import_module("candidates").CANDIDATES.items():
+        kernel = part if part in settings.DEFAULTS else "project"
+        for rows, tried in by_rows.items():
+            assert settings.DEFAULTS[kernel][rows] in tried and len({*tried}) == len(tried) > 1
+
+
+def test_settings_that_a_measurement_leaves_are_those_that_launches_get(
+    visited: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = settings.read_table(visited / "settings.json")
+    assert table.made_by["cpu"]["command"] == "python benchmarks/gpu_visit measure"
+    launches = {(row.kernel, row.rows, row.outputs, row.inputs) for row in table.launches}
+    wide = {("gate_up", rows, 24, 16) for rows in (1, 16)} | {("down", rows, 16, 24) for rows in (1, 16)}
+    assert launches == wide | {("project", rows, n, 16) for rows in (1, 16) for n in (16, 48)}
+    monkeypatch.setattr(settings, "TABLE", visited / "settings.json")
+    tried = {}
+    for each in values(visited, "measure")["settings"]["tried"]:
+        us, _ = each.pop("us"), each.pop("part")
+        tried[settings.Launch(**each)] = us
+    for row in table.launches:
+        x = torch.zeros(row.rows, row.inputs)
+        assert settings.settings_for(row.kernel, x, row.outputs)[:3] == row.settings[:3]
+        default, other = tried[row.launch]
+        assert row.default_us == default[-1] and row.us in (default[-1], other[-1])
+        assert (row.us == other[-1]) == (other[-1] <= 0.99 * default[-1])
+        assert list(row.settings) == (other if row.us == other[-1] else default)[:-1]
