@@ -56,13 +56,13 @@ def the_cache_written_elsewhere(patch: pytest.MonkeyPatch) -> None:
     def wrong(qkv: Tensor, cos: Tensor, sin: Tensor, place: Tensor, *cache: Tensor, **given: Any) -> Tensor:
         return rotary_cache(qkv, cos, sin, place + 1, *cache, **given)
 
-    make = graph_step.DecodeStep.__init__
+    build = graph_step.DecodeStep._build
 
-    def made(self: graph_step.DecodeStep, *args: Any, **given: Any) -> None:
-        make(self, *args, **given)  # which tries the layers alone
+    def built(self: graph_step.DecodeStep) -> None:
+        build(self)  # which tries the layers alone
         patch.setattr(graph_layer, "rotary_cache", wrong)
 
-    patch.setattr(graph_step.DecodeStep, "__init__", made)
+    patch.setattr(graph_step.DecodeStep, "_build", built)
 
 
 def rows_of_each_other(patch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from skipcal.errors import ConfigError, first_words
 from skipcal.evaluation.harness.required import HFLM, harness_version, hash_args
 from skipcal.evaluation.records import RecordFile, digest
 from skipcal.runtime.greedy import greedy_decoding, overruled, sampled_decoding
-from skipcal.runtime.session import idle_report, skipping
+from skipcal.runtime.session import SkipSession, idle_report, skipping
 from skipcal.text.batching import padded
 from skipcal.text.chat_template import WITHOUT, refusal
 from skipcal.text.opening import opening_names
@@ -103,12 +103,12 @@ class SkipLM(HFLM):  # type: ignore[misc]
         self.uses_chat_template = chat_template and bool(tokenizer.chat_template)
         self._architecture = architecture or locate(unwrap(model))
         self._outcomes: dict[str, list[dict[str, Any]]] = {}  # by task, one for each request
-        self._reports: list[SkipReport] = []  # of the sessions since the last save
+        self._reports: list[SkipReport] = []  # of the batches since the last save
+        self._decoding: SkipSession  # while texts are generated
         self._cut = 0  # requests that were too long
         self._nothing = idle_report(self._architecture, policy)
         with self._session():  # to raise now what a session would refuse
             pass
-        self._reports.clear()
         self._file = self._cache_file(cache) if cache else None
 
     @property
@@ -153,7 +153,8 @@ class SkipLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generated text of each request, up to its first stop sequence."""
-        return self._answer("generate_until", requests)
+        with self._session() as self._decoding:  # one for all batches, so that steps are prepared once
+            return self._answer("generate_until", requests)
 
     # Requests: by task, from the cache or by the model
 
@@ -245,14 +246,13 @@ class SkipLM(HFLM):  # type: ignore[misc]
     # The model
 
     @contextlib.contextmanager
-    def _session(self, **options: Any) -> Iterator[None]:
+    def _session(self, **options: Any) -> Iterator[SkipSession]:
         # A session without decode steps is no mistake here; `_warn` speaks for all of them.
         with (
             _at_level("skipcal.runtime.session", logging.ERROR),
             skipping(self.model, policy=self.policy, architecture=self._architecture, **options) as run,
         ):
-            yield
-        self._reports.append(run.report)
+            yield run
 
     def _loglikelihood_tokens(
         self,
@@ -293,10 +293,11 @@ class SkipLM(HFLM):  # type: ignore[misc]
         check_ids(unwrap(self.model), (tokens for _, tokens in rows))
         ids, mask = padded([tokens for _, tokens in rows], self.device, side="right")
         prompts = [prompt for prompt, _ in rows]
-        with torch.no_grad(), self._session(teacher_forced=True, prompt_tokens=prompts):
+        with torch.no_grad(), self._session(teacher_forced=True, prompt_tokens=prompts) as run:
             logits = self.model(
                 input_ids=ids, attention_mask=mask, use_cache=False
             ).logits  # [batch, seq, vocab]
+        self._reports.append(run.report)
         return [logits[i, prompt - 1 : len(tokens)] for i, (prompt, tokens) in enumerate(rows)]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
@@ -309,7 +310,8 @@ class SkipLM(HFLM):  # type: ignore[misc]
         stops = StoppingCriteriaList([_StopStrings(self.tokenizer, stop, context.shape[1])])
         check_ids(model, context.tolist())
         decoding = sampled_decoding if options.get("do_sample") else greedy_decoding
-        with self._session(), decoding(model):
+        before = self._decoding.report
+        with decoding(model):
             generated: Tensor = model.generate(
                 input_ids=context,
                 max_new_tokens=max_length - context.shape[1],
@@ -318,6 +320,7 @@ class SkipLM(HFLM):  # type: ignore[misc]
                 use_cache=True,
                 **options,
             )
+        self._reports.append(self._decoding.report.since(before))
         return generated
 
 

@@ -54,8 +54,11 @@ class GraphEngine(step_engine.StepEngine):
         return self._counts.agreement()
 
     def runs_ahead(self, cache: Any) -> bool:
-        """Whether the next step may be launched before it is known to be wanted: the host need not wait."""
-        return self.takes(cache)
+        """Whether the next step may be launched before it is known to be wanted: the host need not wait.
+
+        A step that is still to be prepared is waited for, so that the token before it is heard of first.
+        """
+        return self.takes(cache) and self._step is not None and self._is_ready(self._step)
 
     def _refused(self, forward: Callable[..., Any], room: int) -> str | None:
         chains = [module for block in self._architecture.blocks for module in block.chain]
@@ -67,6 +70,7 @@ class GraphEngine(step_engine.StepEngine):
         return DecodeStep(
             forward,
             self._architecture,
+            self._memories,
             self._rule,
             batch=batch,
             room=room,

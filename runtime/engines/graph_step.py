@@ -27,6 +27,7 @@ from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.core.rule import Rule
 from skipcal.core.surrogates import Surrogates
 from skipcal.ops.ffn import FFNWeights
+from skipcal.ops.lang import padded
 from skipcal.ops.rules import FusedCosine, FusedGate, StepRule, Unasked
 from skipcal.runtime.engines.graph_attention import Sight, step_attention
 from skipcal.runtime.engines.graph_ffn import FusedFFN, ModuleFFN, StepFFN, fused_weights
@@ -39,17 +40,20 @@ from skipcal.runtime.engines.graph_outside import Outside
 from skipcal.runtime.engines.graph_rules import AnyRule, StepCounts, StepInputs
 from skipcal.runtime.engines.if_node import prepare_if_nodes
 from skipcal.runtime.engines.prepared_step import PreparedStep
+from skipcal.runtime.engines.step_cache import Memories
 from skipcal.runtime.engines.step_proof import Deviation, LayerStreams, logits_deviation
 
 MIN_WINDOW = 256
-FIRST_SLOTS = 1024  # of a cache; it grows by doubling, up to what a call may need
+# Of a cache, which grows with its text up to what the call may need; and the least room of a step, so that
+# longer prompts find it.
+FIRST_SLOTS = 1024
 _ROW = 16  # bytes to which a row of flags is filled up
 # Of what a layer adds to its stream (and of logits made of one and the same stream), and of a captured step
 # from an uncaptured one, whose libraries may sum in another order. tests/step_proof.json: over 200 models of
 # 16 to 48 layers the noise of a layer is at most 0.009 of what it adds in half precision, 5e-7 in float32.
 _LIMITS = {torch.float32: (1e-2, 5e-3), torch.float64: (1e-2, 5e-3)}
 _HALF_LIMITS = (2e-2, 2e-1)
-_Key = tuple[int, int, bool, bool]
+_Key = tuple[int, tuple[int, int], bool, bool]
 _WARM_UPS = 2  # before a capture: libraries set themselves up, kernels are compiled
 
 
@@ -60,6 +64,7 @@ class DecodeStep(PreparedStep):
         self,
         forward: Callable[..., Any],
         architecture: Architecture,
+        memories: Memories,
         rule: Rule,
         *,
         batch: int,
@@ -68,8 +73,13 @@ class DecodeStep(PreparedStep):
         counts: StepCounts,
         extras: Callable[[int], int],
     ) -> None:
-        """forward: the causal language model's. extras: outputs besides f of a layer's FFN module."""
-        super().__init__(forward, architecture, batch=batch, room=room, slots=min(room, FIRST_SLOTS))
+        """forward: the causal language model's. extras: outputs besides f of a layer's FFN module.
+
+        room: at least; it becomes a power of two. Layers are tried and kernels compiled by `make`: it takes
+        time, and the first token of a call need not wait for it.
+        """
+        room = max(padded(room), FIRST_SLOTS)
+        super().__init__(forward, architecture, memories, batch=batch, room=room, slots=FIRST_SLOTS)
         self.device = device = next(architecture.stack.parameters()).device
         # Other attention functions mean something else by their arguments, so they stay, with windows.
         self._reads_used = self._config._attn_implementation == "sdpa"
@@ -84,19 +94,10 @@ class DecodeStep(PreparedStep):
             architecture.num_layers + 1, _ROW * -(-batch // _ROW), dtype=torch.bool, device=device
         )
         self._skips = self._skips_static[:, :batch]
-        self._layers = architecture.blocks
+        self._architecture, self._layers = architecture, architecture.blocks
+        self._asked, self._surrogates, self._extras = rule, surrogates, extras
         self._sight = Sight(self.inputs.place_static[0], None)
-        with self._on_device():  # layers are tried
-            self._ffns, self._rule, how = self._blocks(architecture, rule, surrogates, extras)
-        self._fused = len(self._ffns) == len(self._layers) and all(
-            isinstance(ffn, FusedLayer) for ffn in self._ffns
-        )
-        self._outside: Outside | None = None
-        if self._fused:
-            with self._on_device(), torch.no_grad():
-                self._outside = Outside(architecture.stack, architecture.hidden_size, room)
-        capture = "one CUDA graph a step" if device.type == "cuda" else "not captured, on a CPU"
-        self.how = f"{capture}; {how}"
+        self._is_built = False
         self._logits_static: Tensor  # [batch, vocabulary]
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
 
@@ -119,13 +120,16 @@ class DecodeStep(PreparedStep):
 
     @property
     def is_made(self) -> bool:
-        """Whether the step is captured; on a CPU nothing is."""
-        return self.device.type != "cuda" or self._key() in self._graphs
+        """Whether the step is captured; on a CPU, whether it is built."""
+        return self._is_built and (self.device.type != "cuda" or self._key() in self._graphs)
 
     def make(self, given: dict[str, Any]) -> None:
-        """Capture the step for the present window."""
+        """Build the step, and capture it for the present window."""
         with self._on_device():
-            self._capture()
+            if not self._is_built:
+                self._build()
+            if self.device.type == "cuda":
+                self._capture()
 
     def deviations(self, given: dict[str, Any]) -> list[Deviation]:
         """Of each layer and the logits, uncaptured and led; then of the captured step from the uncaptured."""
@@ -159,6 +163,23 @@ class DecodeStep(PreparedStep):
                 graph.replay()
         self.cache.advance()
         return self._logits_static
+
+    def _build(self) -> None:
+        """Find out how each layer runs, which tries it."""
+        self._ffns, self._rule, how = self._blocks(
+            self._architecture, self._asked, self._surrogates, self._extras
+        )
+        self._fused = len(self._ffns) == len(self._layers) and all(
+            isinstance(ffn, FusedLayer) for ffn in self._ffns
+        )
+        self._outside: Outside | None = None
+        if self._fused:
+            stack, hidden = self._architecture.stack, self._architecture.hidden_size
+            with torch.no_grad():
+                self._outside = Outside(stack, hidden, self.room)
+        capture = "one CUDA graph a step" if self.device.type == "cuda" else "not captured, on a CPU"
+        self.how = f"{capture}; {how}"
+        self._is_built = True
 
     def _blocks(
         self,

@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from skipcal.arch.locate import Architecture
 from skipcal.core.host import PassTokens
-from skipcal.runtime.engines.step_cache import StepCache
+from skipcal.runtime.engines.step_cache import Memories, StepCache
 from skipcal.runtime.engines.step_proof import Deviation
 
 
@@ -19,19 +18,25 @@ class PreparedStep:
     """One decode step of `batch` rows of at most `room` tokens, over its own `cache`.
 
     fresh: a new text has begun. proofs, misses: how often its deviations from the model's own pass were
-    noise, and how often more. inference: it was made in inference mode, whose tensors are of no use outside.
+    noise, and how often more.
     """
 
     how: str  # in words, how it runs; known once it is made
 
     def __init__(
-        self, forward: Callable[..., Any], architecture: Architecture, *, batch: int, room: int, slots: int
+        self,
+        forward: Callable[..., Any],
+        architecture: Architecture,
+        memories: Memories,
+        *,
+        batch: int,
+        room: int,
+        slots: int,
     ) -> None:
-        """forward: the causal language model's. slots: of the cache at first; it grows by doubling."""
+        """forward: the causal language model's. memories, slots: as of StepCache."""
         self.batch, self.room = batch, room
-        self.cache = StepCache(architecture.num_layers, slots, most=room)
+        self.cache = StepCache(memories, slots)
         self.dtype = next(architecture.stack.parameters()).dtype
-        self.inference = torch.is_inference_mode_enabled()
         self.proofs = self.misses = 0
         self.fresh = True
         self._forward = forward
@@ -40,9 +45,9 @@ class PreparedStep:
         stack: Any = architecture.stack
         self._config = stack.config
 
-    def start(self) -> StepCache:
-        """An empty cache, for a new text."""
-        self.cache.clear()
+    def start(self, tokens: int) -> StepCache:
+        """An empty cache, for a new text of at most so many tokens."""
+        self.cache.begin(tokens)
         self.fresh = True
         return self.cache
 

@@ -61,7 +61,7 @@ class RecordedEngine(step_engine.StepEngine):
         return False
 
     def _new_step(self, forward: Callable[..., Any], batch: int, room: int) -> RecordedStep:
-        return RecordedStep(forward, self._architecture, self._eager, batch=batch)
+        return RecordedStep(forward, self._architecture, self._memories, self._eager, batch=batch)
 
     def _refused(self, forward: Callable[..., Any], room: int) -> str | None:
         if torch.is_autocast_enabled("cpu"):

@@ -25,10 +25,10 @@ from skipcal.core.host import FULL_PASS, PassTokens
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
 from skipcal.runtime.engines.recording import Branch, NotRecordable, Recording, leaf, record
-from skipcal.runtime.engines.step_cache import StepCache, StepLayer
+from skipcal.runtime.engines.step_cache import Memories, StepCache, StepLayer
 from skipcal.runtime.engines.step_proof import Deviation, logits_deviation
 
-FIRST_SLOTS = 256  # of a cache; it grows by doubling
+FIRST_SLOTS = 256  # of a cache, which grows with its text
 _NAME = "skipcal_recorded"
 _LIMIT = 5e-3  # of the logits: torch may order sums in another way where memory lies otherwise
 _MOST_GROUPED = 256  # head size up to which transformers leaves groups of queries to torch
@@ -38,10 +38,16 @@ class RecordedStep(PreparedStep):
     """One decode step of `batch` rows, however long."""
 
     def __init__(
-        self, forward: Callable[..., Any], architecture: Architecture, eager: EagerEngine, *, batch: int
+        self,
+        forward: Callable[..., Any],
+        architecture: Architecture,
+        memories: Memories,
+        eager: EagerEngine,
+        *,
+        batch: int,
     ) -> None:
         """forward: the causal language model's. eager: attached, its modules decide."""
-        super().__init__(forward, architecture, batch=batch, room=sys.maxsize, slots=FIRST_SLOTS)
+        super().__init__(forward, architecture, memories, batch=batch, room=sys.maxsize, slots=FIRST_SLOTS)
         self._eager = eager
         self._mask: Tensor | None = None  # [batch, 1, 1, tokens] bool, with padding
         self._padded = False

@@ -2,13 +2,14 @@
 
 How a step is prepared is the engine's own: a CUDA graph (runtime.engines.graph) or a list of torch calls
 (runtime.engines.recorded). Here is what they share: the step is made for a call of generate(), compared
-with the model's own pass before its results are used, and given up, with a warning, for whatever
-fails. What no prepared step can do, beams and caches of the caller's and passes over many tokens,
-the eager engine inside does by the same rule, and the report says so.
+with the model's own pass before its results are used, kept for calls of as many rows until the session ends,
+and given up, with a warning, for whatever fails. What no prepared step can do, beams and caches of the
+caller's and passes over many tokens, the eager engine inside does by the same rule, and the report says so.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +27,15 @@ from skipcal.core.surrogates import Surrogates
 from skipcal.errors import first_words
 from skipcal.runtime.engines.eager import EagerEngine
 from skipcal.runtime.engines.prepared_step import PreparedStep
-from skipcal.runtime.engines.step_cache import StepCache
+from skipcal.runtime.engines.step_cache import Memories, Memory, StepCache
 
 logger = logging.getLogger(__name__)
 
 _PROOFS = 2  # steps of different places: a place that was taken for a constant is right once
 _MISSES = 2  # a router may turn over by a rounding; hardly at the next place again
+# Steps that a session keeps. Their caches share their memory; besides, a captured step has what its launches
+# hand to each other.
+MOST_STEPS = 8
 
 
 class StepEngine:
@@ -50,8 +54,12 @@ class StepEngine:
         self._architecture, self._rule = architecture, rule
         self._surrogates = surrogates or Surrogates({})
         self._eager = EagerEngine(architecture, rule, surrogates=surrogates)
-        self._step: PreparedStep | None = None
-        self._handed_out: StepCache | None = None  # the caller of generate() will keep it
+        self._memories: Memories = _memories(architecture)
+        # By rows and inference mode, whose tensors are of no use outside; the one used last comes last.
+        self._steps: dict[tuple[int, bool], PreparedStep] = {}
+        self._step: PreparedStep | None = None  # of the present call of generate(), or of the last
+        self._cache: StepCache | None = None  # of the present call
+        self._handed_out = False  # the caller will keep it
         self._how: str | None = None  # of the steps that ran
         self._refusals: dict[str, None] = {}  # why something ran eagerly, each once
         self._failed = False
@@ -94,9 +102,9 @@ class StepEngine:
         self._eager.attach()
 
     def detach(self) -> None:
-        """Put back what `attach` found, and give up the prepared steps."""
+        """Put back what `attach` found, and let go of the prepared steps and of their memory."""
         self._eager.detach()
-        self._step = None
+        self._forget_steps()
 
     def begin(self, tokens: PassTokens) -> None:
         """Announce a forward pass of the model's own."""
@@ -118,8 +126,8 @@ class StepEngine:
     ) -> StepCache | None:
         """An empty cache for `batch` rows of at most `room` tokens, whose steps `run` takes; None: eager.
 
-        handed_out: the caller keeps the cache, so `end_call` makes it an ordinary one and the next call
-                    gets another.
+        handed_out: the caller keeps the cache, so `end_call` makes it an ordinary one with a copy of what is
+                    in it, and the step goes on with its own.
         """
         self._eager.begin(FULL_PASS)  # a step tries modules of the model's on rows of its own
         if self._failed:
@@ -127,14 +135,18 @@ class StepEngine:
         if reason := self._refused(forward, room):
             self.fall_back(reason)
             return None
-        step = self._step
-        fits = step is not None and step.batch == batch and step.room >= room
-        if step is None or not fits or step.inference != torch.is_inference_mode_enabled():
-            self._step = None  # its memory first
-            with self._setting_up():
+        kind = batch, torch.is_inference_mode_enabled()
+        step = self._steps.pop(kind, None)
+        if step is None or step.room < room:
+            self._step = None
+            with self._setting_up():  # which has waited for the device: nothing is let go that still runs
+                step = None
+                while len(self._steps) >= MOST_STEPS:
+                    del self._steps[next(iter(self._steps))]
                 step = self._new_step(forward, batch, room)
-        self._step, self._handed_out = step, step.cache if handed_out else None
-        return step.start()
+        self._steps[kind] = self._step = step
+        self._cache, self._handed_out = step.start(room), handed_out
+        return self._cache
 
     def takes(self, cache: Any) -> bool:
         """Whether a decode step with this cache is this engine's."""
@@ -151,7 +163,7 @@ class StepEngine:
         self._eager.begin(FULL_PASS)
         try:
             step.settle(given)
-            if step.is_made and step.proofs >= _PROOFS:
+            if self._is_ready(step):
                 return True
             with self._setting_up():
                 if not step.is_made:
@@ -171,10 +183,14 @@ class StepEngine:
         return self._step.run_no_sync(given["input_ids"], given.get("position_ids"), tokens)
 
     def end_call(self) -> None:
-        """A generate() call is over."""
-        if self._handed_out is not None:
-            self._handed_out.hand_out()
-            self._handed_out = self._step = None
+        """A generate() call is over: its cache is the caller's, or empty."""
+        if self._cache is None:
+            return
+        kept = self._cache.hand_out() if self._handed_out else self._cache
+        kept.clear()
+        if self._step is not None:
+            self._step.cache = kept
+        self._cache = None
 
     def _new_step(self, forward: Callable[..., Any], batch: int, room: int) -> PreparedStep:
         """A step of this engine's kind. forward: the causal language model's."""
@@ -186,6 +202,11 @@ class StepEngine:
         if window is not None and room > window:
             return f"{room} tokens are more than the attention window of {window}"
         return None
+
+    @staticmethod
+    def _is_ready(step: PreparedStep) -> bool:
+        """Whether the step can be run, and has been proven."""
+        return step.is_made and step.proofs >= _PROOFS
 
     def _prove(self, step: PreparedStep, given: dict[str, Any]) -> bool:
         """Whether the step may be used: without skips it has to be the model's own pass, but for rounding."""
@@ -216,8 +237,19 @@ class StepEngine:
 
     def _give_up(self, reason: str) -> None:
         self._failed = True
-        self._step = None
+        self._forget_steps()
         self.fall_back(reason)
+
+    def _forget_steps(self) -> None:
+        self._step = None
+        self._steps.clear()
+        for memory in itertools.chain.from_iterable(self._memories):
+            memory.free()  # at once: a recorded step is a circle
+        self._memories = _memories(self._architecture)
+
+
+def _memories(architecture: Architecture) -> Memories:
+    return [(Memory(), Memory()) for _ in range(architecture.num_layers)]
 
 
 def _first_cause(error: BaseException) -> BaseException:

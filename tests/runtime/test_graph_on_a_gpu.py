@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from conftest import left_padded, lively
 from engines import ALWAYS, ROWS, SOME, counts, generated
+from gpu_stand_in import SECOND, StandIn
 
 from skipcal.runtime.engines import graph_step, if_node
 from skipcal.runtime.engines.generate_loop import _Told
@@ -18,86 +17,6 @@ from skipcal.runtime.engines.graph_step import DecodeStep
 from skipcal.runtime.session import skipping
 
 pytestmark = pytest.mark.usefixtures("references", "small_caches")
-SECOND = torch.device("cuda", 1)
-
-
-class StandIn:
-    """torch.cuda as far as captures use it: which GPU and which stream are the current ones."""
-
-    def __init__(self) -> None:
-        self.device, self.stream = torch.device("cuda", 0), "default"
-        self.computed_on: list[tuple[torch.device, str]] = []
-        self.replays = 0
-
-    @contextmanager
-    def using_device(self, device: torch.device) -> Iterator[None]:
-        before, self.device = self.device, device
-        yield
-        self.device = before
-
-    @contextmanager
-    def using_stream(self, stream: str) -> Iterator[None]:
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
-
-    @contextmanager
-    def capturing(self, graph: Any, *, stream: str, **_: Any) -> Iterator[None]:
-        """As torch's: where the capture cannot be ended, the stream is not put back."""
-        self.stream = f"captures on {stream}"
-        try:
-            yield
-        except Exception:
-            raise RuntimeError("capture was invalidated") from None
-        self.stream = "default"
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Steps believe that they are on the second GPU."""
-    found = StandIn()
-    make, compute = DecodeStep.__init__, DecodeStep._compute
-
-    class Graph:
-        step: Any
-
-        def pool(self) -> int:
-            return 0
-
-        def replay(self) -> None:
-            found.replays += 1
-            compute(self.step)
-
-    def on_second(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        self.device = SECOND
-        Graph.step = self
-
-    def noted(self: Any) -> Any:
-        found.computed_on.append((found.device, found.stream))
-        return compute(self)
-
-    class Stream(str):
-        def wait_stream(self, other: str) -> None:
-            """All is done at once."""
-
-    stand_ins = {
-        "CUDAGraph": Graph,
-        "Stream": lambda device: Stream(f"a stream of {device}"),
-        "current_stream": lambda *_: Stream(found.stream),
-        "device": found.using_device,
-        "graph": found.capturing,
-        "stream": found.using_stream,
-        "synchronize": lambda *_: None,
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(DecodeStep, "__init__", on_second)
-    monkeypatch.setattr(DecodeStep, "_compute", noted)
-    graph_step._capture_stream.cache_clear()
-    return found
 
 
 def test_every_launch_goes_to_the_models_gpu(tiny: Any, gpu: StandIn) -> None:
@@ -116,7 +35,7 @@ def test_texts_without_padding_have_a_graph_of_their_own(tiny: Any, gpu: StandIn
             tiny.generate(**left_padded(rows), max_new_tokens=5, do_sample=False)
         step: Any = run._engine._step  # type: ignore[union-attr]
     assert {padded for *_, padded in step._graphs} == {True, False}
-    assert sum(stream.startswith("captures") for _, stream in gpu.computed_on) == 2
+    assert gpu.captures == 2
 
 
 def test_a_failed_capture_says_its_first_cause_and_leaves_the_stream(

@@ -70,6 +70,7 @@ def launches(
     with skipping(model, policy=policy, engine="graph") as run:
         model.generate(**left_padded([ROWS[0]] * rows), max_new_tokens=4, do_sample=False)
         step: Any = run._engine._step  # type: ignore[union-attr]
+        model(**left_padded([ROWS[0]] * rows), past_key_values=step.start(10))  # a text to go on with
         run._seam.stepping = True  # type: ignore[union-attr]
         with monkeypatch.context() as patch:
             seen = Launches(patch)

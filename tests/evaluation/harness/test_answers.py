@@ -31,6 +31,7 @@ from lm_eval_requests import (
 
 from skipcal.evaluation.harness import skip_lm
 from skipcal.evaluation.harness.skip_lm import SkipLM
+from skipcal.runtime.session import skipping
 
 
 @pytest.mark.parametrize("policy", [FULL, SOME, RANDOM, SHORT], ids=lambda policy: policy.method)
@@ -52,6 +53,27 @@ def test_a_row_ends_and_counts_until_its_stop_sequence(loaded: LoadedModel) -> N
     alone = SkipLM(loaded, SOME, batch_size=1)
     assert generate(alone, PROMPTS, until=[f"w{stop}"]) == answers
     assert alone.report.skipped_per_layer == lm.report.skipped_per_layer
+
+
+def test_all_batches_are_one_session(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an engine prepares its steps once; the counts are still each batch's own."""
+    opened: list[Any] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        opened.append(skipping(*args, **{**options, "engine": "recorded"}))
+        return opened[-1]
+
+    lm = SkipLM(loaded, SOME, batch_size=1)
+    expected = generate(lm, PROMPTS)
+    monkeypatch.setattr(skip_lm, "skipping", noted)
+    recorded = SkipLM(loaded, SOME, batch_size=1)
+    opened.clear()
+    assert generate(recorded, PROMPTS) == expected
+    assert recorded.report.counts() == {
+        **lm.report.counts(), "prepared_passes": lm.report.eager_passes, "eager_passes": 0
+    }  # fmt: skip
+    (session,) = opened
+    assert session.report.prepared_passes == recorded.report.prepared_passes > len(PROMPTS)
 
 
 def test_sampling_and_beams_are_passed_on(loaded: LoadedModel) -> None:
