@@ -27,7 +27,12 @@ BLOCK = re.compile(
     r"(<!-- (?P<kind>speed|fit|kernels|ratios): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
 )
 # Others are called as their results up to the last underscore.
-SCRIPTS = {"equal_ratios": "three_models.py", "fit_cost": "fit_cost.py", "ops_sm90": "ops_sm90.py", "gpu_decode": "gpu_visit measure"}
+SCRIPTS = {
+    "equal_ratios": "three_models.py",
+    "fit_cost": "fit_cost.py",
+    "ops_sm90": "ops_sm90.py",
+    "gpu_decode": "gpu_visit measure",
+}
 
 
 def updated(text: str, results: Path) -> str:
