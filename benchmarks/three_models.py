@@ -72,8 +72,8 @@ def commands(
 def main() -> None:
     """Do what is missing."""
     parser = argparse.ArgumentParser()
-    for name in ("fit-wikitext", "fit-c4", "wikitext", "c4"):
-        parser.add_argument(f"--{name}", required=True, type=Path)
+    for name in ("--fit-wikitext", "--fit-c4", "--wikitext", "--c4"):
+        parser.add_argument(name, required=True, type=Path)
     parser.add_argument("-o", "--output", required=True, type=Path)
     parser.add_argument("--qwen", help="the model's file, in place of the hub's")
     parser.add_argument("--gemma", help="the same")
