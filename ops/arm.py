@@ -49,8 +49,8 @@ def arm(
     parts, _, rows = sums.shape
     _arm[(1,)](
         sums, left, skip.view(torch.int8), skip_next.view(torch.int8), live.view(torch.int8),
-        threshold, limit,
-        PARTS=parts, PARTS_PADDED=padded(parts), ROWS=rows, ROWS_PADDED=padded(rows),
+        threshold, limit, rows,
+        PARTS=parts, PARTS_PADDED=padded(parts), ROWS_PADDED=padded(rows),
         EACH=int(len(threshold) > 1), BATCH_RULE=BATCH_RULES.index(batch_rule), TINY=_TINY, num_warps=4,
     )  # fmt: skip
 
@@ -76,22 +76,22 @@ def reference(
     skip_next.copy_(torch.where(left == NOBODYS, -1, left > 0))
 
 
-@jit(unaligned=("skip_ptr", "next_ptr", "live_ptr"))
+@jit(varying=("rows",), unaligned=("skip_ptr", "next_ptr", "live_ptr"))
 def _arm(
-    sums_ptr, left_ptr, skip_ptr, next_ptr, live_ptr, threshold_ptr, limit_ptr,
-    PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
+    sums_ptr, left_ptr, skip_ptr, next_ptr, live_ptr, threshold_ptr, limit_ptr, rows,
+    PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, ROWS_PADDED: tl.constexpr,
     EACH: tl.constexpr, BATCH_RULE: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, ROWS_PADDED)
-    there = r < ROWS
+    there = r < rows
     p = tl.arange(0, PARTS_PADDED)
     left = tl.load(left_ptr + r, mask=there, other=-1)
     watched = left == 0  # the sums of other rows mean nothing
     inside = (p[:, None] < PARTS) & watched[None, :]
-    where = sums_ptr + p[:, None] * (3 * ROWS) + r[None, :]
+    where = sums_ptr + p[:, None] * (3 * rows) + r[None, :]
     hh = tl.sum(tl.load(where, mask=inside, other=0.0), axis=0)
-    ho = tl.sum(tl.load(where + ROWS, mask=inside, other=0.0), axis=0)
-    oo = tl.sum(tl.load(where + 2 * ROWS, mask=inside, other=0.0), axis=0)
+    ho = tl.sum(tl.load(where + rows, mask=inside, other=0.0), axis=0)
+    oo = tl.sum(tl.load(where + 2 * rows, mask=inside, other=0.0), axis=0)
     cosine = ho / tl.maximum(tl.sqrt(hh) * tl.sqrt(oo), TINY)
     cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
     live = (tl.load(live_ptr + r, mask=there, other=0) != 0) & there

@@ -34,8 +34,8 @@ def count(
     layers, rows = skips.shape
     flags = (flag.view(torch.int8) for flag in (skips, live, active, ruled))
     _count[(1,)](
-        *flags, per_layer, agreement, skips.stride(0),
-        LAYERS=layers, LAYERS_P=padded(layers), ROWS=rows, BLOCK=min(_ROWS, padded(rows)), num_warps=_WARPS,
+        *flags, per_layer, agreement, skips.stride(0), rows,
+        LAYERS=layers, LAYERS_P=padded(layers), BLOCK=min(_ROWS, padded(rows)), num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -72,11 +72,11 @@ def _check(
         raise ValueError("count: flags and counters must be contiguous, and skips along its rows")
 
 
-@jit(unaligned=("skips_ptr", "live_ptr", "active_ptr", "ruled_ptr"))
+@jit(varying=("rows",), unaligned=("skips_ptr", "live_ptr", "active_ptr", "ruled_ptr"))
 def _count(
     skips_ptr: tl.tensor, live_ptr: tl.tensor, active_ptr: tl.tensor, ruled_ptr: tl.tensor,
-    per_layer_ptr: tl.tensor, agreement_ptr: tl.tensor, skips_stride: int,
-    LAYERS: tl.constexpr, LAYERS_P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    per_layer_ptr: tl.tensor, agreement_ptr: tl.tensor, skips_stride: int, rows: int,
+    LAYERS: tl.constexpr, LAYERS_P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program, so that nothing is added twice and in no other order."""
     layer = tl.arange(0, LAYERS_P)
@@ -85,21 +85,21 @@ def _count(
     live_that_skip = tl.zeros([LAYERS_P], tl.int32)
     lives = tl.zeros([BLOCK], tl.int32)
     actives = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, ROWS, BLOCK):
+    for start in range(0, rows, BLOCK):
         r = start + tl.arange(0, BLOCK)
-        live = tl.load(live_ptr + r, mask=r < ROWS, other=0).to(tl.int32)
-        flags = known[:, None] & (r < ROWS)[None, :]
+        live = tl.load(live_ptr + r, mask=r < rows, other=0).to(tl.int32)
+        flags = known[:, None] & (r < rows)[None, :]
         skips = tl.load(skips_ptr + layer[:, None] * skips_stride + r[None, :], mask=flags, other=0).to(
             tl.int32
         )
         rows_that_skip += tl.sum(skips, axis=1)
         live_that_skip += tl.sum(skips * live[None, :], axis=1)
         lives += live
-        actives += tl.load(active_ptr + r, mask=r < ROWS, other=0).to(tl.int32)
+        actives += tl.load(active_ptr + r, mask=r < rows, other=0).to(tl.int32)
     live_rows = tl.sum(lives, axis=0)
     somebody = live_rows > 0  # else the step was launched before the host knew that all is over
     _add(per_layer_ptr + layer, live_that_skip, known)
-    _add(per_layer_ptr + LAYERS + layer, (rows_that_skip == ROWS) & somebody, known)
+    _add(per_layer_ptr + LAYERS + layer, (rows_that_skip == rows) & somebody, known)
     _add(per_layer_ptr + 2 * LAYERS + layer, (rows_that_skip > 0) & somebody, known)
     tells = (live_rows > 1) & (tl.sum(actives, axis=0) > 0)  # one row always agrees with itself
     asked = (tl.load(ruled_ptr + layer, mask=known, other=0) != 0) & tells

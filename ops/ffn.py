@@ -165,14 +165,14 @@ def _norm_some(
         tl.store(x_ptr + row * HIDDEN + k, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(unaligned=("skip_ptr",))
+@jit(varying=("rows",), unaligned=("skip_ptr",))
 def _gate_up_some(
-    x_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr,
-    HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    x_ptr, gate_ptr, up_ptr, a_ptr, skip_ptr, rows,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, PADDED)
-    runs = tl.load(skip_ptr + r, mask=r < ROWS, other=1) == 0
+    runs = tl.load(skip_ptr + r, mask=r < rows, other=1) == 0
     if tl.sum(runs.to(tl.int32), axis=0) > 0:
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside_n = n < FFN
@@ -199,15 +199,15 @@ def _gate_up_some(
         )
 
 
-@jit(unaligned=("skip_ptr",))
+@jit(varying=("rows",), unaligned=("skip_ptr",))
 def _down_some(
-    a_ptr, down_ptr, h_ptr, y_ptr, sums_ptr, skip_ptr,
-    HIDDEN: tl.constexpr, FFN: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    a_ptr, down_ptr, h_ptr, y_ptr, sums_ptr, skip_ptr, rows,
+    HIDDEN: tl.constexpr, FFN: tl.constexpr, PADDED: tl.constexpr,
     ADDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     r = tl.arange(0, PADDED)
-    there = r < ROWS
+    there = r < rows
     runs = tl.load(skip_ptr + r, mask=there, other=1) == 0
     n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < HIDDEN
@@ -228,10 +228,10 @@ def _down_some(
         running = runs[None, :] & inside_n[:, None]
         before = tl.load(h_ptr + where, mask=running, other=0.0).to(tl.float32)
         after = before + tl.where(running, rounded, 0.0)
-        sums = sums_ptr + part * 3 * ROWS + r
+        sums = sums_ptr + part * 3 * rows + r
         tl.store(sums, tl.sum(before * before, axis=0), mask=there)
-        tl.store(sums + ROWS, tl.sum(before * after, axis=0), mask=there)
-        tl.store(sums + 2 * ROWS, tl.sum(after * after, axis=0), mask=there)
+        tl.store(sums + rows, tl.sum(before * after, axis=0), mask=there)
+        tl.store(sums + 2 * rows, tl.sum(after * after, axis=0), mask=there)
     wanted = there[None, :] & inside_n[:, None]
     y = tl.where(runs[None, :], f, 0.0)
     if ADDS:
@@ -287,16 +287,16 @@ def _some_rows(
         )
     n, k, warps, stages = settings_for("gate_up", h, width, given=settings.get("gate_up"))
     _gate_up_some[(-(-width // n),)](
-        x, weights.gate, weights.up, a, flags,
-        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p,
+        x, weights.gate, weights.up, a, flags, rows,
+        HIDDEN=hidden, FFN=width, PADDED=width_p,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     n, k, warps, stages = settings_for("down", a, hidden, given=settings.get("down"))
     parts = -(-hidden // n)
     y, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
     _down_some[(parts,)](
-        a, weights.down, h, y, sums, flags,
-        HIDDEN=hidden, FFN=width, ROWS=rows, PADDED=width_p, ADDS=adds,
+        a, weights.down, h, y, sums, flags, rows,
+        HIDDEN=hidden, FFN=width, PADDED=width_p, ADDS=adds,
         BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y, sums

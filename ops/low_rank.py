@@ -59,14 +59,15 @@ def low_rank(
     flags = skip.view(torch.uint8) if skip.dtype == torch.bool else skip
     dots = torch.empty(batch, chunks, rows, dtype=torch.float32, device=h.device)
     squares = torch.empty(batch, chunks, dtype=torch.float32, device=h.device)
-    shape = {"BATCH": batch, "BATCH_P": padded(batch), "HIDDEN": hidden, "ROWS": rows}
+    shape = {"BATCH_P": padded(batch), "HIDDEN": hidden, "ROWS": rows}
     _down[(-(-rows // _RANKS), chunks)](
-        h, down, flags, dots, squares, h.stride(0), **shape, RANKS=_RANKS, CHUNK=_CHUNK, num_warps=_WARPS
-    )
+        h, down, flags, dots, squares, h.stride(0), batch,
+        **shape, RANKS=_RANKS, CHUNK=_CHUNK, num_warps=_WARPS,
+    )  # fmt: skip
     block = max(1, _TILE // padded(rank))
     _up[(-(-hidden // block),)](
-        y, up, bias, bias if route_bias is None else route_bias, flags, dots, squares, y.stride(0), **shape,
-        RANK=rank, RANK_P=padded(rank), ROUTES=routes, ROUTES_P=padded(max(routes, 1)),
+        y, up, bias, bias if route_bias is None else route_bias, flags, dots, squares, y.stride(0), batch,
+        **shape, RANK=rank, RANK_P=padded(rank), ROUTES=routes, ROUTES_P=padded(max(routes, 1)),
         CHUNKS=chunks, CHUNKS_P=padded(chunks), BLOCK=block, TINY=_TINY, num_warps=_WARPS,
     )  # fmt: skip
 
@@ -111,10 +112,10 @@ def _check(
         raise ValueError("low_rank: weights and flags must be contiguous, and h along hidden")
 
 
-@jit(unaligned=("skip_ptr",))
+@jit(varying=("batch",), unaligned=("skip_ptr",))
 def _down(
     h_ptr: tl.tensor, down_ptr: tl.tensor, skip_ptr: tl.tensor, dots_ptr: tl.tensor, squares_ptr: tl.tensor,
-    h_stride: int, BATCH: tl.constexpr, BATCH_P: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    h_stride: int, batch: int, BATCH_P: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
     RANKS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """dots[b, chunk, r] = down[r] . h[b] over one chunk of hidden, for RANKS rows r of down.
@@ -122,14 +123,14 @@ def _down(
     And squares[b, chunk] = h[b] . h[b] over that chunk: the length of h is divided out by `_up`.
     """
     rows = tl.arange(0, BATCH_P)
-    if tl.max(tl.load(skip_ptr + rows, mask=rows < BATCH, other=0), axis=0) <= 0:
+    if tl.max(tl.load(skip_ptr + rows, mask=rows < batch, other=0), axis=0) <= 0:
         return
     chunk = tl.program_id(1)
     r = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
     n = chunk * CHUNK + tl.arange(0, CHUNK)
     tile = (r < ROWS)[:, None] & (n < HIDDEN)[None, :]
     down = tl.load(down_ptr + r[:, None] * HIDDEN + n[None, :], mask=tile, other=0.0).to(tl.float32)
-    for b in range(BATCH):
+    for b in range(batch):
         if tl.load(skip_ptr + b) > 0:
             h = tl.load(h_ptr + b * h_stride + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
             dots = tl.sum(down * h[None, :], axis=1)
@@ -138,10 +139,10 @@ def _down(
                 tl.store(squares_ptr + b * tl.num_programs(1) + chunk, tl.sum(h * h, axis=0))
 
 
-@jit(unaligned=("skip_ptr",))
+@jit(varying=("batch",), unaligned=("skip_ptr",))
 def _up(
     h_ptr: tl.tensor, up_ptr: tl.tensor, bias_ptr: tl.tensor, route_bias_ptr: tl.tensor, skip_ptr: tl.tensor,
-    dots_ptr: tl.tensor, squares_ptr: tl.tensor, h_stride: int, BATCH: tl.constexpr, BATCH_P: tl.constexpr,
+    dots_ptr: tl.tensor, squares_ptr: tl.tensor, h_stride: int, batch: int, BATCH_P: tl.constexpr,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr, ROUTES: tl.constexpr,
     ROUTES_P: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P: tl.constexpr, BLOCK: tl.constexpr,
     TINY: tl.constexpr,
@@ -151,7 +152,7 @@ def _up(
     Of several maps the one is read whose row of the route has the largest product with u[b].
     """
     rows = tl.arange(0, BATCH_P)
-    if tl.max(tl.load(skip_ptr + rows, mask=rows < BATCH, other=0), axis=0) <= 0:
+    if tl.max(tl.load(skip_ptr + rows, mask=rows < batch, other=0), axis=0) <= 0:
         return
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANK_P)
@@ -161,7 +162,7 @@ def _up(
         up = tl.load(up_ptr + n[:, None] * RANK + r[None, :], mask=tile, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
     parts = (c < CHUNKS)[:, None] & (r < RANK)[None, :]
-    for b in range(BATCH):
+    for b in range(batch):
         if tl.load(skip_ptr + b) > 0:
             squares = tl.load(squares_ptr + b * CHUNKS + c, mask=c < CHUNKS, other=0.0)
             norm = tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), TINY)

@@ -62,8 +62,8 @@ def project(
         return y
     x = h if norm is None else rms_norm(h, norm, eps)
     _project_some[grid](
-        x, *filled, *offsets, added, y, **shape,
-        ROWS=rows, PADDED=row_class(rows), BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
+        x, *filled, *offsets, added, y, rows, **shape,
+        PADDED=row_class(rows), BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -155,12 +155,12 @@ def _project_one(
     tl.store(y_ptr + first + n, y.to(y_ptr.dtype.element_ty), mask=inside_n)
 
 
-@jit
+@jit(varying=("rows",))
 def _project_some(
     x_ptr: tl.tensor, w0_ptr: tl.tensor, w1_ptr: tl.tensor, w2_ptr: tl.tensor,
     b0_ptr: tl.tensor, b1_ptr: tl.tensor, b2_ptr: tl.tensor, residual_ptr: tl.tensor, y_ptr: tl.tensor,
-    INPUTS: tl.constexpr, FIRST: tl.constexpr, OTHER: tl.constexpr, OUTPUTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    rows: int, INPUTS: tl.constexpr, FIRST: tl.constexpr, OTHER: tl.constexpr, OUTPUTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     w_ptr, b_ptr, n, inside_n, first = _rows_of_program(
@@ -172,7 +172,7 @@ def _project_some(
     for start in tl.range(0, INPUTS, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         inside_k = k < INPUTS
-        given = (r < ROWS)[None, :] & inside_k[:, None]
+        given = (r < rows)[None, :] & inside_k[:, None]
         x = tl.load(x_ptr + r[None, :] * INPUTS + k[:, None], mask=given, other=0.0)
         inside = inside_n[:, None] & inside_k[None, :]
         w = tl.load(w_ptr + row + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
@@ -180,7 +180,7 @@ def _project_some(
     if HAS_BIAS:
         y += tl.load(b_ptr + n, mask=inside_n, other=0.0).to(tl.float32)[:, None]
     where = r[None, :] * OUTPUTS + first + n[:, None]
-    wanted = (r < ROWS)[None, :] & inside_n[:, None]
+    wanted = (r < rows)[None, :] & inside_n[:, None]
     if HAS_RESIDUAL:
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += tl.load(residual_ptr + where, mask=wanted, other=0.0).to(tl.float32)
