@@ -12,6 +12,9 @@ import pytest
 from pages import ROOT, text_of
 
 RESULTS = ROOT / "benchmarks" / "results"
+ARMS_OF_PEERS = (
+    "generate()", "compiled", "skipcal, full", "skipcal, gate", "skipcal, static", "vLLM", "vLLM, gate",
+)  # fmt: skip
 
 
 def rows_of(page: str, first: str) -> Iterator[list[str]]:
@@ -218,13 +221,25 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
     for arm, *cells in rows:
         for requests, said in zip("128", cells, strict=True):
             found = result["requests"][requests][arm.strip("`")]["over_vllm"]
-            assert found["rounds"] == 5
+            assert found["rounds"] == 9
             expected = [found[name] for name in ("median", "min", "max")]
             assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), (arm, requests)
     told, one = " ".join(text_of("docs/serving.md").split()), result["requests"]["1"]
     assert f"of a step that takes {1000 / one['vllm']['tokens_per_s']:.0f} ms" in told
     assert f"{100 * (1 - one['gate, never']['over_vllm']['median']):.1f} % at one request" in told
     assert f"leaves {result['requests']['8']['gate']['unread']:.3f} of the weights unread" in told
+
+
+def test_the_speed_page_tells_what_else_decodes_one_request() -> None:
+    result = json.loads((RESULTS / "cpu_peers_float32.json").read_text())
+    rows = list(rows_of("docs/speed.md", "decoded by"))
+    for (_, skipped, speed, over), arm in zip(rows, ARMS_OF_PEERS, strict=True):
+        found = result["arms"][arm]
+        assert skipped == "-" if found["skip_ratio"] is None else rounds_to(skipped, found["skip_ratio"])
+        assert rounds_to(speed, found["tokens_per_s"])
+        expected = [found["over_generate"][name] for name in ("median", "min", "max")]
+        assert all(rounds_to(s, e) for s, e in zip(numbers(over), expected, strict=True)), arm
+    assert {*ARMS_OF_PEERS} == result["arms"].keys()
 
 
 def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> None:
