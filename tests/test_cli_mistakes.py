@@ -74,7 +74,8 @@ def test_no_words_at_all_are_answered_with_the_help() -> None:
         ),
         (
             (*TUNE, "--rules", "gaet"),
-            "is not one of gate, cosine, static, static+surrogates, static+fitted; did you mean 'gate'?",
+            "is not one of gate, cosine, ffn-skip+damage, static, static+surrogates, static+fitted; "
+            "did you mean 'gate'?",
         ),
         ((*TUNE, "--rules", "gate,gate"), "rule 'gate' is asked for twice"),
         ((*TUNE, "--rules", "gate", "--max-skips", "3"), "max_skips has no effect without the rule cosine"),
