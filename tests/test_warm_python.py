@@ -38,7 +38,7 @@ told = {
     "environment": dict(os.environ),
     "buffered": [sys.stdout.write_through, sys.stdout.line_buffering, sys.stderr.line_buffering],
     "encodings": [file.encoding + file.errors for file in (sys.stdin, sys.stdout, sys.stderr)],
-    "interrupt": str(signal.getsignal(signal.SIGINT)),  # ignored in the background of some shells
+    "interrupt": signal.getsignal(signal.SIGINT).__name__,
 }
 print(json.dumps(told, sort_keys=True))
 sys.exit(4)
