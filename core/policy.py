@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from skipcal.errors import ConfigError, ProfileMismatch
 
@@ -161,6 +161,11 @@ class SkipPolicy:
                 f"there are tolerances for {len(self.tolerances)} layers, and the model has {num_layers}; "
                 "use a profile made for this model"
             )
+
+
+def is_papers_rule(policy: object) -> TypeGuard[SkipPolicy]:
+    """Whether a policy is Algorithm 1 of the paper, which knows no tolerances."""
+    return isinstance(policy, SkipPolicy) and policy.tolerances is None
 
 
 def without_absent_tolerances(fields: dict[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,7 @@ def ffn(
     """
     if not runs_kernels(h):
         return reference(h, skip, weights, x=x, adds=adds)
-    if len(h) == 1:
-        return _one_row(h, skip, weights, x, adds, settings or {})
-    return _some_rows(h, skip, weights, x, adds, settings or {})
+    return _launched(h, skip, weights, x, adds, settings or {})
 
 
 def reference(
@@ -240,7 +238,7 @@ def _down_some(
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
-def _one_row(
+def _launched(
     h: Tensor,
     skip: Tensor,
     weights: FFNWeights,
@@ -248,55 +246,32 @@ def _one_row(
     adds: bool,
     settings: Mapping[str, Settings],
 ) -> tuple[Tensor, Tensor]:
-    width, hidden = weights.gate.shape
-    flag = skip.view(torch.int8)
-    a = h.new_empty(1, width)
-    n, k, warps, stages = settings_for("gate_up", h, width, given=settings.get("gate_up"))
-    _gate_up_one[(-(-width // n),)](
-        h if x is None else x, weights.gate if weights.norm is None else weights.norm,
-        weights.gate, weights.up, a, flag, weights.eps,
-        HIDDEN=hidden, FFN=width, NORMED=x is not None, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
-    n, k, warps, stages = settings_for("down", a, hidden, given=settings.get("down"))
-    parts = -(-hidden // n)
-    y, sums = torch.empty_like(h), h.new_empty(parts, 3, 1, dtype=torch.float32)
-    _down_one[(parts,)](
-        a, weights.down, h, y, sums, flag,
-        HIDDEN=hidden, FFN=width, ADDS=adds, BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
-    return y, sums
-
-
-def _some_rows(
-    h: Tensor,
-    skip: Tensor,
-    weights: FFNWeights,
-    x: Tensor | None,
-    adds: bool,
-    settings: Mapping[str, Settings],
-) -> tuple[Tensor, Tensor]:
-    width, hidden = weights.gate.shape
-    rows = len(h)
-    width_p = row_class(rows)
+    rows, (width, hidden) = len(h), weights.gate.shape
     flags = skip.view(torch.int8)
-    a = h.new_empty(rows, width)
-    if x is None:
-        x = torch.empty_like(h)
-        _norm_some[(rows,)](
-            h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
-        )
+    a, y = h.new_empty(rows, width), torch.empty_like(h)
     n, k, warps, stages = settings_for("gate_up", h, width, given=settings.get("gate_up"))
-    _gate_up_some[(-(-width // n),)](
-        x, weights.gate, weights.up, a, flags, rows,
-        HIDDEN=hidden, FFN=width, PADDED=width_p,
-        BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
+    grid = (-(-width // n),)
+    shape = {"HIDDEN": hidden, "FFN": width, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
+    if rows == 1:
+        _gate_up_one[grid](
+            h if x is None else x, weights.gate if weights.norm is None else weights.norm,
+            weights.gate, weights.up, a, flags, weights.eps, NORMED=x is not None, **shape,
+        )  # fmt: skip
+    else:
+        if x is None:
+            x = torch.empty_like(h)
+            _norm_some[(rows,)](
+                h, weights.norm, x, flags, weights.eps, HIDDEN=hidden, BLOCK=padded(hidden), num_warps=4
+            )
+        _gate_up_some[grid](x, weights.gate, weights.up, a, flags, rows, PADDED=row_class(rows), **shape)
     n, k, warps, stages = settings_for("down", a, hidden, given=settings.get("down"))
     parts = -(-hidden // n)
-    y, sums = torch.empty_like(h), h.new_empty(parts, 3, rows, dtype=torch.float32)
-    _down_some[(parts,)](
-        a, weights.down, h, y, sums, flags, rows,
-        HIDDEN=hidden, FFN=width, PADDED=width_p, ADDS=adds,
-        BLOCK_N=n, BLOCK_K=k, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
+    sums = h.new_empty(parts, 3, rows, dtype=torch.float32)
+    shape |= {"BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
+    if rows == 1:
+        _down_one[(parts,)](a, weights.down, h, y, sums, flags, ADDS=adds, **shape)
+    else:
+        _down_some[(parts,)](
+            a, weights.down, h, y, sums, flags, rows, PADDED=row_class(rows), ADDS=adds, **shape
+        )
     return y, sums

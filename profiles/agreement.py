@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from skipcal.core.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy, is_papers_rule
 from skipcal.profiles.parts import GateInfo, GateSettings, StaticSettings
 
 if TYPE_CHECKING:
@@ -63,12 +63,11 @@ def _policy(profile: ProfileData) -> None:
                 raise ValueError("policy.surrogates: expected a set of policy.layers among fixed_sets")
         elif policy.surrogates and (gate is None or not set(policy.layers) <= set(gate.layers)):
             raise ValueError("policy.surrogates: expected a gate with a surrogate for each of policy.layers")
-    weighed = isinstance(policy, SkipPolicy) and policy.tolerances is not None
-    if weighed and profile.damage_rule is None:
+    if isinstance(policy, SkipPolicy) and policy.tolerances is not None and profile.damage_rule is None:
         raise ValueError("damage_rule: expected an entry beside a policy with tolerances")
-    if profile.paper_policy is None and (weighed or not isinstance(policy, SkipPolicy)):
+    if profile.paper_policy is None and not is_papers_rule(policy):
         raise ValueError("paper_policy: expected an entry beside a policy other than the paper's rule")
-    if profile.paper_policy is not None and profile.paper_policy.tolerances is not None:
+    if profile.paper_policy is not None and not is_papers_rule(profile.paper_policy):
         raise ValueError("paper_policy.tolerances: expected none")
     for name, cosine in (("policy", policy), ("paper_policy", profile.paper_policy)):
         tolerances = cosine.tolerances if isinstance(cosine, SkipPolicy) else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, PrivateAttr, Tag, ValidationError
 
-from skipcal.core.policy import SkipPolicy, without_absent_tolerances
+from skipcal.core.policy import SkipPolicy, is_papers_rule, without_absent_tolerances
 from skipcal.errors import ConfigError, ProfileError, Unavailable
 from skipcal.files.reading import check_before_validation, parse_object, shown, validation_message
 from skipcal.files.writing import dump_json
@@ -103,7 +103,7 @@ class ProfileData(BaseModel):
     @property
     def cosine_policy(self) -> SkipPolicy:
         """The paper's rule: the policy, or what it was before another was fitted or chosen."""
-        if isinstance(self.policy, SkipPolicy) and self.policy.tolerances is None:
+        if is_papers_rule(self.policy):
             return self.policy
         assert self.paper_policy is not None
         return self.paper_policy

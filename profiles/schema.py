@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from skipcal.core.policy import SkipPolicy
+from skipcal.core.policy import SkipPolicy, is_papers_rule
 from skipcal.errors import ConfigError, Unavailable
 from skipcal.files.reading import (
     read_bytes,
@@ -220,8 +220,7 @@ class SkipProfile(ProfilePolicies):
 
     def with_tuning(self, tuning: Tuning, policy: SkipPolicy | GateSettings | StaticSettings) -> Self:
         """This profile with the policy that a search has chosen."""
-        is_paper = isinstance(policy, SkipPolicy) and policy.tolerances is None
-        paper = None if is_paper else self.cosine_policy
+        paper = None if is_papers_rule(policy) else self.cosine_policy
         return self.model_copy(update={"tuning": tuning, "policy": policy, "paper_policy": paper})
 
     # Use

@@ -6,39 +6,15 @@ Triton is asked for its keys in a process of its own, for here it interprets and
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 
 import pytest
-from warm_python import environment
+from triton_keys import variants_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 LAUNCHES = """
-import collections, json
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from skipcal.ops import (
-    arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache
-)
-
-class Driver:  # of a device on which nothing is launched
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-
-def note(*, key, fn, **_):
-    variants[case][fn.name.rsplit(".", 1)[-1]].add(key)
-    return True  # neither compile nor launch
-
-variants = collections.defaultdict(lambda: collections.defaultdict(set))
-triton.runtime.driver.set_active(Driver())
-triton.knobs.runtime.jit_cache_hook = note
-for op in (arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache):
-    op.runs_kernels = lambda tensor: True
-
 for heads, kv_heads, padded in ((32, 32, True), (32, 8, False)):
-    case = f"{heads} heads on {kv_heads}"
+    variants = found[f"{heads} heads on {kv_heads}"]
     q = torch.zeros(1, heads, 128, dtype=torch.bfloat16)
     for slots in (1, 32, 100, 1000, 1024, 2048, 4096, 5001):
         k = torch.zeros(1, kv_heads, slots, 128, dtype=torch.bfloat16)
@@ -48,7 +24,7 @@ for heads, kv_heads, padded in ((32, 32, True), (32, 8, False)):
 w = torch.zeros(64, 64, dtype=torch.bfloat16)
 weights = ffn.FFNWeights(w[0], 1e-5, w, w, w)
 for rows in (1, 3):
-    case = f"{rows} rows"
+    variants = found[f"{rows} rows"]
     flags, scalars = torch.zeros(6, rows, dtype=torch.bool), torch.zeros(6)
     assert len({row.data_ptr() % 16 for row in flags}) > 1
     for layer in range(4):
@@ -70,18 +46,13 @@ for rows in (1, 3):
             flags, live, following, ruled=torch.ones(6, dtype=torch.bool),
             per_layer=torch.zeros(3, 6, dtype=torch.long), agreement=torch.zeros(2, dtype=torch.long),
         )
-
-print(json.dumps({c: {name: len(keys) for name, keys in v.items()} for c, v in variants.items()}))
 """
 
 
 @pytest.fixture(scope="module")
 def variants(warm: str) -> dict[str, dict[str, int]]:
     """By case: the kernels that it compiles, and how often."""
-    command = [warm, "-c", LAUNCHES]
-    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return variants_of(warm, LAUNCHES)
 
 
 @pytest.mark.parametrize("case", ["32 heads on 32", "32 heads on 8"])

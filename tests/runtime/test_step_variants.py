@@ -7,47 +7,26 @@ would have written is then whatever was there, so that no step is held against t
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 
 import pytest
-from warm_python import environment
+from triton_keys import variants_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 SESSION = """
-import collections, json
-import torch, triton
 from transformers import StoppingCriteria
-from triton.backends.compiler import GPUTarget
 from skipcal.arch.check import tiny_model
 from skipcal.arch.locate import locate
 from skipcal.core.gate import GatePolicy, Gates
 from skipcal.core.policy import SkipPolicy
 from skipcal.core.surrogates import LowRank, Surrogates
-from skipcal.ops import (
-    arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache
-)
 from skipcal.runtime.engines import graph_layer, graph_outside, step_engine
 from skipcal.runtime.session import skipping
-
-class Driver:  # of a device on which nothing is launched
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-
-def note(*, key, fn, **_):
-    variants[fn.name.rsplit(".", 1)[-1]].add(key)
-    return True  # neither compile nor launch
 
 class ThreeTokens(StoppingCriteria):
     def __call__(self, ids, scores, **_):
         return torch.full((len(ids),), ids.shape[1] >= length + 3)
 
-triton.runtime.driver.set_active(Driver())
-triton.knobs.runtime.jit_cache_hook = note
-for op in (arm, count, decode_attention, ffn, gate, low_rank, project, rms_norm, rotary_cache):
-    op.runs_kernels = lambda tensor: True
 graph_layer._unlike = lambda *_: None
 graph_outside._is_rms_norm = lambda norm: True
 step_engine.StepEngine._prove = lambda self, step, given: setattr(step, "proofs", step.proofs + 1) or True
@@ -60,9 +39,8 @@ policies = (
     SkipPolicy(cold_s=0, cold_e=4, threshold=0.5, warm_up_tokens=0),
     GatePolicy(gates=gates, surrogates=Surrogates(maps), threshold=0.0, warm_up_tokens=0),
 )
-found = {}
 for case, texts in CASES.items():
-    variants = collections.defaultdict(set)
+    variants = found[case]
     for policy in policies:
         session = skipping(model, policy=policy, engine="graph", architecture=locate(model))
         with torch.no_grad(), session as run:
@@ -74,8 +52,6 @@ for case, texts in CASES.items():
                     stopping_criteria=[ThreeTokens()],
                 )
         assert "4 layers fused" in run.report.engine_reason and run.report.engine == "graph"
-    found[case] = {name: len(keys) for name, keys in variants.items()}
-print(json.dumps(found))
 """
 # Rows, tokens of the prompt, and what the call may come to.
 LENGTHS = ((17, 21), (40, 300), (100, 1000), (1030, 1100), (300, 5000), (2500, 2600))
@@ -91,12 +67,7 @@ POWERS = 5  # 1, 2, 4, 8 and 16 rows
 @pytest.fixture(scope="module")
 def variants(warm: str) -> dict[str, dict[str, int]]:
     """By case: the kernels that its sessions compile, and how often."""
-    done = subprocess.run(
-        [warm, "-c", f"CASES = {CASES!r}\n{SESSION}"], env=environment(), stdout=subprocess.PIPE, text=True,
-        check=True,
-    )  # fmt: skip
-    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return variants_of(warm, f"CASES = {CASES!r}\n{SESSION}")
 
 
 @pytest.mark.parametrize("rows", [1, 3])
