@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from skipcal.core.surrogates import Surrogates, length_of_one, tensors_digest
+from skipcal.core.surrogates import Surrogates, length_of_one, product_of_one, tensors_digest
 from skipcal.errors import ConfigError, ProfileMismatch
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ class GateRule:
         self.layers: Collection[int] = frozenset(gates.layers)
         self.gates = gates
         self.threshold = threshold
-        # What multiplies h: sqrt(hidden) * weight. The scalars stay on the host, for a single token.
+        # What multiplies h: sqrt(hidden) * weight, [1, hidden]. Scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
         self._weight: dict[int, Tensor] = {
-            layer: scale * row for layer, row in zip(gates.layers, gates.weight, strict=True)
+            layer: scale * row for layer, row in zip(gates.layers, gates.weight.split(1), strict=True)
         }
         self._rest = {
             layer: (float(slope), float(bias))
@@ -141,17 +141,17 @@ class GateRule:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
         if h.shape[0] > 1 or not h.is_cpu:
             return self._scores_no_sync(layer, h)
-        slope, bias = self._rest[layer]  # two small operations, the rest is Python's
-        token = h[0].float()
-        norm = length_of_one(token)
-        along = float(torch.dot(token, self._weight_on(h.device, layer))) / norm
+        slope, bias = self._rest[layer]  # two small products, the rest is Python's
+        stream = h.float()
+        norm = length_of_one(stream)
+        along = product_of_one(stream, self._weight_on(h.device, layer)) / norm
         return along + slope * math.log(norm) + bias
 
     def _scores_no_sync(self, layer: int, h: Tensor) -> Tensor:
         slope, bias = self._rest[layer]
         stream = h.float()
         norms = torch.linalg.vector_norm(stream, dim=-1).clamp_min(_TINY)
-        scores: Tensor = stream @ self._weight_on(h.device, layer) / norms + slope * norms.log() + bias
+        scores: Tensor = stream @ self._weight_on(h.device, layer)[0] / norms + slope * norms.log() + bias
         return scores
 
     def _weight_on(self, device: torch.device, layer: int) -> Tensor:

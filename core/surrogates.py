@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
@@ -31,10 +32,16 @@ if TYPE_CHECKING:
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@dataclass(frozen=True)
 class _Map:
     """What one layer's tensors have in common, however many maps they are."""
 
     down: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order in which they are declared."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def elements(self, tokens: int = 1) -> int:
         """Numbers that are read where so many tokens are given what stands in, at most."""
@@ -47,7 +54,7 @@ class _Map:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same map elsewhere, or in another precision."""
-        return type(self)(*(t.to(device, dtype) for t in vars(self).values()))
+        return type(self)(*(t.to(device, dtype) for t in self.tensors))
 
     def on(self, device: torch.device) -> Self:
         """The same map on `device`."""
@@ -58,7 +65,6 @@ class _Map:
 class LowRank(_Map):
     """One layer's map. down: [rank, hidden], up: [hidden, rank], bias: [hidden]; all of one dtype."""
 
-    down: Tensor
     up: Tensor
     bias: Tensor
 
@@ -71,8 +77,7 @@ class LowRank(_Map):
 
         The same map in a third of the operations: what scales u is left to the last one.
         """
-        token = h[0]
-        return torch.addmv(self.bias, self.up, torch.mv(self.down, token), alpha=_to_direction(token))[None]
+        return torch.addmv(self.bias, self.up, torch.mv(self.down, h[0]), alpha=_to_direction(h))[None]
 
     def elements(self, tokens: int = 1) -> int:
         """All of them, once."""
@@ -89,7 +94,6 @@ class RoutedLowRank(_Map):
     product gives both. up: [maps, hidden, rank], bias: [maps, hidden], route_bias: [maps]; all of one dtype.
     """
 
-    down: Tensor
     up: Tensor
     bias: Tensor
     route_bias: Tensor
@@ -112,10 +116,17 @@ class RoutedLowRank(_Map):
 
     def of_one(self, h: Tensor) -> Tensor:
         """s(direction(h)) [1, hidden] of a single token h [1, hidden] in the maps' precision, on a CPU."""
-        token, rank = h[0], self.up.shape[-1]
-        both, scale = torch.mv(self.down, token), _to_direction(token)
-        k = int(torch.add(self.route_bias, both[rank:], alpha=scale).argmax())
+        rank = self.up.shape[-1]
+        both, scale = torch.mv(self.down, h[0]), _to_direction(h)
+        route = [
+            scale * along + bias for along, bias in zip(both[rank:].tolist(), self._route_biases, strict=True)
+        ]
+        k = route.index(max(route))
         return torch.addmv(self.bias[k], self.up[k], both[:rank], alpha=scale)[None]
+
+    @cached_property
+    def _route_biases(self) -> list[float]:
+        return self.route_bias.tolist()
 
     def elements(self, tokens: int = 1) -> int:
         """Those of a map for each token, as far as there are so many, and what all maps share."""
@@ -126,10 +137,10 @@ class RoutedLowRank(_Map):
 Surrogate: TypeAlias = LowRank | RoutedLowRank
 
 
-def _to_direction(token: Tensor) -> float:
-    """What h [hidden] is multiplied by to make its direction; 0 of a zero vector."""
-    norm = length_of_one(token)
-    return math.sqrt(len(token)) / norm if norm > _TINY else 0.0
+def _to_direction(h: Tensor) -> float:
+    """What a single token h [1, hidden] is multiplied by to make its direction; 0 of a zero vector."""
+    norm = length_of_one(h.float())
+    return math.sqrt(h.shape[1]) / norm if norm > _TINY else 0.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Surrogates:
         found = self.maps.get(layer)
         if found is None:
             return None
-        if len(h) == 1 and h.device.type == "cpu" and h.dtype == found.down.dtype == torch.float32:
+        if len(h) == 1 and h.is_cpu and h.dtype == found.down.dtype:
             return found.on(h.device).of_one(h)
         return found.on(h.device)(direction(h).to(found.down.dtype)).to(h.dtype)
 
@@ -160,7 +171,7 @@ class Surrogates:
     def digest(self) -> str:
         """Tells these surrogates from others: 16 hexadecimal digits."""
         return tensors_digest(
-            t for layer in sorted(self.maps) for t in (torch.tensor(layer), *vars(self.maps[layer]).values())
+            t for layer in sorted(self.maps) for t in (torch.tensor(layer), *self.maps[layer].tensors)
         )
 
     def for_blocks(self, blocks: Iterable[PlacedBlock]) -> Surrogates:
@@ -182,9 +193,18 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def length_of_one(token: Tensor) -> float:
-    """||h|| of one token [hidden] in float32 on a CPU, never 0, in one cheap operation."""
-    return max(math.sqrt(float(torch.dot(token, token))), _TINY)
+def product_of_one(a: Tensor, b: Tensor) -> float:
+    """The inner product of two vectors [1, hidden] in float32 on a CPU.
+
+    By the call that multiplies a model's matrices, for its code is needed there anyway: an FFN's weights push
+    all code out of a core's cache, so that of another call, such as torch.dot, would come from memory.
+    """
+    return float(F.linear(a, b))
+
+
+def length_of_one(h: Tensor) -> float:
+    """||h|| of one token [1, hidden] in float32 on a CPU, never 0."""
+    return max(math.sqrt(product_of_one(h, h)), _TINY)
 
 
 def direction(h: Tensor) -> Tensor:
