@@ -121,7 +121,7 @@ class GateRule:
         # What multiplies h: sqrt(hidden) * weight, [1, hidden]. Scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
         self._weight: dict[int, Tensor] = {
-            layer: scale * row for layer, row in zip(gates.layers, gates.weight.split(1), strict=True)
+            layer: scale * row for layer, row in zip(gates.layers, gates.weight[:, None], strict=True)
         }
         self._rest = {
             layer: (float(slope), float(bias))

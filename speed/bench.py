@@ -105,7 +105,7 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
     """
     model = subject.model
     architecture = locate(model)
-    forced = _forced(config, subject, architecture)
+    forced = forced_by(config, subject, architecture)
     _check_fits(config, model.config.get_text_config(), architecture.num_layers, forced)
     device = input_device(model)
     bandwidth = copy_bandwidth(device, rounds=config.rounds)
@@ -142,7 +142,7 @@ def run_bench(config: BenchConfig, subject: Subject, *, time_limit_s: float | No
     }
 
 
-def _forced(config: BenchConfig, subject: Subject, architecture: Architecture) -> Forced:
+def forced_by(config: BenchConfig, subject: Subject, architecture: Architecture) -> Forced:
     """The rule that is measured. Raises ProfileMismatch for another model's profile."""
     layers, hidden = architecture.num_layers, architecture.hidden_size
     if subject.profile is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gated import NEW, PROMPT, gates_for, generated, random_gates, surrogates_for
 
-from skipcal.core.gate import NEVER, GatePolicy, GateRule, GateState
+from skipcal.core.gate import NEVER, GatePolicy, GateRule, Gates, GateState
 from skipcal.core.surrogates import Surrogates
 from skipcal.errors import ConfigError, ProfileMismatch
 from skipcal.runtime.session import skipping
@@ -75,6 +75,12 @@ def test_a_score_at_the_threshold_does_not_skip(tokens: int) -> None:
         state = GateState(on_device=False)
         skip, _ = rule.before(2, state, h)
         assert torch.as_tensor(skip).flatten().tolist() == [expected] * tokens
+
+
+def test_without_candidates_no_layer_is_asked() -> None:
+    gates = random_gates((1, 2))
+    none = Gates((), gates.weight[:0], gates.log_norm_weight[:0], gates.bias[:0])
+    assert not GateRule(none, 0.0).layers
 
 
 def test_minus_infinity_is_the_full_model_bit_for_bit(tiny: Any) -> None:

@@ -1,0 +1,97 @@
+"""What decoding in bfloat16 gains over float32 on a CPU: batch 1, greedy, both engines.
+
+    python benchmarks/cpu_dtypes.py          results/cpu_dtypes.json
+
+The embedded model with its gate, and a random Llama of a billion parameters with a random one. Arms take
+turns; one in bfloat16 is told as its speed over the same in float32 in that round, and one that skips as its
+speed over the full model of its own precision and engine as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import ratios, save
+from cpu_decode import RUNS
+
+from skipcal.arch.locate import locate
+from skipcal.configs.bench import BenchConfig
+from skipcal.speed.arms import FULL, PLAIN, Bench, Run, endless_greedy, random_prompt, skip_arm
+from skipcal.speed.bench import forced_by, load_subject
+from skipcal.speed.cost import step_bytes
+from skipcal.speed.timing import interleave
+
+MODELS = {"smollm2": "smollm2-gate", "llama-1b": "llama-1b-gate"}
+DTYPES, ENGINES = ("float32", "bfloat16"), ("eager", "recorded")
+RATIO = 0.25
+
+
+def arms_of(name: str, dtype: str, new_tokens: int) -> tuple[dict[str, Callable[[], Run]], dict[str, float]]:
+    """What decodes in `dtype`, by name, and what is known of it beforehand."""
+    config = BenchConfig(**RUNS[MODELS[name]], device="cpu", dtype=dtype, new_tokens=new_tokens)
+    subject = load_subject(config)
+    architecture = locate(subject.model)
+    forced = forced_by(config, subject, architecture)
+    skips = round(RATIO * architecture.num_layers)
+    ids = random_prompt(subject.model, batch_size=1, tokens=16, seed=config.seed)
+    found: dict[str, Callable[[], Run]] = {}
+    for engine in ENGINES:
+        bench = Bench(subject.model, architecture, ids, new_tokens, engine, forced)
+        arms = bench.arms([skips], peers=False)
+        found[PLAIN] = within(subject.model, arms[PLAIN])
+        found[f"{FULL}, {engine}"] = within(subject.model, arms[FULL])
+        found[f"gate, {engine}"] = within(subject.model, arms[skip_arm(skips)])
+    read = step_bytes(subject.model, architecture, batch_size=1, tokens=16 + new_tokens / 2)
+    return found, {"weight_bytes_per_step": read.weights, "skip_ratio": skips / architecture.num_layers}
+
+
+def within(model: Any, run: Callable[[], Run]) -> Callable[[], Run]:
+    def decoded() -> Run:
+        with endless_greedy(model):
+            return run()
+
+    return decoded
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds of every arm")
+    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--only", choices=sorted(MODELS), action="append", help="one of them; repeatable")
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in given.only or MODELS:
+        of, known = zip(*(arms_of(name, dtype, given.new_tokens) for dtype in DTYPES), strict=True)
+        together = {
+            (dtype, arm): run for dtype, arms in zip(DTYPES, of, strict=True) for arm, run in arms.items()
+        }
+        runs = interleave(together, given.rounds)
+        steps = {key: [statistics.median(run.timing.step_s) for run in each] for key, each in runs.items()}
+        found[name] = {
+            dtype: {
+                **told,
+                "arms": {
+                    arm: {
+                        "step_ms": 1e3 * statistics.median(steps[dtype, arm]),
+                        "over_float32": ratios(steps["float32", arm], steps[dtype, arm]),
+                        "over_full": ratios(steps[dtype, arm.replace("gate", FULL)], steps[dtype, arm]),
+                    }
+                    for arm in arms
+                },
+            }
+            for dtype, arms, told in zip(DTYPES, of, known, strict=True)
+        }
+    options = "".join(f" --only {name}" for name in given.only or ())
+    command = (
+        f"python benchmarks/cpu_dtypes.py --rounds {given.rounds} --new-tokens {given.new_tokens}{options}"
+    )
+    save("cpu_dtypes", command, {"models": found})
+
+
+if __name__ == "__main__":
+    main()
