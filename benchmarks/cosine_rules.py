@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,12 +144,15 @@ def main() -> None:
             if target <= policy.most_skips() / lab.layers:
                 found[name] = lab.at(policy, _prediction(cosine, policy), target)
         print(target, {name: round(row["excess_nll"], 3) for name, row in found.items()}, flush=True)
+    # As anybody would type it: names of files, not where they lie here.
+    wikitext, c4 = (Path(text).name for text in (given.wikitext, given.c4))
+    file = Path(given.model).name if given.model and Path(given.model).exists() else given.model
+    model = f" --model {file}" if file else ""
     save(
         f"cosine_rules_{given.name}",
-        "python benchmarks/cosine_rules.py NAME --model MODEL --wikitext wikitext2_raw_valid.txt "
-        "--c4 c4.jsonl",
+        f"python benchmarks/cosine_rules.py {given.name}{model} --wikitext {wikitext} --c4 {c4}",
         {
-            "model": lab.loaded.name,
+            "model": file or lab.loaded.name,
             "dtype": "bfloat16",
             "windows": {
                 "calibration": len(lab.calibration),
