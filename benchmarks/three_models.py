@@ -41,7 +41,7 @@ class Subject:
 
 SUBJECTS = (
     Subject("smollm2", profile="smollm2-135m-instruct", dtype="float32"),
-    Subject("qwen", profile="qwen2.5-coder-0.5b-instruct", fit=("--prompts", "40", "--sweeps", "1")),
+    Subject("qwen", profile="qwen2.5-coder-0.5b-instruct", fit=("--prompts", "64", "--sweeps", "2")),
     Subject("gemma", config="gemma-3-270m", fit=("--prompts", "40")),
 )
 
