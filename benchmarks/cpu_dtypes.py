@@ -32,7 +32,8 @@ RATIO = 0.25
 
 def arms_of(name: str, dtype: str, new_tokens: int) -> tuple[dict[str, Callable[[], Run]], dict[str, float]]:
     """What decodes in `dtype`, by name, and what is known of it beforehand."""
-    config = BenchConfig(**RUNS[MODELS[name]], device="cpu", dtype=dtype, new_tokens=new_tokens)
+    asked: dict[str, Any] = {**RUNS[MODELS[name]], "dtype": dtype, "new_tokens": new_tokens}
+    config = BenchConfig(device="cpu", **asked)
     subject = load_subject(config)
     architecture = locate(subject.model)
     forced = forced_by(config, subject, architecture)
@@ -66,25 +67,27 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, Any] = {}
     for name in given.only or MODELS:
-        of, known = zip(*(arms_of(name, dtype, given.new_tokens) for dtype in DTYPES), strict=True)
-        together = {
-            (dtype, arm): run for dtype, arms in zip(DTYPES, of, strict=True) for arm, run in arms.items()
-        }
-        runs = interleave(together, given.rounds)
+        sides = {dtype: arms_of(name, dtype, given.new_tokens) for dtype in DTYPES}
+        runs = interleave(
+            {f"{dtype}, {arm}": run for dtype, (arms, _) in sides.items() for arm, run in arms.items()},
+            given.rounds,
+        )
         steps = {key: [statistics.median(run.timing.step_s) for run in each] for key, each in runs.items()}
         found[name] = {
             dtype: {
-                **told,
+                **known,
                 "arms": {
                     arm: {
-                        "step_ms": 1e3 * statistics.median(steps[dtype, arm]),
-                        "over_float32": ratios(steps["float32", arm], steps[dtype, arm]),
-                        "over_full": ratios(steps[dtype, arm.replace("gate", FULL)], steps[dtype, arm]),
+                        "step_ms": 1e3 * statistics.median(steps[f"{dtype}, {arm}"]),
+                        "over_float32": ratios(steps[f"float32, {arm}"], steps[f"{dtype}, {arm}"]),
+                        "over_full": ratios(
+                            steps[f"{dtype}, {arm.replace('gate', FULL)}"], steps[f"{dtype}, {arm}"]
+                        ),
                     }
                     for arm in arms
                 },
             }
-            for dtype, arms, told in zip(DTYPES, of, known, strict=True)
+            for dtype, (arms, known) in sides.items()
         }
     options = "".join(f" --only {name}" for name in given.only or ())
     command = (

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from skipcal.core.surrogates import Surrogates, length_of_one, product_of_one, tensors_digest
+from skipcal.core.surrogates import Surrogates, tensors_digest
 from skipcal.errors import ConfigError, ProfileMismatch
 
 if TYPE_CHECKING:
@@ -118,15 +119,16 @@ class GateRule:
         self.layers: Collection[int] = frozenset(gates.layers)
         self.gates = gates
         self.threshold = threshold
-        # What multiplies h: sqrt(hidden) * weight, [1, hidden]. Scalars stay on the host, for a single token.
         scale = math.sqrt(gates.weight.shape[-1])
-        self._weight: dict[int, Tensor] = {
-            layer: scale * row for layer, row in zip(gates.layers, gates.weight[:, None], strict=True)
+        # On the host, for a single token: sqrt(hidden) * weight, [1, hidden], and two scalars.
+        rows = scale * gates.weight[:, None].cpu()
+        self._probe: dict[int, tuple[Tensor, float, float]] = {
+            layer: (row, float(slope), float(bias))
+            for layer, row, slope, bias in zip(
+                gates.layers, rows, gates.log_norm_weight, gates.bias, strict=True
+            )
         }
-        self._rest = {
-            layer: (float(slope), float(bias))
-            for layer, slope, bias in zip(gates.layers, gates.log_norm_weight, gates.bias, strict=True)
-        }
+        self._weight = {layer: row[0] for layer, (row, _, _) in self._probe.items()}  # where its layer is
 
     def start(self, tokens: PassTokens, device: torch.device) -> GateState:
         """Nothing to remember."""
@@ -141,17 +143,19 @@ class GateRule:
         """Predicted log damage of each token, [tokens]; a number for a single token on the CPU."""
         if h.shape[0] > 1 or not h.is_cpu:
             return self._scores_no_sync(layer, h)
-        slope, bias = self._rest[layer]  # two small products, the rest is Python's
-        stream = h.float()
-        norm = length_of_one(stream)
-        along = product_of_one(stream, self._weight_on(h.device, layer)) / norm
-        return along + slope * math.log(norm) + bias
+        # Two small products by the call that multiplies the model's matrices, and no function around them: an
+        # FFN's weights push all code out of a core's cache, and what is called here comes from memory again.
+        row, slope, bias = self._probe[layer]
+        stream = h if h.dtype == torch.float32 else h.float()
+        norm = max(math.sqrt(F.linear(stream, stream).item()), _TINY)
+        along: float = F.linear(stream, row).item()
+        return along / norm + slope * math.log(norm) + bias
 
     def _scores_no_sync(self, layer: int, h: Tensor) -> Tensor:
-        slope, bias = self._rest[layer]
+        _, slope, bias = self._probe[layer]
         stream = h.float()
         norms = torch.linalg.vector_norm(stream, dim=-1).clamp_min(_TINY)
-        scores: Tensor = stream @ self._weight_on(h.device, layer)[0] / norms + slope * norms.log() + bias
+        scores: Tensor = stream @ self._weight_on(h.device, layer) / norms + slope * norms.log() + bias
         return scores
 
     def _weight_on(self, device: torch.device, layer: int) -> Tensor:

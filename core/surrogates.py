@@ -47,7 +47,7 @@ class _Map:
         """Numbers that are read where so many tokens are given what stands in, at most."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes that a token reads."""
         return self.elements() * self.down.element_size()
@@ -138,8 +138,10 @@ Surrogate: TypeAlias = LowRank | RoutedLowRank
 
 
 def _to_direction(h: Tensor) -> float:
-    """What a single token h [1, hidden] is multiplied by to make its direction; 0 of a zero vector."""
-    norm = length_of_one(h.float())
+    """What one token h [1, hidden] on a CPU is multiplied by to make its direction; 0 of a zero vector."""
+    stream = h if h.dtype == torch.float32 else h.float()
+    # By the call that multiplies the model's matrices: code of another would come from memory here.
+    norm = math.sqrt(F.linear(stream, stream).item())
     return math.sqrt(h.shape[1]) / norm if norm > _TINY else 0.0
 
 
@@ -191,20 +193,6 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def product_of_one(a: Tensor, b: Tensor) -> float:
-    """The inner product of two vectors [1, hidden] in float32 on a CPU.
-
-    By the call that multiplies a model's matrices, for its code is needed there anyway: an FFN's weights push
-    all code out of a core's cache, so that of another call, such as torch.dot, would come from memory.
-    """
-    return float(F.linear(a, b))
-
-
-def length_of_one(h: Tensor) -> float:
-    """||h|| of one token [1, hidden] in float32 on a CPU, never 0."""
-    return max(math.sqrt(product_of_one(h, h)), _TINY)
 
 
 def direction(h: Tensor) -> Tensor:
