@@ -4,7 +4,7 @@
 
 The embedded model under the paper's rule and under its gate, and a random Llama of a billion parameters,
 eight times the size, under the same and a random gate. float32, because matrix times vector in bfloat16
-does not reach the bandwidth of memory on these CPUs. What is measured, and how, stands in
+does not reach the bandwidth of memory on these CPUs (cpu_dtypes.py). What is measured, and how, stands in
 skipcal.speed.bench; `skipcal bench` measures the same for any model.
 
 Many rounds of few tokens: the bandwidth that other guests of the machine leave changes from one second to

@@ -231,15 +231,36 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
 
 
 def test_the_speed_page_tells_what_else_decodes_one_request() -> None:
-    result = json.loads((RESULTS / "cpu_peers_float32.json").read_text())
     rows = list(rows_of("docs/speed.md", "decoded by"))
-    for (_, skipped, speed, over), arm in zip(rows, ARMS_OF_PEERS, strict=True):
-        found = result["arms"][arm]
-        assert skipped == "-" if found["skip_ratio"] is None else rounds_to(skipped, found["skip_ratio"])
-        assert rounds_to(speed, found["tokens_per_s"])
-        expected = [found["over_generate"][name] for name in ("median", "min", "max")]
-        assert all(rounds_to(s, e) for s, e in zip(numbers(over), expected, strict=True)), arm
-    assert {*ARMS_OF_PEERS} == result["arms"].keys()
+    for place, dtype in ((1, "float32"), (4, "bfloat16")):
+        result = json.loads((RESULTS / f"cpu_peers_{dtype}.json").read_text())
+        for row, arm in zip(rows, ARMS_OF_PEERS, strict=True):
+            found, (skipped, speed, over) = result["arms"][arm], row[place : place + 3]
+            assert skipped == "-" if found["skip_ratio"] is None else rounds_to(skipped, found["skip_ratio"])
+            assert rounds_to(speed, found["tokens_per_s"])
+            assert_told(over, found["over_generate"], arm)
+        assert {*ARMS_OF_PEERS} == result["arms"].keys()
+        assert f"ranges of {found['over_generate']['rounds']} rounds" in text_of("docs/speed.md")
+
+
+def test_the_speed_page_tells_what_bfloat16_gains() -> None:
+    models = json.loads((RESULTS / "cpu_dtypes.json").read_text())["models"]
+    arms = ("plain", "full, eager", "gate, eager", "full, recorded", "gate, recorded")
+    places = [(model, arm) for model in ("smollm2", "llama-1b") for arm in arms]
+    for (_, _, *times, over), (model, arm) in zip(rows_of("docs/speed.md", "model | "), places, strict=True):
+        found = models[model]
+        for said, dtype in zip(times, ("float32", "bfloat16"), strict=True):
+            assert rounds_to(said, found[dtype]["arms"][arm]["step_ms"])
+        assert_told(over, found["bfloat16"]["arms"][arm]["over_float32"], (model, arm))
+    gains = [models[model]["bfloat16"]["arms"]["gate, recorded"]["over_full"]["median"] for model in models]
+    said = re.search(r"FFNs gain ([\d.]+)x and ([\d.]+)x over", " ".join(text_of("docs/speed.md").split()))
+    assert said and all(rounds_to(s, e) for s, e in zip(said.groups(), sorted(gains), strict=True))
+
+
+def assert_told(said: str, found: dict[str, float], where: object) -> None:
+    """A median and, in brackets, its range."""
+    expected = [found[name] for name in ("median", "min", "max")]
+    assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), where
 
 
 def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> None:
