@@ -230,6 +230,25 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
     assert f"leaves {result['requests']['8']['gate']['unread']:.3f} of the weights unread" in told
 
 
+def test_the_gate_page_tells_what_its_answers_lose() -> None:
+    table = pd.read_csv(RESULTS / "smollm2_gate_generation" / "results.csv")
+    said = rows_of("docs/gate.md", "task | items | realised")
+    places = (
+        ("continuation", "collapse_rate"), ("continuation", "token_agreement"),
+        ("freebaseqa", "contains_answer"), ("freebaseqa", "token_agreement"), ("summarization", "rougeL"),
+    )  # fmt: skip
+    for (_, items, realised, _, full, gate, difference), (task, metric) in zip(said, places, strict=True):
+        rows = table[(table.task == task) & (table.metric == metric) & (table.subset == "all")]
+        of: dict[str, dict[Any, Any]] = {row["method"]: row for row in rows.to_dict("records")}
+        assert rounds_to(full, of["full"]["value"]) and rounds_to(numbers(gate)[0], of["gate"]["value"])
+        if items:
+            assert int(items) == of["gate"]["n"] and rounds_to(realised, of["gate"]["realised_skip_ratio"])
+        if difference:
+            named = ("difference", "difference_ci_low", "difference_ci_high")
+            expected = [of["gate"][name] for name in named]
+            assert all(rounds_to(a, b) for a, b in zip(numbers(difference), expected, strict=True)), task
+
+
 def test_the_speed_page_tells_what_else_decodes_one_request() -> None:
     rows = list(rows_of("docs/speed.md", "decoded by"))
     for place, dtype in ((1, "float32"), (4, "bfloat16")):
