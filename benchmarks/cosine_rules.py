@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from skipcal.calibrate.capture import capture
 from skipcal.calibrate.damage_rule import damage_policy, losses_of_one
 from skipcal.calibrate.recommend import LastCosinePrediction, arming_layers, in_memory
 from skipcal.calibrate.regions import find_regions
+from skipcal.commands.console import without_place
 from skipcal.core.chosen_ffns import ChosenFFNs
 from skipcal.core.policy import Policy, SkipPolicy
 from skipcal.profiles.methods import largest
@@ -144,15 +145,11 @@ def main() -> None:
             if target <= policy.most_skips() / lab.layers:
                 found[name] = lab.at(policy, _prediction(cosine, policy), target)
         print(target, {name: round(row["excess_nll"], 3) for name, row in found.items()}, flush=True)
-    # As anybody would type it: names of files, not where they lie here.
-    wikitext, c4 = (Path(text).name for text in (given.wikitext, given.c4))
-    file = Path(given.model).name if given.model and Path(given.model).exists() else given.model
-    model = f" --model {file}" if file else ""
     save(
         f"cosine_rules_{given.name}",
-        f"python benchmarks/cosine_rules.py {given.name}{model} --wikitext {wikitext} --c4 {c4}",
+        " ".join(["python benchmarks/cosine_rules.py", *map(without_place, sys.argv[1:])]),
         {
-            "model": file or lab.loaded.name,
+            "model": without_place(lab.loaded.name),
             "dtype": "bfloat16",
             "windows": {
                 "calibration": len(lab.calibration),

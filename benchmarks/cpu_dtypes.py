@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,37 +27,39 @@ from skipcal.speed.bench import forced_by, load_subject
 from skipcal.speed.cost import step_bytes
 from skipcal.speed.timing import interleave
 
-MODELS = {"smollm2": "smollm2-gate", "llama-1b": "llama-1b-gate"}
+MODELS = ("smollm2", "llama-1b")
 DTYPES, ENGINES = ("float32", "bfloat16"), ("eager", "recorded")
 RATIO = 0.25
 
 
-def arms_of(name: str, dtype: str, new_tokens: int) -> tuple[dict[str, Callable[[], Run]], dict[str, float]]:
-    """What decodes in `dtype`, by name, and what is known of it beforehand."""
-    asked: dict[str, Any] = {**RUNS[MODELS[name]], "dtype": dtype, "new_tokens": new_tokens}
+@dataclass(frozen=True)
+class Side:
+    """One model in one precision: its arms by name, and what is known of it beforehand."""
+
+    model: Any
+    arms: dict[str, Callable[[], Run]]
+    known: dict[str, float]
+
+
+def side_of(name: str, dtype: str, new_tokens: int) -> Side:
+    """Load the model."""
+    asked: dict[str, Any] = {**RUNS[f"{name}-gate"], "dtype": dtype, "new_tokens": new_tokens}
     config = BenchConfig(device="cpu", **asked)
     subject = load_subject(config)
     architecture = locate(subject.model)
     forced = forced_by(config, subject, architecture)
     skips = round(RATIO * architecture.num_layers)
-    ids = random_prompt(subject.model, batch_size=1, tokens=16, seed=config.seed)
+    (context,) = config.context_tokens
+    ids = random_prompt(subject.model, batch_size=1, tokens=context, seed=config.seed)
     found: dict[str, Callable[[], Run]] = {}
     for engine in ENGINES:
-        bench = Bench(subject.model, architecture, ids, new_tokens, engine, forced)
-        arms = bench.arms([skips], peers=False)
-        found[PLAIN] = within(subject.model, arms[PLAIN])
-        found[f"{FULL}, {engine}"] = within(subject.model, arms[FULL])
-        found[f"gate, {engine}"] = within(subject.model, arms[skip_arm(skips)])
-    read = step_bytes(subject.model, architecture, batch_size=1, tokens=16 + new_tokens / 2)
-    return found, {"weight_bytes_per_step": read.weights, "skip_ratio": skips / architecture.num_layers}
-
-
-def within(model: Any, run: Callable[[], Run]) -> Callable[[], Run]:
-    def decoded() -> Run:
-        with endless_greedy(model):
-            return run()
-
-    return decoded
+        arms = Bench(subject.model, architecture, ids, new_tokens, engine, forced).arms([skips], peers=False)
+        found.setdefault(PLAIN, arms[PLAIN])  # no engine's
+        found[f"{FULL}, {engine}"] = arms[FULL]
+        found[f"gate, {engine}"] = arms[skip_arm(skips)]
+    read = step_bytes(subject.model, architecture, batch_size=1, tokens=context + new_tokens / 2)
+    known = {"weight_bytes_per_step": read.weights, "skip_ratio": skips / architecture.num_layers}
+    return Side(subject.model, found, known)
 
 
 @torch.no_grad()
@@ -67,15 +71,18 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, Any] = {}
     for name in given.only or MODELS:
-        sides = {dtype: arms_of(name, dtype, given.new_tokens) for dtype in DTYPES}
-        runs = interleave(
-            {f"{dtype}, {arm}": run for dtype, (arms, _) in sides.items() for arm, run in arms.items()},
-            given.rounds,
-        )
+        sides = {dtype: side_of(name, dtype, given.new_tokens) for dtype in DTYPES}
+        with ExitStack() as greedy:
+            for side in sides.values():
+                greedy.enter_context(endless_greedy(side.model))
+            runs = interleave(
+                {f"{dtype}, {arm}": run for dtype, side in sides.items() for arm, run in side.arms.items()},
+                given.rounds,
+            )
         steps = {key: [statistics.median(run.timing.step_s) for run in each] for key, each in runs.items()}
         found[name] = {
             dtype: {
-                **known,
+                **side.known,
                 "arms": {
                     arm: {
                         "step_ms": 1e3 * statistics.median(steps[f"{dtype}, {arm}"]),
@@ -84,10 +91,10 @@ def main() -> None:
                             steps[f"{dtype}, {arm.replace('gate', FULL)}"], steps[f"{dtype}, {arm}"]
                         ),
                     }
-                    for arm in arms
+                    for arm in side.arms
                 },
             }
-            for dtype, (arms, known) in sides.items()
+            for dtype, side in sides.items()
         }
     options = "".join(f" --only {name}" for name in given.only or ())
     command = (

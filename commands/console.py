@@ -288,8 +288,10 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def command_line() -> str:
     """The command that was given, with the names of files but not their places."""
-    words = []
-    for word in sys.argv[1:]:
-        label, separator, path = word.rpartition("=")
-        words.append(f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}")
-    return " ".join(["skipcal", *words])
+    return " ".join(["skipcal", *map(without_place, sys.argv[1:])])
+
+
+def without_place(word: str) -> str:
+    """A word of a command; of a file, or of LABEL=FILE, the name is left and not where it lies here."""
+    label, separator, path = word.rpartition("=")
+    return f"{label}{separator}{Path(path).name if '/' in path and Path(path).exists() else path}"

@@ -36,6 +36,12 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"-?[\d,]*\d(?:\.\d+)?", text)
 
 
+def assert_told(said: str, found: dict[str, float], where: object) -> None:
+    """A median and, in brackets, its range."""
+    expected = [found[name] for name in ("median", "min", "max")]
+    assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), where
+
+
 @pytest.fixture(scope="module")
 def gate() -> pd.DataFrame:
     """The shipped gate's results, and those of other methods; `gate, one map` is what was shipped before."""
@@ -222,8 +228,7 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
         for requests, said in zip("128", cells, strict=True):
             found = result["requests"][requests][arm.strip("`")]["over_vllm"]
             assert found["rounds"] == 9
-            expected = [found[name] for name in ("median", "min", "max")]
-            assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), (arm, requests)
+            assert_told(said, found, (arm, requests))
     told, one = " ".join(text_of("docs/serving.md").split()), result["requests"]["1"]
     assert f"of a step that takes {1000 / one['vllm']['tokens_per_s']:.0f} ms" in told
     assert f"{100 * (1 - one['gate, never']['over_vllm']['median']):.1f} % at one request" in told
@@ -275,12 +280,6 @@ def test_the_speed_page_tells_what_bfloat16_gains() -> None:
     gains = [gate["over_full"]["median"] for gate in gates]
     told = re.search(r"FFNs gain ([\d.]+)x and ([\d.]+)x over", " ".join(text_of("docs/speed.md").split()))
     assert told and all(rounds_to(s, e) for s, e in zip(told.groups(), gains, strict=True))
-
-
-def assert_told(said: str, found: dict[str, float], where: object) -> None:
-    """A median and, in brackets, its range."""
-    expected = [found[name] for name in ("median", "min", "max")]
-    assert all(rounds_to(s, e) for s, e in zip(numbers(said), expected, strict=True)), where
 
 
 def test_the_serving_page_tells_what_an_exported_model_writes_and_loses() -> None:
