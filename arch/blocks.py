@@ -280,6 +280,26 @@ def observe_sums(blocks: tuple[Block, ...], observer: Callable[[int, Tensor, Any
         patches.restore()
 
 
+class _Enough(Exception):
+    """The layers that were wanted of a pass have run."""
+
+
+@contextmanager
+def ending_before(block: Block) -> Iterator[None]:
+    """A pass inside ends where the layer of `block` would begin, and gives nothing back."""
+
+    def end(_module: nn.Module, _args: Any) -> None:
+        raise _Enough
+
+    handle = block.layer.register_forward_pre_hook(end)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
 def input_device(module: nn.Module) -> torch.device:
     """Device for input ids: that of the first parameter that is not offloaded."""
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))

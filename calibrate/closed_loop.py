@@ -8,12 +8,26 @@ target and for the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 CLOSED_LOOP_TOLERANCE = 0.005  # of the realised skip ratio
 CLOSED_LOOP_PASSES = 6  # per target, at most, of a smooth curve; two or three are usual
 BENT_PASSES = 8  # of one that may bend
+
+
+def middle_first(targets: Sequence[float]) -> list[float]:
+    """The targets, ascending when given, in an order in which each lies half-way between two before it.
+
+    So the curve is never looked for where nothing is known of it for far around.
+    """
+    ordered, spans = [], [list(targets)]
+    for span in spans:
+        if span:
+            half = len(span) // 2
+            ordered.append(span[half])
+            spans += [span[:half], span[half + 1 :]]
+    return ordered
 
 
 @dataclass

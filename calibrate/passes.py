@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from skipcal.arch.blocks import ending_before
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, input_device
 from skipcal.calibrate.capture import capture
@@ -143,13 +145,19 @@ def teacher_forced_report(
     *,
     prompt_tokens: int,
 ) -> SkipReport:
-    """The report of `policy` over batches of known rows, in parallel passes."""
+    """The report of `policy` over batches of known rows, in parallel passes.
+
+    A pass ends behind the last FFN that the policy may skip: what comes after it changes no count.
+    """
     device = input_device(model)
+    asked = policy.make_rule().layers if policy.unit == "ffn" else ()
+    rest = architecture.blocks[max(asked) + 1 :] if asked else ()
     with skipping(
         model, policy=policy, teacher_forced=True, prompt_tokens=prompt_tokens, architecture=architecture
     ) as run:
         for group in groups:
-            _stack_pass(architecture, *padded(group, device, side="right"))
+            with ending_before(rest[0]) if rest else nullcontext():
+                _stack_pass(architecture, *padded(group, device, side="right"))
     return run.report
 
 

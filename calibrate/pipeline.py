@@ -18,6 +18,7 @@ from skipcal.arch.limits import check_angles, check_ids, check_length
 from skipcal.arch.loading import LoadedModel
 from skipcal.arch.locate import Architecture, locate
 from skipcal.calibrate.checkpoint import Checkpoint
+from skipcal.calibrate.closed_loop import middle_first
 from skipcal.calibrate.damage_rule import damage_policy, losses_of_one
 from skipcal.calibrate.gather import first_rows, gather
 from skipcal.calibrate.passes import ENDED_EARLY, Passes, progress, skip_ratio
@@ -339,7 +340,7 @@ class _Calibrator:
     ) -> list[OperatingPoint]:
         curve = cosine_curve(prediction, lambda policy: self._ratio(ask, policy, self._config.closed_loop))
         points = []
-        for target in tqdm(targets, desc="close the loop", unit="point", disable=None):
+        for target in tqdm(middle_first(targets), desc="close the loop", unit="point", disable=None):
             realised = None
             if self._rows:
                 threshold, realised = curve.threshold(target)
@@ -355,7 +356,7 @@ class _Calibrator:
                     realised_skip_ratio=realised,
                 )
             )
-        return points
+        return sorted(points, key=lambda point: point.target_skip_ratio)
 
     def _verify(self, policy: SkipPolicy, points: list[OperatingPoint], ask: Ask) -> list[OperatingPoint]:
         """Decode held-out prompts at every operating point up to the recommended one."""

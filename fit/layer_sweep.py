@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from skipcal.arch.blocks import first_input, first_output
+from skipcal.arch.blocks import ending_before, first_input, first_output
 from skipcal.arch.locate import Architecture, Block, input_device, observe
 from skipcal.errors import UnsupportedModel
 from skipcal.text.batching import batches
@@ -61,8 +61,6 @@ class LayerRunner:
                 caught[index] = (args[1:], rest)
                 if index == 0:
                     streams.append(first_input(args, kwargs).clone())
-                    if not whole:
-                        raise _Enough
 
             return hook
 
@@ -72,9 +70,8 @@ class LayerRunner:
         ]
         stack: Any = self._architecture.stack
         try:
-            stack(input_ids=ids, use_cache=False)
-        except _Enough:
-            pass
+            with nullcontext() if whole else ending_before(self._architecture.blocks[0]):
+                stack(input_ids=ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -136,10 +133,6 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_alike, one, other))
     return isinstance(one, Tensor) == isinstance(other, Tensor)
-
-
-class _Enough(Exception):
-    """The embedding is all that was wanted of a forward pass."""
 
 
 class StreamStore:

@@ -74,22 +74,27 @@ class StepClock(LogitsProcessor):
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], Measured]], rounds: int, *, time_limit_s: float | None = None
+    arms: Mapping[str, Callable[[], Measured]],
+    rounds: int,
+    *,
+    warm_ups: int = 1,
+    time_limit_s: float | None = None,
 ) -> dict[str, list[Measured]]:
     """What each arm returned, by round. The arms take turns, so a drifting machine hits all alike.
 
-    Every second round runs in reverse order; one round before them is not counted.
+    Every second round runs in reverse order.
+    warm_ups:     rounds before them that are not counted; 0 for arms that are processes of their own.
     time_limit_s: no round begins that is not expected to end within it, save the first counted one.
     """
     results: dict[str, list[Measured]] = {name: [] for name in arms}
     start = time.perf_counter()
-    for index in range(rounds + 1):
+    for index in range(rounds + warm_ups):
         passed = time.perf_counter() - start
-        if time_limit_s is not None and index > 1 and passed * (index + 1) / index > time_limit_s:
+        if time_limit_s is not None and index > warm_ups and passed * (index + 1) / index > time_limit_s:
             break
-        order = list(arms)[:: 1 if index % 2 else -1]
+        order = list(arms)[:: 1 if (index - warm_ups) % 2 == 0 else -1]
         measured = {name: arms[name]() for name in order}
-        if index:
+        if index >= warm_ups:
             for name, value in measured.items():
                 results[name].append(value)
     return results

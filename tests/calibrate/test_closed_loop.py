@@ -11,6 +11,7 @@ from skipcal.calibrate.closed_loop import (
     CLOSED_LOOP_PASSES,
     CLOSED_LOOP_TOLERANCE,
     RealisedCurve,
+    middle_first,
 )
 
 LARGEST = 0.9
@@ -69,3 +70,30 @@ def test_a_ratio_that_jumps_over_the_target_gives_the_closest_measured() -> None
 def test_targets_beyond_the_largest_ratio_are_taken_for_it() -> None:
     found, _ = curve(lambda ratio: ratio)
     assert found.threshold(1.0) == pytest.approx((9.0, LARGEST))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 10])
+def test_middle_first_is_all_targets_the_middle_of_what_is_left_before_its_ends(count: int) -> None:
+    targets = [0.05 * n for n in range(1, count + 1)]
+    ordered = middle_first(targets)
+    assert sorted(ordered) == targets
+    # Of each the nearest known on either side, an end of the range at first, are as far away, to one place.
+    for place, target in enumerate(ordered):
+        at = targets.index(target)
+        known = [targets.index(before) for before in ordered[:place]]
+        below = max((n for n in known if n < at), default=-1)
+        above = min((n for n in known if n > at), default=count)
+        assert abs((above - at) - (at - below)) <= 1
+
+
+def test_middle_first_takes_fewer_measurements_of_a_bent_curve() -> None:
+    """Small ratios realise less than predicted."""
+
+    def measurements(targets: list[float]) -> int:
+        found, measured = curve(lambda ratio: LARGEST * (ratio / LARGEST) ** 1.7)
+        for target in targets:
+            assert found.threshold(target)[1] == pytest.approx(target, abs=CLOSED_LOOP_TOLERANCE)
+        return len(measured)
+
+    targets = [0.05 * n for n in range(1, 18)]
+    assert measurements(middle_first(targets)) < measurements(targets)

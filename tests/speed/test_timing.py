@@ -25,6 +25,11 @@ def test_arms_take_turns_and_every_second_round_is_reversed() -> None:
     results = interleave({name: arm(name) for name in "abc"}, rounds=2)
     assert "".join(order) == "cba" + "abc" + "cba"
     assert results == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}  # the first three are not counted
+    assert interleave({name: arm(name) for name in "abc"}, rounds=2, warm_ups=0) == {
+        "a": [10, 15],
+        "b": [11, 14],
+        "c": [12, 13],
+    }
 
 
 def test_a_time_limit_leaves_out_rounds_but_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
