@@ -3,7 +3,7 @@
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
 
-A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; kinds are speed, fit, kernels and ratios.
+A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; see BLOCK for the kinds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from skipcal.speed.table import to_markdown
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu", "three-models")]
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>speed|fit|kernels|ratios): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S
+    r"(<!-- (?P<kind>speed|fit|kernels|ratios|answers): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)",
+    re.S,
 )
 # Others are called as their results up to the last underscore.
 SCRIPTS = {
@@ -34,6 +35,14 @@ SCRIPTS = {
     "gpu_decode": "gpu_visit measure",
 }
 
+MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen2.5-Coder", "gemma": "Gemma 3"}
+# Measures of answers by task, as a page names them.
+ANSWERS = {
+    "continuation": ("continuation", {"token_agreement": "equal tokens", "collapse_rate": "collapsed"}),
+    "freebaseqa": ("FreebaseQA", {"token_agreement": "equal tokens", "contains_answer": "contains an alias"}),
+    "summarization": ("CNN/DailyMail", {"rougeL": "ROUGE-L"}),
+}
+
 
 def updated(text: str, results: Path) -> str:
     """The text with every block made anew. A result that is not there yet is said to be missing."""
@@ -41,15 +50,16 @@ def updated(text: str, results: Path) -> str:
     def table(block: re.Match[str]) -> str:
         name = block["name"]
         path = results / (f"{name}/results.csv" if block["kind"] == "ratios" else f"{name}.json")
-        if not path.exists():
+        if block["kind"] == "answers":
+            body = answer_table({model: _rows(results / f"{key}_{name}") for key, model in MODELS.items()})
+        elif not path.exists():
             stem = name.rpartition("_")[0]
             script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
             body = f"Not measured yet: `python benchmarks/{script}`."
         elif block["kind"] == "speed":
             body = to_markdown(load_result(path))
         elif block["kind"] == "ratios":
-            with path.open(encoding="utf-8", newline="") as file:
-                body = ratio_table(list(csv.DictReader(file)))
+            body = ratio_table(_rows(path.parent))
         else:
             make = fit_table if block["kind"] == "fit" else kernel_table
             body = make(json.loads(path.read_text(encoding="utf-8")))
@@ -138,6 +148,47 @@ def ratio_table(rows: list[dict[str, str]]) -> str:
             cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}) at {realised:.3f}")
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def answer_table(results: dict[str, list[dict[str, str]]]) -> str:
+    """What answers of the gate lose by model: the full model's value, the gate's, and their difference."""
+    lines = [f"| | {' | '.join(results)} |", f"| --- |{' --- |' * len(results)}"]
+    of = {
+        (model, row["method"], row["task"], row["metric"]): row
+        for model, rows in results.items()
+        for row in rows
+        if row["subset"] == "all"
+    }
+    for task, (title, measures) in ANSWERS.items():
+        first = next(iter(measures))
+        found = [of.get((model, "gate", task, first)) for model in results]
+        cells = [f"{float(row['realised_skip_ratio']):.3f} ({row['n']})" if row else "-" for row in found]
+        lines.append(f"| **{title}**: realised (items) | {' | '.join(cells)} |")
+        for metric, measure in measures.items():
+            cells = []
+            for model in results:
+                row = of.get((model, "gate", task, metric))
+                cells.append(_beside(of[model, "full", task, metric], row) if row else "-")
+            lines.append(f"| {measure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _beside(full: dict[str, str], gate: dict[str, str]) -> str:
+    if gate["metric"] == "token_agreement":  # the full model's is 1
+        low, high = float(gate["ci_low"]), float(gate["ci_high"])
+        return f"{float(gate['value']):.2f} ({low:.2f} to {high:.2f})"
+    difference, low, high = (float(gate[f"difference{end}"]) for end in ("", "_ci_low", "_ci_high"))
+    values = f"{float(full['value']):.3f}, {float(gate['value']):.3f}"
+    return f"{values}: {difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    """The table of a sweep; empty where it was not run."""
+    path = folder / "results.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _duration(seconds: float) -> str:

@@ -235,23 +235,38 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
     assert f"leaves {result['requests']['8']['gate']['unread']:.3f} of the weights unread" in told
 
 
-def test_the_gate_page_tells_what_its_answers_lose() -> None:
-    table = pd.read_csv(RESULTS / "smollm2_gate_generation" / "results.csv")
-    said = rows_of("docs/gate.md", "task | items | realised")
-    places = (
-        ("continuation", "collapse_rate"), ("continuation", "token_agreement"),
-        ("freebaseqa", "contains_answer"), ("freebaseqa", "token_agreement"), ("summarization", "rougeL"),
-    )  # fmt: skip
-    for (_, items, realised, _, full, gate, difference), (task, metric) in zip(said, places, strict=True):
-        rows = table[(table.task == task) & (table.metric == metric) & (table.subset == "all")]
-        of: dict[str, dict[Any, Any]] = {row["method"]: row for row in rows.to_dict("records")}
-        assert rounds_to(full, of["full"]["value"]) and rounds_to(numbers(gate)[0], of["gate"]["value"])
-        if items:
-            assert int(items) == of["gate"]["n"] and rounds_to(realised, of["gate"]["realised_skip_ratio"])
-        if difference:
-            named = ("difference", "difference_ci_low", "difference_ci_high")
-            expected = [of["gate"][name] for name in named]
-            assert all(rounds_to(a, b) for a, b in zip(numbers(difference), expected, strict=True)), task
+@pytest.mark.parametrize(("column", "model"), [(1, "smollm2"), (2, "qwen"), (3, "gemma")])
+def test_the_page_on_three_models_tells_what_answers_lose(column: int, model: str) -> None:
+    table = pd.read_csv(RESULTS / f"{model}_gate_generation" / "results.csv")
+    block = text_of("docs/three-models.md").split("<!-- answers: gate_generation -->")[1].split("<!--")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()[2:]]
+    names = {
+        "equal tokens": "token_agreement", "collapsed": "collapse_rate",
+        "contains an alias": "contains_answer", "ROUGE-L": "rougeL",
+    }  # fmt: skip
+    tasks = iter(("continuation", "freebaseqa", "summarization"))
+    task = ""
+    for label, *cells in rows:
+        cell = cells[column - 1]
+        if label.startswith("**"):
+            task = next(tasks)
+        if cell == "-":
+            assert (model, task) in {("gemma", "freebaseqa"), ("gemma", "summarization")}
+            continue
+        found = table[(table.task == task) & (table.subset == "all")].to_dict("records")
+        of: dict[tuple[str, str], dict[Any, Any]] = {(row["method"], row["metric"]): row for row in found}
+        said = numbers(cell)
+        if label.startswith("**"):
+            row = of["gate", "collapse_rate"]
+            expected = [row["realised_skip_ratio"], row["n"]]
+        elif label == "equal tokens":
+            row = of["gate", names[label]]
+            expected = [row["value"], row["ci_low"], row["ci_high"]]
+        else:
+            full, row = (of[method, names[label]] for method in ("full", "gate"))
+            ends = ("difference", "difference_ci_low", "difference_ci_high")
+            expected = [full["value"], row["value"], *(row[end] for end in ends)]
+        assert all(rounds_to(a, b) for a, b in zip(said, expected, strict=True)), (label, said, expected)
 
 
 def test_the_speed_page_tells_what_else_decodes_one_request() -> None:
