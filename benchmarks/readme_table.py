@@ -3,7 +3,7 @@
 python benchmarks/readme_table.py            write them
 python benchmarks/readme_table.py --check    only say whether they are up to date
 
-A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; see BLOCK for the kinds.
+A table stands between <!-- KIND: NAME --> and <!-- end KIND -->; see `updated` for the kinds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ from skipcal.speed.files import load_result
 from skipcal.speed.table import to_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("speed", "gate", "gpu", "three-models")]
-BLOCK = re.compile(
-    r"(<!-- (?P<kind>speed|fit|kernels|ratios|answers): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)",
-    re.S,
-)
+NAMES = ("speed", "gate", "gpu", "three-models", "fixed-sets", "large-runs")
+PAGES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
+BLOCK = re.compile(r"(<!-- (?P<kind>[a-z]+): (?P<name>[\w.-]+) -->\n).*?(<!-- end (?P=kind) -->)", re.S)
 # Others are called as their results up to the last underscore.
 SCRIPTS = {
     "equal_ratios": "three_models.py",
+    "calibration_time": "calibration_time.py",
     "fit_cost": "fit_cost.py",
     "ops_sm90": "ops_sm90.py",
     "gpu_decode": "gpu_visit measure",
@@ -48,21 +48,20 @@ def updated(text: str, results: Path) -> str:
     """The text with every block made anew. A result that is not there yet is said to be missing."""
 
     def table(block: re.Match[str]) -> str:
-        name = block["name"]
-        path = results / (f"{name}/results.csv" if block["kind"] == "ratios" else f"{name}.json")
-        if block["kind"] == "answers":
+        kind, name = block["kind"], block["name"]
+        path = results / (f"{name}/results.csv" if kind in OF_SWEEPS else f"{name}.json")
+        if kind == "answers":
             body = answer_table({model: _rows(results / f"{key}_{name}") for key, model in MODELS.items()})
         elif not path.exists():
             stem = name.rpartition("_")[0]
             script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
             body = f"Not measured yet: `python benchmarks/{script}`."
-        elif block["kind"] == "speed":
+        elif kind == "speed":
             body = to_markdown(load_result(path))
-        elif block["kind"] == "ratios":
-            body = ratio_table(_rows(path.parent))
+        elif kind in OF_SWEEPS:
+            body = OF_SWEEPS[kind](_rows(path.parent))
         else:
-            make = fit_table if block["kind"] == "fit" else kernel_table
-            body = make(json.loads(path.read_text(encoding="utf-8")))
+            body = OF_RESULTS[kind](json.loads(path.read_text(encoding="utf-8")))
         return f"{block[1]}\n{body}\n\n{block[4]}"
 
     return BLOCK.sub(table, text)
@@ -127,6 +126,31 @@ def kernel_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(result: dict[str, Any]) -> str:
+    """Seconds of a profile and a fit, beside those before, and what comes out at a ratio of 0.25."""
+    lines = [
+        "| | seconds | of the time before | region | threshold for 0.25 | realised |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for command in ("profile", "fit"):
+        found = result[command]
+        for arm, seconds in found["seconds"].items():
+            ratio, said = found["of_before"][arm], found["recommended"][arm]
+            point = next(p for p in said["points"] if p["target_skip_ratio"] == 0.25)
+            realised = point["realised_skip_ratio"]  # None without a closed loop
+            region = said.get("region")
+            cells = [
+                f"`{command}`, {arm}",
+                f"{statistics.median(seconds):.0f}",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                f"[{region[0]}, {region[1]})" if region else "",
+                f"{point['threshold']:.5f}",
+                "" if realised is None else f"{realised:.3f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def ratio_table(rows: list[dict[str, str]]) -> str:
     """What each method loses at each ratio asked for, with the interval and the ratio that was realised."""
     losses = {
@@ -147,6 +171,33 @@ def ratio_table(rows: list[dict[str, str]]) -> str:
             realised = float(row["realised_skip_ratio"])
             cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}) at {realised:.3f}")
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def set_table(rows: list[dict[str, str]]) -> str:
+    """The same by warm-up, with the loss on each corpus."""
+    losses = {
+        (row["method"], int(row["warm_up_tokens"]), float(row["target_skip_ratio"]), row["subset"]): row
+        for row in rows
+        if row["metric"] == "excess_nll" and row["method"] != "full"
+    }
+    targets = sorted({target for _, _, target, _ in losses})
+    lines = [
+        f"| method | warm-up | {' | '.join(f'{target:.2f}' for target in targets)} |",
+        f"| --- | --- |{' --- |' * len(targets)}",
+    ]
+    for method, warm_up in dict.fromkeys((method, warm_up) for method, warm_up, _, _ in losses):
+        cells = []
+        for target in targets:
+            row = losses[method, warm_up, target, "all"]
+            value, low, high = (float(row[name]) for name in ("value", "ci_low", "ci_high"))
+            each = " / ".join(
+                f"{float(losses[method, warm_up, target, corpus]['value']):.3f}"
+                for corpus in ("wikitext", "c4")
+            )
+            realised = float(row["realised_skip_ratio"])
+            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}), {each} at {realised:.3f}")
+        lines.append(f"| `{method}` | {warm_up} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -189,6 +240,10 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+OF_RESULTS = {"fit": fit_table, "kernels": kernel_table, "calibration": calibration_table}
+OF_SWEEPS = {"ratios": ratio_table, "sets": set_table}
 
 
 def _duration(seconds: float) -> str:
