@@ -25,6 +25,7 @@ from typing import Any
 
 from common import ratios, save
 
+from skipcal.commands.console import without_place
 from skipcal.profiles.schema import SkipProfile
 from skipcal.speed.timing import interleave
 
@@ -83,7 +84,10 @@ def compared(arms: Mapping[str, Arm], arguments: Sequence[str], rounds: int) -> 
     first = next(iter(arms))
     return {
         "command": " ".join(["skipcal", *arguments]),
-        "arms": {name: {"commit": arm.commit(), "options": arm.options} for name, arm in arms.items()},
+        "arms": {
+            name: {"commit": arm.commit(), "options": [without_place(each) for each in arm.options]}
+            for name, arm in arms.items()
+        },
         "seconds": seconds,
         f"of_{first}": {name: ratios(taken, seconds[first]) for name, taken in seconds.items()},
         "recommended": {name: recommended(runs[-1][1]) for name, runs in found.items()},
@@ -97,24 +101,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     before, after = Arm(given.before), Arm(HERE)
-    profiles = {
-        "before": before,
-        "after": after,
-        "after, no closed loop": Arm(HERE, ("--closed-loop-prompts", "0")),
-        "after, bfloat16": Arm(HERE, ("--dtype", "bfloat16")),
-    }
     fits = {"before": before, "after": after}
     profile = ["profile", "--device", "cpu"]
     fit = ["fit", "--profile", "smollm2-135m-instruct", "--dtype", "bfloat16", "--corpus", "embedded"]
     fit += ["--device", "cpu"]
-    save(
-        "calibration_time",
-        f"python benchmarks/calibration_time.py --before {before.commit()} --rounds {given.rounds}",
-        {
+    with tempfile.TemporaryDirectory() as place:
+        no_loop = Path(place, "no-loop.yaml")
+        no_loop.write_text("closed_loop_prompts: 0\n", encoding="utf-8")
+        profiles = {
+            **fits,
+            "after, no closed loop": Arm(HERE, ("--config", str(no_loop))),
+            "after, bfloat16": Arm(HERE, ("--dtype", "bfloat16")),
+        }
+        found = {
             "profile": compared(profiles, profile, given.rounds),
             "fit": compared(fits, fit, given.rounds),
-        },
-    )
+        }
+    command = f"python benchmarks/calibration_time.py --before {before.commit()} --rounds {given.rounds}"
+    save("calibration_time", command, found)
 
 
 if __name__ == "__main__":
