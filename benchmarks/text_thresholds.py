@@ -2,9 +2,9 @@
 
     python benchmarks/text_thresholds.py NAME --profile PROFILE [--model MODEL] --wikitext FILE --c4 FILE
 
-results/text_thresholds_NAME.json. A gate of one threshold skips more of one text than of another; thresholds of
-their own make it skip as much of each. Both are tuned on the windows on which the losses are measured, looking
-at ratios only.
+results/text_thresholds_NAME.json. A gate of one threshold skips more of one text than of another; thresholds
+of their own make it skip as much of each. Both are tuned on the windows on which the losses are measured,
+looking at ratios only.
 """
 
 from __future__ import annotations
