@@ -174,22 +174,29 @@ def test_the_three_ratios_are_those_of_the_shipped_profile() -> None:
             assert rounds_to(said, point[f"{kind}_skip_ratio"]), (target, kind)
 
 
-def test_the_page_of_fixed_sets_tells_what_was_measured() -> None:
-    found = pd.read_csv(RESULTS / "smollm2_fixed_sets" / "results.csv")
-    rows = list(rows_of("docs/fixed-sets.md", "method | asked for | realised"))
-    assert len(rows) == 8
-    for method, target, *cells in rows:
-        name = method.strip("`")
-        check_loss(cells, name, float(target), found[found.subset == "all"])
-        arm = found[
-            (found.method == name)
-            & (found.target_skip_ratio == float(target))
-            & (found.metric == "excess_nll")
-        ].set_index("subset")["value"]
-        assert rounds_to(cells[3], float(arm["wikitext"])) and rounds_to(cells[4], float(arm["c4"]))
-    fitted = json.loads((RESULTS / "smollm2_fixed_sets" / "fit.json").read_text())["fixed_sets"]
-    assert fitted["sets"][-1]["layers"] == list(range(12, 19))
-    assert (fitted["fit"]["tokens"], fitted["fit"]["rank"]) == (27_216, 114)
+@pytest.mark.parametrize(("model", "layers", "rank"), [("smollm2", 12, 114), ("qwen", 10, 364)])
+def test_the_page_of_fixed_sets_tells_what_was_measured(model: str, layers: int, rank: int) -> None:
+    table = pd.read_csv(RESULTS / f"{model}_fixed_sets" / "results.csv")
+    losses = table[table.metric == "excess_nll"].to_dict("records")
+    of = {
+        (row["method"], row["warm_up_tokens"], row["target_skip_ratio"], row["subset"]): row for row in losses
+    }
+    block = text_of("docs/fixed-sets.md").split(f"<!-- sets: {model}_fixed_sets -->")[1].split("<!--")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()]
+    told = 0
+    for method, warm_up, *cells in lines[2:]:
+        for target, cell in zip((0.1, 0.25, 0.4), cells, strict=True):
+            arm = (method.strip("`"), int(warm_up), target)
+            row = of[*arm, "all"]
+            expected = [row["value"], row["ci_low"], row["ci_high"]]
+            expected += [of[*arm, corpus]["value"] for corpus in ("wikitext", "c4")]
+            expected += [row["realised_skip_ratio"]]
+            assert all(rounds_to(a, b) for a, b in zip(numbers(cell), expected, strict=True)), arm
+            told += 1
+    assert told == sum(row["subset"] == "all" and row["method"] != "full" for row in losses)
+    fitted = json.loads((RESULTS / f"{model}_fixed_sets" / "fit.json").read_text())["fixed_sets"]
+    assert len(fitted["sets"][-1]["layers"]) == layers
+    assert (fitted["fit"]["tokens"], fitted["fit"]["rank"]) == (27_216, rank)
 
 
 def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
