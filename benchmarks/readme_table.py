@@ -134,7 +134,8 @@ def calibration_table(result: dict[str, Any]) -> str:
     ]
     for command in ("profile", "fit"):
         found = result[command]
-        for arm, seconds in found["seconds"].items():
+        for arm in sorted(found["seconds"], key=lambda name: (name != "before", name)):
+            seconds = found["seconds"][arm]
             ratio, said = found["of_before"][arm], found["recommended"][arm]
             point = next(p for p in said["points"] if p["target_skip_ratio"] == 0.25)
             realised = point["realised_skip_ratio"]  # None without a closed loop
