@@ -199,6 +199,26 @@ def test_the_page_of_fixed_sets_tells_what_was_measured(model: str, layers: int,
     assert (fitted["fit"]["tokens"], fitted["fit"]["rank"]) == (27_216, rank)
 
 
+def test_the_gate_page_tells_what_was_tried() -> None:
+    told = " ".join(text_of("docs/gate.md").split())
+    found = json.loads((RESULTS / "gate_inputs.json").read_text())["inputs"]
+    alone, all_of_them = found["none"], found["all"]
+    assert f"explain {all_of_them['explained']:.3f} of the variance" in told
+    assert f"the stream alone explains {alone['explained']:.3f}" in told
+    damages = [each["damage_of_its_choice"] for each in (all_of_them, alone)]
+    assert f"of {damages[0]:.5f} nats instead of {damages[1]:.5f}" in told
+    by_ratio = {
+        each["target_skip_ratio"]: each
+        for each in json.loads((RESULTS / "text_thresholds_smollm2.json").read_text())["ratios"]
+    }
+    one, each = (by_ratio[0.4][way] for way in ("one threshold", "one for each"))
+    assert f"loses {each['mean']['excess_nll']:.3f} nats a token, and {one['mean']['excess_nll']:.3f}" in told
+    assert f"({one['wikitext']['skip_ratio']:.3f} and {one['c4']['skip_ratio']:.3f})" in told
+    quarter = [by_ratio[0.25][way]["mean"] for way in ("one for each", "one threshold")]
+    losses, ratios = ([f"{row[name]:.3f}" for row in quarter] for name in ("excess_nll", "skip_ratio"))
+    assert f"at 0.25 it is {' and '.join(losses)}, at ratios of {' and '.join(ratios)}" in told
+
+
 def test_the_mutation_scores_that_are_told_are_those_measured() -> None:
     groups = json.loads((ROOT / "tests" / "mutation.json").read_text())["groups"]
     told = (ROOT / "CONTRIBUTING.md").read_text()
