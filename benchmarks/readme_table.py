@@ -51,7 +51,8 @@ def updated(text: str, results: Path) -> str:
         kind, name = block["kind"], block["name"]
         path = results / (f"{name}/results.csv" if kind in OF_SWEEPS else f"{name}.json")
         if kind == "answers":
-            body = answer_table({model: _rows(results / f"{key}_{name}") for key, model in MODELS.items()})
+            of_models = {model: _rows(results / f"{key}_{name}") for key, model in MODELS.items()}
+            body = answer_table({model: rows for model, rows in of_models.items() if rows})
         elif not path.exists():
             stem = name.rpartition("_")[0]
             script = SCRIPTS.get(name) or SCRIPTS.get(stem) or f"{stem}.py"
@@ -203,34 +204,34 @@ def set_table(rows: list[dict[str, str]]) -> str:
 
 
 def answer_table(results: dict[str, list[dict[str, str]]]) -> str:
-    """What answers of the gate lose by model: the full model's value, the gate's, and their difference."""
+    """What answers of a method lose by model: the full model's value, the method's, and their difference."""
     lines = [f"| | {' | '.join(results)} |", f"| --- |{' --- |' * len(results)}"]
     of = {
-        (model, row["method"], row["task"], row["metric"]): row
+        (model, row["method"] == "full", row["task"], row["metric"]): row
         for model, rows in results.items()
         for row in rows
         if row["subset"] == "all"
     }
     for task, (title, measures) in ANSWERS.items():
         first = next(iter(measures))
-        found = [of.get((model, "gate", task, first)) for model in results]
+        found = [of.get((model, False, task, first)) for model in results]
         cells = [f"{float(row['realised_skip_ratio']):.3f} ({row['n']})" if row else "-" for row in found]
         lines.append(f"| **{title}**: realised (items) | {' | '.join(cells)} |")
         for metric, measure in measures.items():
             cells = []
             for model in results:
-                row = of.get((model, "gate", task, metric))
-                cells.append(_beside(of[model, "full", task, metric], row) if row else "-")
+                row = of.get((model, False, task, metric))
+                cells.append(_beside(of[model, True, task, metric], row) if row else "-")
             lines.append(f"| {measure} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _beside(full: dict[str, str], gate: dict[str, str]) -> str:
-    if gate["metric"] == "token_agreement":  # the full model's is 1
-        low, high = float(gate["ci_low"]), float(gate["ci_high"])
-        return f"{float(gate['value']):.2f} ({low:.2f} to {high:.2f})"
-    difference, low, high = (float(gate[f"difference{end}"]) for end in ("", "_ci_low", "_ci_high"))
-    values = f"{float(full['value']):.3f}, {float(gate['value']):.3f}"
+def _beside(full: dict[str, str], skipping: dict[str, str]) -> str:
+    if skipping["metric"] == "token_agreement":  # the full model's is 1
+        low, high = float(skipping["ci_low"]), float(skipping["ci_high"])
+        return f"{float(skipping['value']):.2f} ({low:.2f} to {high:.2f})"
+    difference, low, high = (float(skipping[f"difference{end}"]) for end in ("", "_ci_low", "_ci_high"))
+    values = f"{float(full['value']):.3f}, {float(skipping['value']):.3f}"
     return f"{values}: {difference:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
