@@ -262,10 +262,19 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
     assert f"leaves {result['requests']['8']['gate']['unread']:.3f} of the weights unread" in told
 
 
-@pytest.mark.parametrize(("column", "model"), [(1, "smollm2"), (2, "qwen"), (3, "gemma")])
-def test_the_page_on_three_models_tells_what_answers_lose(column: int, model: str) -> None:
-    table = pd.read_csv(RESULTS / f"{model}_gate_generation" / "results.csv")
-    block = text_of("docs/three-models.md").split("<!-- answers: gate_generation -->")[1].split("<!--")[0]
+@pytest.mark.parametrize(
+    ("page", "of_what", "method", "column", "model"),
+    [
+        ("three-models", "gate_generation", "gate", 1, "smollm2"),
+        ("three-models", "gate_generation", "gate", 2, "qwen"),
+        ("three-models", "gate_generation", "gate", 3, "gemma"),
+        ("fixed-sets", "fixed_sets_generation", "static+fitted", 1, "smollm2"),
+        ("fixed-sets", "fixed_sets_generation", "static+fitted", 2, "qwen"),
+    ],
+)
+def test_pages_tell_what_answers_lose(page: str, of_what: str, method: str, column: int, model: str) -> None:
+    table = pd.read_csv(RESULTS / f"{model}_{of_what}" / "results.csv")
+    block = text_of(f"docs/{page}.md").split(f"<!-- answers: {of_what} -->")[1].split("<!--")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()[2:]]
     names = {
         "equal tokens": "token_agreement", "collapsed": "collapse_rate",
@@ -284,13 +293,13 @@ def test_the_page_on_three_models_tells_what_answers_lose(column: int, model: st
         of: dict[tuple[str, str], dict[Any, Any]] = {(row["method"], row["metric"]): row for row in found}
         said = numbers(cell)
         if label.startswith("**"):
-            row = of["gate", "collapse_rate"]
+            row = of[method, "collapse_rate"]
             expected = [row["realised_skip_ratio"], row["n"]]
         elif label == "equal tokens":
-            row = of["gate", names[label]]
+            row = of[method, names[label]]
             expected = [row["value"], row["ci_low"], row["ci_high"]]
         else:
-            full, row = (of[method, names[label]] for method in ("full", "gate"))
+            full, row = (of[each, names[label]] for each in ("full", method))
             ends = ("difference", "difference_ci_low", "difference_ci_high")
             expected = [full["value"], row["value"], *(row[end] for end in ends)]
         assert all(rounds_to(a, b) for a, b in zip(said, expected, strict=True)), (label, said, expected)

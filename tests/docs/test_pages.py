@@ -36,6 +36,7 @@ SHORTER = (
      "--items 1 --window-tokens 24 --new-tokens 4 --warm-up-tokens 1 --match-items 1 --ratios 0.25 "
      "--methods ffn-skip,shortgpt", "two hours"),
     (r"sweep .*fixed-sets", "--items 1 --window-tokens 40", "windows of 512 tokens, a quarter of an hour"),
+    (r"sweep .*gate-generation .*static", "--items 1 --new-tokens 4 --warm-up-tokens 1", "10 minutes"),
     (r"sweep .*gate-generation", "--items 1 --new-tokens 4 --warm-up-tokens 1 --match-items 1", "20 minutes"),
     (r"sweep .*embedded-sweep",
      "--items 1 --window-tokens 24 --new-tokens 4 --warm-up-tokens 1 --ratios 0.25", "minutes"),
