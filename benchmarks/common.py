@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ def ratios(above: list[float], below: list[float]) -> dict[str, float]:
     """Median, minimum and maximum of the ratio, round by round."""
     each = [a / b for a, b in zip(above, below, strict=True)]
     return {"median": statistics.median(each), "min": min(each), "max": max(each), "rounds": len(each)}
+
+
+def typed() -> str:
+    """The command that runs, with the names of files and not where they lie here."""
+    from skipcal.commands.console import without_place  # the command line's modules come with it
+
+    return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *map(without_place, sys.argv[1:])])
 
 
 def save(name: str, command: str, result: dict[str, Any], *, folder: Path | None = None) -> None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from common import save
+from common import save, typed
 
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
@@ -147,7 +146,7 @@ def main() -> None:
         print(target, {name: round(row["excess_nll"], 3) for name, row in found.items()}, flush=True)
     save(
         f"cosine_rules_{given.name}",
-        " ".join(["python benchmarks/cosine_rules.py", *map(without_place, sys.argv[1:])]),
+        typed(),
         {
             "model": without_place(lab.loaded.name),
             "dtype": "bfloat16",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import save
+from common import save, typed
 from torch import Tensor
 
 from skipcal.arch.loading import load_model
@@ -155,22 +155,14 @@ def main() -> None:
     )
     loaded = load_model(dtype=config.dtype, device=config.device)
     prepared = Prepared.of(loaded, SkipProfile.load(PROFILE), config)
-    options: dict[str, Any] = {
-        "layers": prepared.layers,
-        "damage": prepared.damage(),
-        "rank": prepared.rank,
-        "maps": prepared.maps,
-        "first": prepared.first,
-        "batch_size": config.batch_size,
-    }
+    damage = prepared.damage()
     share = SHARE * prepared.architecture.num_layers / len(prepared.layers)
-    clean = Sweep(prepared.architecture, prepared.rows[::2], **options).fit()
-    sweep = Watched(prepared.architecture, prepared.rows, **options)
+    clean = Sweep.of(prepared, prepared.rows[::2], damage).fit()
+    sweep = Watched.of(prepared, prepared.rows, damage)
     fitted = sweep.fit(clean.gates, clean.scores.threshold(share))
     save(
         "gate_inputs",
-        f"python benchmarks/gate_inputs.py --wikitext {given.wikitext.name} --c4 {given.c4.name} "
-        f"--prompts {given.prompts}",
+        typed(),
         {
             "model": loaded.name,
             "config": config.recorded(),

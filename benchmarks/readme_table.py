@@ -14,6 +14,8 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,53 +155,29 @@ def calibration_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ratio_table(rows: list[dict[str, str]]) -> str:
-    """What each method loses at each ratio asked for, with the interval and the ratio that was realised."""
-    losses = {
-        (row["method"], float(row["target_skip_ratio"])): row
-        for row in rows
-        if row["metric"] == "excess_nll" and row["subset"] == "all" and row["method"] != "full"
-    }
-    targets = sorted({target for _, target in losses})
-    lines = [
-        f"| method | {' | '.join(f'{target:.2f}' for target in targets)} |",
-        f"| --- |{' --- |' * len(targets)}",
-    ]
-    for method in dict.fromkeys(method for method, _ in losses):
-        cells = []
-        for target in targets:
-            row = losses[method, target]
-            value, low, high = (float(row[name]) for name in ("value", "ci_low", "ci_high"))
-            realised = float(row["realised_skip_ratio"])
-            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}) at {realised:.3f}")
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def ratio_table(rows: list[dict[str, str]], *, apart: bool = False) -> str:
+    """What each method loses at each ratio asked for, with the interval and the ratio that was realised.
 
-
-def set_table(rows: list[dict[str, str]]) -> str:
-    """The same by warm-up, with the loss on each corpus."""
+    apart: by warm-up, and with the loss on each corpus.
+    """
     losses = {
-        (row["method"], int(row["warm_up_tokens"]), float(row["target_skip_ratio"]), row["subset"]): row
+        (row["method"], row["warm_up_tokens"], float(row["target_skip_ratio"]), row["subset"]): row
         for row in rows
         if row["metric"] == "excess_nll" and row["method"] != "full"
     }
     targets = sorted({target for _, _, target, _ in losses})
-    lines = [
-        f"| method | warm-up | {' | '.join(f'{target:.2f}' for target in targets)} |",
-        f"| --- | --- |{' --- |' * len(targets)}",
-    ]
-    for method, warm_up in dict.fromkeys((method, warm_up) for method, warm_up, _, _ in losses):
-        cells = []
+    heads = ["method", *(["warm-up"] if apart else []), *(f"{target:.2f}" for target in targets)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for arm in dict.fromkeys(key[:2] for key in losses):
+        cells = [f"`{arm[0]}`", *(arm[1:] if apart else ())]
         for target in targets:
-            row = losses[method, warm_up, target, "all"]
+            row = losses[*arm, target, "all"]
             value, low, high = (float(row[name]) for name in ("value", "ci_low", "ci_high"))
-            each = " / ".join(
-                f"{float(losses[method, warm_up, target, corpus]['value']):.3f}"
-                for corpus in ("wikitext", "c4")
-            )
+            each = [float(losses[*arm, target, corpus]["value"]) for corpus in ("wikitext", "c4") if apart]
+            by_corpus = f", {' / '.join(f'{loss:.3f}' for loss in each)}" if apart else ""
             realised = float(row["realised_skip_ratio"])
-            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}), {each} at {realised:.3f}")
-        lines.append(f"| `{method}` | {warm_up} | {' | '.join(cells)} |")
+            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f}){by_corpus} at {realised:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -245,7 +223,10 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 
 OF_RESULTS = {"fit": fit_table, "kernels": kernel_table, "calibration": calibration_table}
-OF_SWEEPS = {"ratios": ratio_table, "sets": set_table}
+OF_SWEEPS: dict[str, Callable[[list[dict[str, str]]], str]] = {
+    "ratios": ratio_table,
+    "sets": partial(ratio_table, apart=True),
+}
 
 
 def _duration(seconds: float) -> str:

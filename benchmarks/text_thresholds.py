@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
-import torch
-from common import save
+from common import save, typed
 
 from skipcal.arch.loading import load_model
 from skipcal.arch.locate import locate
-from skipcal.calibrate.passes import summed_loss, teacher_forced_ratio
-from skipcal.commands.console import without_place
-from skipcal.core.chosen_ffns import ChosenFFNs
+from skipcal.calibrate.passes import mean_loss, teacher_forced_ratio
 from skipcal.core.policy import Policy
 from skipcal.evaluation.matching import match_threshold, threshold_scale, with_threshold
 from skipcal.profiles.schema import SkipProfile
 from skipcal.runtime.session import skipping
-from skipcal.text.batching import batches
 from skipcal.text.corpora import resolve_corpora, sample_corpus
 from skipcal.text.opening import prefill_tokens
 
@@ -46,16 +43,16 @@ class Lab:
     given: int
     warm_up: int
 
-    @torch.no_grad()
-    def loss(self, policy: Policy, text: str) -> float:
-        """Nats a token past the warm-up."""
+    def loss(self, text: str, policy: Policy | None = None) -> float:
+        """Nats a token past the warm-up; without a policy the full model's."""
         options: dict[str, Any] = {"teacher_forced": True, "prompt_tokens": self.given}
-        with skipping(self.model, policy=policy, architecture=self.architecture, **options):
-            each = [
-                summed_loss(self.model, rows, self.given + self.warm_up)
-                for rows in batches(self.windows[text], BATCH)
-            ]
-        return sum(total for total, _ in each) / sum(count for _, count in each)
+        inside = (
+            nullcontext()
+            if policy is None
+            else skipping(self.model, policy=policy, architecture=self.architecture, **options)
+        )
+        with inside:
+            return mean_loss(self.model, self.windows[text], self.given + self.warm_up, batch_size=BATCH)
 
     def ratio(self, policy: Policy, text: str) -> float:
         """The skip ratio that is realised."""
@@ -74,8 +71,12 @@ def compared(lab: Lab, profile: SkipProfile, target: float, full: Mapping[str, f
     policy = profile.policy_for(target)
     scale = threshold_scale(policy, profile)
 
+    @cache
+    def ratio(text: str, threshold: float) -> float:
+        return lab.ratio(with_threshold(policy, threshold), text)
+
     def over(texts: list[str], threshold: float) -> float:
-        return fmean(lab.ratio(with_threshold(policy, threshold), text) for text in texts)
+        return fmean(ratio(text, threshold) for text in texts)
 
     one = match_threshold(scale, target, partial(over, list(lab.windows))).threshold
     ways = {
@@ -88,11 +89,10 @@ def compared(lab: Lab, profile: SkipProfile, target: float, full: Mapping[str, f
     for way, thresholds in ways.items():
         rows = {}
         for text, threshold in thresholds.items():
-            tried = with_threshold(policy, threshold)
             rows[text] = {
                 "threshold": threshold,
-                "skip_ratio": lab.ratio(tried, text),
-                "excess_nll": lab.loss(tried, text) - full[text],
+                "skip_ratio": ratio(text, threshold),
+                "excess_nll": lab.loss(text, with_threshold(policy, threshold)) - full[text],
             }
         means = {name: fmean(row[name] for row in rows.values()) for name in ("skip_ratio", "excess_nll")}
         found[way] = {**rows, "mean": means}
@@ -123,13 +123,10 @@ def main() -> None:
         prefill_tokens(loaded.tokenizer),
         profile.policy.warm_up_tokens,
     )
-    nothing = ChosenFFNs(method="static", layers=(), probability=1.0, warm_up_tokens=lab.warm_up)
-    full = {text: lab.loss(nothing, text) for text in lab.windows}
-    model = f"--model {without_place(given.model)} " if given.model else ""
+    full = {text: lab.loss(text) for text in lab.windows}
     save(
         f"text_thresholds_{given.name}",
-        f"python benchmarks/text_thresholds.py {given.name} --profile {without_place(given.profile)} {model}"
-        f"--wikitext {without_place(given.wikitext)} --c4 {without_place(given.c4)}",
+        typed(),
         {
             "model": {"name": loaded.name, "dtype": "bfloat16"},
             "windows_of_each_text": WINDOWS,

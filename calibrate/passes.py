@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -171,6 +171,12 @@ def summed_loss(model: Any, rows: Any, first: int) -> tuple[float, int]:
     logits = model(input_ids=ids, use_cache=False).logits[:, first:-1].float().flatten(0, 1)
     targets = ids[:, first + 1 :].flatten().to(logits.device)
     return float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")), len(targets)
+
+
+def mean_loss(model: Any, rows: Sequence[Sequence[int]], first: int, *, batch_size: int) -> float:
+    """Nats a token over rows of equal length, in batches; see `summed_loss`."""
+    each = [summed_loss(model, batch, first) for batch in batches(rows, batch_size)]
+    return sum(total for total, _ in each) / sum(count for _, count in each)
 
 
 def skip_ratio(counts: SkipCounts, num_layers: int) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skipcal.calibrate.passes import summed_loss
+from skipcal.calibrate.passes import mean_loss
 from skipcal.core.policy import Policy
 from skipcal.fit.prepared import Prepared
 from skipcal.runtime.session import skipping
-from skipcal.text.batching import batches
 
 
 class HeldOutLoss:
@@ -37,8 +36,5 @@ class HeldOutLoss:
 
     def _loss(self, rows: Sequence[Sequence[int]]) -> float:
         prepared = self._prepared
-        each = [
-            summed_loss(prepared.loaded.model, batch, prepared.first)
-            for batch in batches(rows, prepared.config.batch_size)
-        ]
-        return sum(total for total, _ in each) / sum(count for _, count in each)
+        model, batch_size = prepared.loaded.model, prepared.config.batch_size
+        return mean_loss(model, rows, prepared.first, batch_size=batch_size)

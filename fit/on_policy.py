@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from skipcal.fit.damage import Damage
 from skipcal.fit.gate import fit_gate, gate_inputs, residual_variance, sharpened
 from skipcal.fit.layer_sweep import RowSweep, StreamStore, made
 from skipcal.fit.moments import Linear, Moments
+from skipcal.fit.prepared import Prepared
 from skipcal.fit.surrogate import fit_surrogate
 
 Tokens: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
@@ -111,6 +112,20 @@ class Sweep:
         self._rank = rank
         self._maps = maps
         self._sweep = RowSweep(architecture, rows, first=first, batch_size=batch_size)
+
+    @classmethod
+    def of(cls, prepared: Prepared, rows: Sequence[Sequence[int]], damage: Damage) -> Self:
+        """A sweep over some rows of what a fit begins with."""
+        return cls(
+            prepared.architecture,
+            rows,
+            layers=prepared.layers,
+            damage=damage,
+            rank=prepared.rank,
+            maps=prepared.maps,
+            first=prepared.first,
+            batch_size=prepared.config.batch_size,
+        )
 
     @torch.no_grad()
     def fit(self, prior: Gates | None = None, threshold: float = NEVER) -> Fitted:

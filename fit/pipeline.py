@@ -15,7 +15,6 @@ from skipcal.calibrate.closed_loop import RealisedCurve
 from skipcal.calibrate.passes import teacher_forced_ratio
 from skipcal.configs.fit import FitConfig
 from skipcal.core.gate import NEVER, GatePolicy
-from skipcal.fit.damage import Damage
 from skipcal.fit.on_policy import Fitted, Sweep
 from skipcal.fit.prepared import TARGETS as TARGETS
 from skipcal.fit.prepared import Prepared
@@ -66,28 +65,15 @@ def _sweeps(prepared: Prepared) -> tuple[Fitted, list[float]]:
     """
     config, rows = prepared.config, prepared.rows
     damage = prepared.damage()
-    fitted = _sweep(prepared, rows[::2], damage).fit()
+    fitted = Sweep.of(prepared, rows[::2], damage).fit()
     ratios = [fitted.skip_ratio]
     share = config.target_skip_ratio * prepared.architecture.num_layers / len(prepared.layers)
     for left in reversed(range(config.sweeps)):
         threshold = fitted.scores.threshold(share)
         some = rows[::2] if left else rows
-        fitted = _sweep(prepared, some, damage).fit(fitted.gates, threshold)
+        fitted = Sweep.of(prepared, some, damage).fit(fitted.gates, threshold)
         ratios.append(fitted.skip_ratio)
     return fitted, ratios
-
-
-def _sweep(prepared: Prepared, rows: list[list[int]], damage: Damage) -> Sweep:
-    return Sweep(
-        prepared.architecture,
-        rows,
-        layers=prepared.layers,
-        damage=damage,
-        rank=prepared.rank,
-        maps=prepared.maps,
-        first=prepared.first,
-        batch_size=prepared.config.batch_size,
-    )
 
 
 def _operating_points(prepared: Prepared, fitted: Fitted, tensors: GateTensors) -> list[GatePoint]:

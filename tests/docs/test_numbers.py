@@ -24,6 +24,12 @@ def rows_of(page: str, first: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def made(page: str, mark: str) -> list[list[str]]:
+    """Cells of the table that a script has put behind `<!-- mark -->`, below its head."""
+    table = text_of(page).split(f"<!-- {mark} -->")[1].split("<!--")[0].strip()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
 def rounds_to(said: str, value: float) -> bool:
     """Whether a number as it is written is `value`, to the last digit that is written."""
     digits = said.replace(",", "")
@@ -181,10 +187,8 @@ def test_the_page_of_fixed_sets_tells_what_was_measured(model: str, layers: int,
     of = {
         (row["method"], row["warm_up_tokens"], row["target_skip_ratio"], row["subset"]): row for row in losses
     }
-    block = text_of("docs/fixed-sets.md").split(f"<!-- sets: {model}_fixed_sets -->")[1].split("<!--")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()]
     told = 0
-    for method, warm_up, *cells in lines[2:]:
+    for method, warm_up, *cells in made("docs/fixed-sets.md", f"sets: {model}_fixed_sets"):
         for target, cell in zip((0.1, 0.25, 0.4), cells, strict=True):
             arm = (method.strip("`"), int(warm_up), target)
             row = of[*arm, "all"]
@@ -274,8 +278,7 @@ def test_the_serving_page_tells_how_fast_it_was() -> None:
 )
 def test_pages_tell_what_answers_lose(page: str, of_what: str, method: str, column: int, model: str) -> None:
     table = pd.read_csv(RESULTS / f"{model}_{of_what}" / "results.csv")
-    block = text_of(f"docs/{page}.md").split(f"<!-- answers: {of_what} -->")[1].split("<!--")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()[2:]]
+    rows = made(f"docs/{page}.md", f"answers: {of_what}")
     names = {
         "equal tokens": "token_agreement", "collapsed": "collapse_rate",
         "contains an alias": "contains_answer", "ROUGE-L": "rougeL",
